@@ -1,0 +1,22 @@
+"""LoRA-GGPO: flatter minima for LoRA fine-tuning at the price of one backward pass."""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .integrations.trainer import GGPOCallback
+    from .perturbation import GGPO, GGPOConfig
+
+__all__ = ["GGPO", "GGPOCallback", "GGPOConfig"]
+__version__ = version("lora-ggpo")
+
+_HOMES = {"GGPO": "perturbation", "GGPOConfig": "perturbation", "GGPOCallback": "integrations.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and transformers take seconds to import: the command line's help must not wait for them.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,96 @@
+"""The settings of the method, validated and serialisable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+Rule = Literal["paper", "relative", "sd-scripts"]
+NoiseKind = Literal["table", "gaussian", "rademacher"]
+Schedule = Literal["constant", "cosine", "linear"]
+Redraw = Literal["micro-batch", "optimizer-step"]
+GradientEstimator = Literal["lora", "lstsq"]
+
+
+@dataclass(frozen=True)
+class GGPOConfig:
+    """How large the perturbation of each row is, what it is drawn from, and when.
+
+    The defaults are the paper's (arXiv 2502.14538): sigma = 0.03, beta = 0.01, one draw a forward pass.
+
+    Attributes:
+        sigma: Noise size relative to the weight, >= 0; 0 is plain LoRA, bit for bit.
+        beta: Weight of the gradient term: >= 0, and at most 1 for ``rule="relative"``. 0 gives Flat-LoRA's noise
+            (arXiv 2409.14396; it also ramps sigma with ``schedule="cosine"``).
+        rule: How row norms become noise sizes; the equations are in :func:`~lora_ggpo.perturbation.scales.tau_squared`.
+        noise: Where unit-variance noise comes from; see :mod:`~lora_ggpo.perturbation.noise`.
+        schedule: ``"constant"``, or a ramp of sigma from 0 to its full size over the run: ``"cosine"`` is
+            (1 - cos(pi t / T)) / 2, ``"linear"`` is t / T, with t the optimizer step and T the number of them.
+        redraw: New noise for each forward pass (``"micro-batch"``) or one draw for all micro-batches of an
+            optimizer step.
+        seed: Seed of the noise; the noise is a function of (seed, draw, layer) alone and never touches torch's
+            global generators.
+        gradient: Estimator of the gradient's row norms; see
+            :func:`~lora_ggpo.perturbation.scales.gradient_row_norms_squared`.
+        ema: Decay of the moving average of squared gradient row norms over optimizer steps, in [0, 1); 0 uses the
+            step before alone.
+        strict: Raise, instead of warn, if the adapter has layers that cannot be perturbed.
+
+    Raises:
+        ValueError: a field is outside its range; the message names the field and its range.
+    """
+
+    sigma: float = 0.03
+    beta: float = 0.01
+    rule: Rule = "paper"
+    noise: NoiseKind = "table"
+    schedule: Schedule = "constant"
+    redraw: Redraw = "micro-batch"
+    seed: int = 0
+    gradient: GradientEstimator = "lora"
+    ema: float = 0.0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            _require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
+        _require(_is_number(self.sigma) and self.sigma >= 0, "sigma", "a finite number >= 0", self.sigma)
+        _require(_is_number(self.beta) and self.beta >= 0, "beta", "a finite number >= 0", self.beta)
+        if self.rule == "relative":
+            _require(self.beta <= 1, "beta", 'in [0, 1] with rule="relative"', self.beta)
+        _require(_is_number(self.ema) and 0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
+        _require(type(self.seed) is int and self.seed >= 0, "seed", "an integer >= 0", self.seed)
+        _require(type(self.strict) is bool, "strict", "true or false", self.strict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GGPOConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a key is no field of the configuration, or a value is outside its range.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise ValueError(f"GGPOConfig has no field {key!r}; its fields are {', '.join(names)}")
+        return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(holds: bool, field: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"GGPOConfig.{field} must be {expected}, not {got!r}")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(GGPOConfig).items() if get_args(hint)
+}

@@ -1,0 +1,208 @@
+"""LoRA-GGPO on a PEFT model: attach, step, detach."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .config import GGPOConfig
+from .layers import Draw, PerturbedLayer, find_layers
+from .scales import ramp
+from .statistics import LayerGroup, grouped, summary
+
+NEGLIGIBLE_SHARE = 1e-3
+"""Share of the gradient term in tau^2 under which ``rule="paper"`` is numerically Flat-LoRA's noise."""
+
+SHARE_WARNING_STEPS = 20
+"""Optimizer steps after which the share is judged."""
+
+
+class GGPO:
+    r"""Train the active LoRA adapters of a PEFT model on E_eps[ L(W0 + s B A + eps) ].
+
+    eps_ij ~ N(0, tau_i^2) is drawn for every forward pass in training mode, tau_i^2 = (sigma^2 / n) (||W'_i||^2 +
+    beta ||G_i||^2) or another rule of :func:`~lora_ggpo.perturbation.scales.tau_squared`, and G = dL/dW' of the
+    optimizer step before: the accumulated, unclipped gradient, estimated from the gradients of A and B (arXiv
+    2502.14538)::
+
+        ggpo = GGPO(model, GGPOConfig(sigma=0.03))
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            ggpo.step()
+            optimizer.zero_grad()
+        ggpo.detach()
+
+    Gradient norms are read as each ``backward()`` ends, so :meth:`step` may come before or after clipping, the
+    optimizer's step and ``zero_grad``. W0 is never written, and evaluation, ``disable_adapter()`` and saving see the
+    plain model.
+
+    Args:
+        model: A PEFT model, or any module with PEFT LoRA layers inside. Its own ``forward`` must be the one called.
+        config: The settings; None is the defaults.
+        total_steps: Number of optimizer steps of the run; needed by a ramp schedule only.
+
+    Raises:
+        ValueError: the model has no LoRA layer that can be perturbed, is perturbed already, or, with
+            ``config.strict``, has one that cannot be; or a ramp schedule has no ``total_steps``.
+    """
+
+    def __init__(self, model: nn.Module, config: GGPOConfig | None = None, total_steps: int | None = None) -> None:
+        self.config = config or GGPOConfig()
+        self.total_steps = total_steps
+        ramp(self.config.schedule, 0, total_steps)
+        self._model = model
+        self._draw = Draw(self.config.noise, self.config.seed)
+        self.layers, skipped = find_layers(model, self._draw)
+        _check_layers(self.layers, skipped, self.config.strict)
+        self._groups: list[LayerGroup] = []
+        self._adapters: list[str] | None = None
+        self._handles: list[Any] = []
+        self._steps = self._forwards = 0
+        self._stale = True
+        self._capture_queued = False
+        self._highest_share = 0.0
+        self._regroup()
+        if self.config.sigma > 0:  # sigma = 0 must be plain LoRA bit for bit: nothing is attached at all
+            self._attach()
+
+    def step(self, grad_scale: float = 1.0) -> None:
+        """Count an optimizer step; call it once after each.
+
+        Args:
+            grad_scale: The factor that a ``GradScaler`` put on the loss (``scaler.get_scale()`` before ``update()``).
+        """
+        for group in self._groups:
+            group.commit(grad_scale, self.config.ema)
+        self._steps += 1
+        self._stale = True
+        self._warn_if_negligible()
+
+    def metrics(self) -> dict[str, float]:
+        """Diagnostics of the noise in force: for all layers and for each group of equally named ones (``q_proj``).
+
+        Keys: ``ggpo/gradient_share``, the share of the gradient term in the sum of tau^2; ``ggpo/relative_noise``,
+        sqrt(E ||eps||^2) / ||W'||; ``ggpo/tau``, the root mean square of tau; each again as ``ggpo/<group>/...``.
+        Empty until the first forward pass in training mode.
+        """
+        return summary(self._groups)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What exact resumption needs beyond the adapter: counters (int64) and ||G_i||^2 (m,) of each layer."""
+        state = {"steps": torch.tensor(self._steps), "forwards": torch.tensor(self._forwards)}
+        for group in self._groups:
+            if group.gradient is not None:
+                for layer, norms in zip(group.layers, group.gradient, strict=True):
+                    state[f"gradient_norms_squared.{layer.name}"] = norms.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is of another model.
+        """
+        norms = {key.partition(".")[2]: value for key, value in state.items() if "." in key}
+        shapes = {layer.name: (layer.m,) for layer in self.layers}
+        for name, value in norms.items():
+            if shapes.get(name) != value.shape:
+                raise ValueError(f"the GGPO state is of another model: no layer {name} of {len(value)} rows here")
+        self._steps, self._forwards = int(state["steps"]), int(state["forwards"])
+        for group in self._groups:
+            group.load(norms)
+        self._stale = True
+
+    def detach(self) -> None:
+        """Remove every trace from the model: afterwards it is the stock PEFT model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for layer in self.layers:
+            layer.detach()
+
+    def _attach(self) -> None:
+        for layer in self.layers:
+            layer.attach()
+        self._handles = [
+            self._model.register_forward_pre_hook(self._before_forward),
+            self._model.register_forward_hook(self._after_forward),
+        ]
+
+    def _regroup(self) -> None:
+        """Follow a change of the active adapter: shapes, and what a gradient norm belongs to, change with it."""
+        active = list(self.layers[0].module.active_adapters)
+        if active != self._adapters:
+            self._adapters, self._groups, self._stale = active, grouped(self.layers), True
+
+    @torch.compiler.disable
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if not model.training:
+            return
+        self._forwards += 1
+        self._draw.number = self._steps if self.config.redraw == "optimizer-step" else self._forwards
+        self._capture_queued = False  # a backward pass that failed midway must not switch capturing off for good
+        self._regroup()
+        if self._stale:
+            factor = ramp(self.config.schedule, self._steps, self.total_steps)
+            for group in self._groups:
+                group.refresh(self.config, factor)
+            self._stale = False
+
+    @torch.compiler.disable
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Tie the output to its draw: when its gradient arrives, the layers that gradient checkpointing runs again
+        must see the noise of this forward pass, even if others have run since."""
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        number = self._draw.number
+
+        def on_gradient(_: Tensor) -> None:
+            self._draw.number = number
+            if not self._capture_queued:
+                self._capture_queued = True
+                torch.autograd.Variable._execution_engine.queue_callback(self._capture)
+
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(on_gradient)
+
+    def _capture(self) -> None:
+        """Read the gradients accumulated so far, as a backward pass ends: before clipping can change them."""
+        self._capture_queued = False
+        with torch.no_grad():
+            for group in self._groups:
+                group.capture(self.config)
+
+    def _warn_if_negligible(self) -> None:
+        if self.config.rule != "paper" or self.config.beta == 0 or self._steps > SHARE_WARNING_STEPS:
+            return
+        self._highest_share = max(self._highest_share, self.metrics().get("ggpo/gradient_share", 0.0))
+        if self._steps == SHARE_WARNING_STEPS and 0 < self._highest_share < NEGLIGIBLE_SHARE:
+            warnings.warn(
+                f'rule="paper" with beta={self.config.beta:g}: the gradient term made at most '
+                f"{self._highest_share:.1e} of the noise variance in {self._steps} steps, so the noise is Flat-LoRA's; "
+                'use rule="relative" for guidance that counts',
+                stacklevel=3,
+            )
+
+
+def _check_layers(layers: list[PerturbedLayer], skipped: list[tuple[str, str]], strict: bool) -> None:
+    if skipped:
+        names = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        message = f"GGPO cannot perturb {names}{more}"
+        if strict:
+            raise ValueError(f"{message}; leave them out of target_modules, or set strict=False to train them plainly")
+        if layers:
+            warnings.warn(f"{message}: trained without noise", stacklevel=3)
+    if not layers:
+        raise ValueError(
+            "GGPO found no LoRA layer on a linear base layer in this model; add an adapter with PEFT first"
+        )
+    if any(isinstance(layer.base.__dict__.get("forward"), PerturbedLayer) for layer in layers):
+        raise ValueError("the model is perturbed already; detach() the first GGPO before attaching another")

@@ -1,0 +1,161 @@
+"""One PEFT LoRA layer as the method sees it: thin factors, their gradients, and a base layer that can be perturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from .config import NoiseKind
+from .linear import perturbed_linear
+from .noise import mix, row_blocks
+
+
+@dataclass
+class Draw:
+    """The draw of the noise in force; one object shared by all layers of a model."""
+
+    noise: NoiseKind
+    seed: int
+    number: int = 0
+
+
+class PerturbedLayer:
+    """A LoRA layer W' = W0 + s B A with W0 (m, n), B (m, r), A (r, n).
+
+    Attached, it stands in for ``base_layer.forward``, so that LoRA's own ``base_layer(x)`` computes x (W0 + eps)^T
+    while an active, unmerged adapter trains; in evaluation, under ``disable_adapter()`` and once merged it is the
+    forward it replaced.
+    """
+
+    def __init__(self, name: str, index: int, module: LoraLinear, draw: Draw) -> None:
+        self.name, self.index, self.module, self.draw = name, index, module, draw
+        self.base: Any = module.get_base_layer()
+        self.fan_in_fan_out = type(self.base) is Conv1D
+        weight = cast(Tensor, self.base.weight)
+        self.m, self.n = weight.shape[::-1] if self.fan_in_fan_out else weight.shape
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.w0_norms = self._w0_norms()
+        self.tau: Tensor | None = None  # (m,) noise size of each row of the base weight; None is no noise
+        self.original: Callable[..., Tensor] | None = None
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.original is not None
+        if self.tau is None or not self._perturbs():
+            return self.original(x, *args, **kwargs)
+        return self._perturbed(x, self.tau)
+
+    # TorchDynamo cannot trace noise seeded from Python: a compiled model breaks its graph here and goes on behind it.
+    @torch.compiler.disable
+    def _perturbed(self, x: Tensor, tau: Tensor) -> Tensor:
+        seed = mix(self.draw.seed, self.draw.number, self.index)
+        return perturbed_linear(x, self.base.weight, self.base.bias, tau, self.draw.noise, seed, self.fan_in_fan_out)
+
+    def attach(self) -> None:
+        self.original = self.base.forward
+        self._own_forward = self.base.__dict__.get("forward")
+        self.base.forward = self
+
+    def detach(self) -> None:
+        if self.base.__dict__.get("forward") is not self:
+            return
+        del self.base.forward
+        if self._own_forward is not None:  # accelerate, for one, sets a forward on the instance too
+            self.base.forward = self._own_forward
+
+    def adapters(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.module.active_adapters if name in self.module.lora_A]
+
+    def ranks(self) -> list[int]:
+        return [self.module.r[name] for name in self.adapters()]
+
+    def column_scaling(self) -> list[float]:
+        """s of each of the r columns of B, over all active adapters."""
+        return [self.module.scaling[name] for name in self.adapters() for _ in range(self.module.r[name])]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (m, r) and A (r, n) of the active adapters, side by side."""
+        b = [self._weight("lora_B", name).detach() for name in self.adapters()]
+        a = [self._weight("lora_A", name).detach() for name in self.adapters()]
+        return _joined(b, 1), _joined(a, 0)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """dL/dB (m, r) and dL/dA (r, n), zero where no gradient has arrived."""
+        b = [_gradient(self._weight("lora_B", name)) for name in self.adapters()]
+        a = [_gradient(self._weight("lora_A", name)) for name in self.adapters()]
+        return _joined(b, 1), _joined(a, 0)
+
+    def magnitude(self) -> Tensor | None:
+        """DoRA's trained row norms (m,), which are ||W'_i||; None for plain LoRA."""
+        found = [self.module.lora_magnitude_vector[name] for name in self.adapters() if name in self.dora]
+        return cast(Tensor, found[0].weight).detach() if found else None
+
+    @property
+    def dora(self) -> list[str]:
+        return list(self.module.lora_magnitude_vector)
+
+    def dora_scales_base_noise(self) -> bool:
+        """Whether DoRA's row scale acts on the noisy base output too: peft reuses that output unless dropout is on."""
+        return all(isinstance(self.module.lora_dropout[name], nn.Identity) for name in self.adapters())
+
+    def w0_at(self, a: Tensor, out: Tensor) -> None:
+        """Write W0 A^T (m, r) to ``out``."""
+        for start, stop in row_blocks(self.m, self.n, a.device):
+            torch.mm(self._w0_rows(start, stop), a.t(), out=out[start:stop])
+
+    def _w0_norms(self) -> Tensor:
+        """||W0_i||^2 (m,)."""
+        blocks = row_blocks(self.m, self.n, self.base.weight.device)
+        return torch.cat([torch.linalg.vector_norm(self._w0_rows(*rows), dim=1).square() for rows in blocks])
+
+    def _w0_rows(self, start: int, stop: int) -> Tensor:
+        weight: Tensor = self.base.weight.detach()
+        return (weight[:, start:stop].t() if self.fan_in_fan_out else weight[start:stop]).to(self.dtype)
+
+    def _weight(self, factor: str, adapter: str) -> Tensor:
+        return cast(Tensor, getattr(self.module, factor)[adapter].weight)
+
+    def _perturbs(self) -> bool:
+        module = self.module
+        return module.training and not module.disable_adapters and not module.merged and bool(self.adapters())
+
+
+def find_layers(model: nn.Module, draw: Draw) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
+    """The LoRA layers of a model that can be perturbed, and (name, reason) of those that cannot."""
+    supported: list[PerturbedLayer] = []
+    skipped: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        reason = _unsupported(module)
+        if reason:
+            skipped.append((name, reason))
+        else:
+            supported.append(PerturbedLayer(name, len(supported), cast(LoraLinear, module), draw))
+    return supported, skipped
+
+
+def _unsupported(module: LoraLayer) -> str | None:
+    base: Any = module.get_base_layer()
+    if type(module) is not LoraLinear or type(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
+        return f"LoRA on {type(base).__name__}"
+    if not base.weight.is_floating_point() or base.weight.is_meta:
+        return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
+    variants = {type(variant).__name__ for variant in module.lora_variant.values()} - {"DoraLinearVariant"}
+    return f"the {min(variants)} of LoRA" if variants else None
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -1,0 +1,104 @@
+r"""Unit-variance noise that can be made again from a seed, a block of rows at a time.
+
+The method needs eps with independent rows, E eps = 0 and Var eps_ij = tau_i^2: to second order in eps nothing else
+enters the objective, E L(W + eps) = L(W) + 1/2 tr(H diag(tau^2)) + ... . Three sources of unit noise z are offered, and
+eps = tau z:
+
+``"gaussian"``
+    Fresh N(0, 1) draws. The law of the paper, and the slowest on a CPU.
+``"table"``
+    One standardised table of 2^22 (CPU) or 2^24 (elsewhere) Gaussian draws, shared by all layers and read at a random
+    offset for each block (as OpenAI's evolution strategies do, arXiv 1703.03864), with a fresh random sign for each
+    row. The signs make any two rows, of one layer or of two, exactly uncorrelated; within a row entries are those of
+    the table. No draw is made in the inner loop, so this costs little more than reading memory.
+``"rademacher"``
+    Fresh random signs, one random bit an entry. Same two moments, lighter tails.
+
+Forward and backward call :func:`unit_rows` with equal arguments and get equal noise; nothing is kept between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .config import NoiseKind
+
+_TABLE_SEED = 0x6767_706F
+_MASK = (1 << 64) - 1
+
+
+def mix(*parts: int) -> int:
+    """Hash integers to a seed of 63 bits (SplitMix64 finaliser, folded over the parts)."""
+    state = 0
+    for part in parts:
+        state = (state + (part & _MASK) + 0x9E37_79B9_7F4A_7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58_476D_1CE4_E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D0_49BB_1331_11EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Split rows into blocks of at most a quarter of the noise table: the only m x n storage the method ever uses."""
+    step = max(1, _table_entries(device) // 4 // columns)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def unit_rows(kind: NoiseKind, seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Zero-mean, unit-variance noise for rows [start, start + rows) of a layer.
+
+    Returns:
+        A float32 tensor (rows, columns) on ``device``. Treat it as read-only: it may be a view of the shared table.
+
+    Raises:
+        ValueError: a row is longer than the noise table (2^22 entries on a CPU) and ``kind`` is ``"table"``.
+    """
+    generator = _generator(device).manual_seed(mix(seed, start))
+    if kind == "gaussian":
+        return torch.randn(rows, columns, generator=generator, device=device)
+    if kind == "rademacher":
+        packed = torch.randint(0, 256, (-(-rows * columns // 8),), generator=generator, device=device)
+        return _sign_bytes(device).index_select(0, packed).view(-1)[: rows * columns].view(rows, columns)
+    table = noise_table(device)
+    span = table.numel() - rows * columns
+    if span < 0:
+        raise ValueError(f'a row of {columns} entries is longer than the noise table; use noise="gaussian"')
+    offset = mix(seed, start, 1) % (span + 1)
+    return table[offset : offset + rows * columns].view(rows, columns)
+
+
+def row_signs(kind: NoiseKind, seed: int, rows: int, device: torch.device) -> Tensor | None:
+    """Fresh signs (rows,) that make rows read from one table uncorrelated; None where rows are fresh anyway."""
+    if kind != "table":
+        return None
+    generator = _generator(device).manual_seed(seed)
+    return torch.randint(0, 2, (rows,), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
+
+
+@lru_cache(maxsize=8)
+def noise_table(device: torch.device) -> Tensor:
+    """The shared table: N(0, 1) draws, shifted and scaled to mean 0 and variance 1; float32, made once a device."""
+    generator = torch.Generator().manual_seed(_TABLE_SEED)
+    table = torch.randn(_table_entries(device), generator=generator, dtype=torch.float64)
+    return table.sub_(table.mean()).div_(table.std(correction=0)).float().to(device)
+
+
+def _table_entries(device: torch.device) -> int:
+    return 1 << (22 if device.type == "cpu" else 24)
+
+
+@lru_cache(maxsize=8)
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device)
+
+
+@lru_cache(maxsize=8)
+def _sign_bytes(device: torch.device) -> Tensor:
+    """All 256 bytes as 8 signs: one look-up turns 8 random bits into 8 entries."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8)
+    return (bits & 1).mul(2).sub(1).float().to(device)

@@ -1,0 +1,115 @@
+"""Row statistics of all layers, computed together for layers of one shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import GGPOConfig
+from .layers import PerturbedLayer
+from .scales import gradient_row_norms_squared, tau_squared, weight_row_norms_squared
+
+
+@dataclass
+class LayerGroup:
+    """L layers of one shape and rank on one device; all row statistics are (L, m)."""
+
+    layers: list[PerturbedLayer]
+    w0_norms: Tensor  # ||W0_i||^2
+    s: Tensor  # (L, r) scaling of each column of B
+    pending: Tensor | None = None  # ||G_i||^2 of the backward passes since the last optimizer step
+    gradient: Tensor | None = None  # ||G_i||^2 of the last optimizer step, or their moving average
+    weight: Tensor | None = None  # ||W'_i||^2
+    tau2: Tensor | None = None  # variance of the noise on W'
+    guided: Tensor | None = None  # the part of tau2 due to the gradient
+
+    @property
+    def n(self) -> int:
+        return self.layers[0].n
+
+    def refresh(self, config: GGPOConfig, factor: float) -> None:
+        """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
+        b, a = self._stacked([layer.factors() for layer in self.layers])
+        w0_at = a.new_empty(*b.shape)
+        for layer, layer_a, out in zip(self.layers, a, w0_at, strict=True):
+            layer.w0_at(layer_a, out)
+        lora = weight_row_norms_squared(self.w0_norms, w0_at, b * self.s[:, None], a)
+        magnitudes = [magnitude for layer in self.layers if (magnitude := layer.magnitude()) is not None]
+        if magnitudes:
+            # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G,
+            # and noise put on W0 reaches W' times g.
+            self.weight = torch.stack(magnitudes).to(lora).square()
+            gain = (self.weight / lora).clamp_min(torch.finfo(lora.dtype).tiny)
+            gradient = None if self.gradient is None else self.gradient / gain
+            on_base = gain if self.layers[0].dora_scales_base_noise() else torch.ones_like(gain)
+        else:
+            self.weight, gradient, on_base = lora, self.gradient, torch.ones_like(lora)
+        tau2, guided = tau_squared(config, self.weight, gradient, self.n)
+        self.tau2, self.guided = tau2 * factor**2, guided * factor**2
+        for layer, tau in zip(self.layers, (self.tau2 / on_base).sqrt(), strict=True):
+            layer.tau = tau if factor > 0 else None
+
+    def capture(self, config: GGPOConfig) -> None:
+        """Estimate ||G_i||^2 from the gradients that A and B hold now."""
+        b, a = self._stacked([layer.factors() for layer in self.layers])
+        db, da = self._stacked([layer.gradients() for layer in self.layers])
+        self.pending = gradient_row_norms_squared(config.gradient, b, a, db, da, self.s)
+
+    def commit(self, grad_scale: float, ema: float) -> None:
+        """Make the captured norms those of the last optimizer step; a step of non-finite gradients is passed over."""
+        if self.pending is None:
+            return
+        norms, self.pending = self.pending / grad_scale**2, None
+        before = norms.new_zeros(()) if self.gradient is None else self.gradient
+        after = norms if self.gradient is None else ema * before + (1 - ema) * norms
+        self.gradient = torch.where(norms.isfinite().all(), after, before)
+
+    def load(self, norms: Mapping[str, Tensor]) -> None:
+        """Restore ||G_i||^2 (m,) by layer name; without them the gradient term starts at 0 again."""
+        rows = [norms[layer.name] for layer in self.layers if layer.name in norms]
+        self.gradient = torch.stack(rows).to(self.w0_norms) if len(rows) == len(self.layers) else None
+        self.pending = None
+
+    def _stacked(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        b, a = (torch.stack(list(parts)).to(self.w0_norms.dtype) for parts in zip(*pairs, strict=True))
+        return b, a
+
+
+def grouped(layers: list[PerturbedLayer]) -> list[LayerGroup]:
+    """Group the layers that have an active adapter; the others get no noise."""
+    by_shape: dict[tuple[object, ...], list[PerturbedLayer]] = defaultdict(list)
+    for layer in layers:
+        layer.tau = None
+        if layer.adapters():
+            kind = (layer.magnitude() is None, layer.dora_scales_base_noise(), layer.dtype, layer.w0_norms.device)
+            by_shape[(layer.m, layer.n, *layer.ranks(), *kind)].append(layer)
+    return [_group(members) for members in by_shape.values()]
+
+
+def _group(layers: list[PerturbedLayer]) -> LayerGroup:
+    w0_norms = torch.stack([layer.w0_norms for layer in layers])
+    return LayerGroup(layers, w0_norms, w0_norms.new_tensor([layer.column_scaling() for layer in layers]))
+
+
+def summary(groups: list[LayerGroup]) -> dict[str, float]:
+    """Size of the noise and share of the gradient in it, over all layers and over each group of equally named ones."""
+    sums: dict[str, Tensor] = {}
+    for group in groups:
+        if group.tau2 is None or group.guided is None or group.weight is None:
+            continue
+        parts = (group.guided, group.tau2, group.n * group.tau2, group.weight, torch.ones_like(group.tau2))
+        table = torch.stack([part.sum(-1) for part in parts], -1).double().cpu()
+        for layer, row in zip(group.layers, table, strict=True):
+            for key in ("", layer.name.rpartition(".")[2] + "/"):
+                sums[key] = sums.get(key, torch.zeros(5, dtype=torch.float64)) + row
+    metrics = {}
+    for key, total in sums.items():
+        guided, tau2, energy, weight, rows = total.tolist()
+        metrics[f"ggpo/{key}gradient_share"] = guided / tau2 if tau2 else 0.0
+        metrics[f"ggpo/{key}relative_noise"] = (energy / weight) ** 0.5 if weight else 0.0
+        metrics[f"ggpo/{key}tau"] = (tau2 / rows) ** 0.5
+    return metrics
