@@ -1,0 +1,239 @@
+"""Time and memory of a training step: LoRA-GGPO and the public ways to perturb, as ratios to plain LoRA.
+
+    python benchmarks/step_time.py --tokens 64 256 --rounds 9 --output docs/results/step_time.json
+
+One process holds one SmolLM2-135M with LoRA on all linear layers (r = 8, AdamW, 8 sequences a batch). Each round runs
+one step of every way in turn and divides its time by that round's plain step, so a machine that slows down slows all.
+The rivals get their noise sizes for nothing: only the perturbation itself is timed, so their ratios are lower bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from lora_ggpo import GGPO, GGPOConfig
+from lora_ggpo.models import add_adapter, load_model
+from lora_ggpo.perturbation.config import NoiseKind
+
+Step = Callable[[], None]
+SIGMA = 0.03
+RHO = 0.05
+
+
+class Bench:
+    """The model, optimizer and batch that all ways share."""
+
+    def __init__(self, model: nn.Module, tokens: int, batch: int, device: torch.device) -> None:
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device=device)
+        self.loras = [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+    def backward(self) -> None:
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def taus(self) -> list[Tensor]:
+        """Noise size of each row, (m, 1) a layer."""
+        weights = [module.base_layer.weight for module in self.loras]
+        return [SIGMA * w.norm(dim=1, keepdim=True) / w.shape[1] ** 0.5 for w in weights]
+
+
+@contextmanager
+def plain(bench: Bench) -> Iterator[Step]:
+    def step() -> None:
+        bench.backward()
+        bench.update()
+
+    yield step
+
+
+def ggpo(noise: NoiseKind) -> Callable[[Bench], contextmanager]:
+    @contextmanager
+    def way(bench: Bench) -> Iterator[Step]:
+        perturbation = GGPO(bench.model, GGPOConfig(sigma=SIGMA, rule="relative", beta=0.5, noise=noise))
+
+        def step() -> None:
+            bench.backward()
+            bench.optimizer.step()
+            perturbation.step()
+            bench.optimizer.zero_grad()
+
+        yield step
+        perturbation.detach()
+
+    return way
+
+
+@contextmanager
+def sd_scripts(bench: Bench) -> Iterator[Step]:
+    """x eps^T added to the output under no_grad: one more m x n product, one m x n tensor, no gradient through eps."""
+
+    def hook(tau: Tensor) -> Callable[..., Tensor]:
+        def add_noise(module: LoraLinear, args: tuple[Tensor], output: Tensor) -> Tensor:
+            with torch.no_grad():
+                noise = args[0] @ torch.randn_like(module.base_layer.weight).mul_(tau).t()
+            return output + noise
+
+        return add_noise
+
+    handles = [m.register_forward_hook(hook(tau)) for m, tau in zip(bench.loras, bench.taus(), strict=True)]
+    with plain(bench) as step:
+        yield step
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def in_place(bench: Bench) -> Iterator[Step]:
+    """Flat-LoRA's reference: noise added to W0 before the forward pass, made again and subtracted after backward."""
+    taus = bench.taus()
+
+    @torch.no_grad()
+    def shift(sign: float) -> None:
+        torch.manual_seed(0)
+        for module, tau in zip(bench.loras, taus, strict=True):
+            module.base_layer.weight.addcmul_(torch.randn_like(module.base_layer.weight), tau, value=sign)
+
+    def step() -> None:
+        shift(1.0)
+        bench.backward()
+        shift(-1.0)
+        bench.update()
+
+    yield step
+
+
+@contextmanager
+def sam(bench: Bench) -> Iterator[Step]:
+    """SAM over A and B: a second forward and backward at the worst point of radius rho."""
+
+    def step() -> None:
+        bench.backward()
+        gradients = [p.grad for p in bench.parameters]
+        scale = RHO / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).clamp_min(1e-12)
+        ascent = [scale * g for g in gradients]
+        bench.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_add_(bench.parameters, ascent)
+        bench.backward()
+        with torch.no_grad():
+            torch._foreach_sub_(bench.parameters, ascent)
+        bench.update()
+
+    yield step
+
+
+WAYS: dict[str, Callable[[Bench], contextmanager]] = {
+    "plain LoRA": plain,
+    **{f"GGPO, {kind} noise": ggpo(kind) for kind in get_args(NoiseKind)},
+    "sd-scripts (output noise)": sd_scripts,
+    "Flat-LoRA (in place)": in_place,
+    "SAM over A and B": sam,
+}
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    peaks: dict[str, list[float]] = {name: [] for name in WAYS}
+    for turn in range(rounds + 1):
+        for name, way in WAYS.items():
+            with way(bench) as step:
+                step()  # settles caches and, for GGPO, supplies the gradient norms
+                with peak_memory() as peak:
+                    began = time.perf_counter()
+                    step()
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    elapsed = time.perf_counter() - began
+            if turn:  # round 0 warms up
+                seconds[name].append(elapsed)
+                peaks[name].append(peak[0])
+        print(f"  round {turn}/{rounds}", file=sys.stderr)
+    base, base_peak = seconds["plain LoRA"], statistics.median(peaks["plain LoRA"])
+    rows = {}
+    for name, times in seconds.items():
+        low, ratio, high = statistics.quantiles([t / b for t, b in zip(times, base, strict=True)], n=4)
+        peak = statistics.median(peaks[name])
+        rows[name] = {
+            "seconds": statistics.median(times),
+            "ratio": ratio,
+            "ratio_q1": low,
+            "ratio_q3": high,
+            "peak_mib": peak,
+            "peak_ratio": peak / base_peak,
+        }
+    return rows
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Highest memory in use within the block, MiB: allocated on CUDA, resident on Linux (its high-water mark reset)."""
+    result = [float("nan")]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    yield result
+    if torch.cuda.is_available():
+        result[0] = torch.cuda.max_memory_allocated() / 2**20
+    elif sys.platform == "linux":
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        result[0] = int(line.split()[1]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model, _ = load_model("smollm2", "sft", None)
+    model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, "sft").to(device).train()
+    result: dict[str, object] = {
+        "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lora-ggpo")},
+    }
+    for tokens in args.tokens:
+        shape = f"{args.batch} x {tokens} tokens"
+        print(shape, file=sys.stderr)
+        rows = measure(Bench(model, tokens, args.batch, device), args.rounds)
+        result[shape] = rows
+        print(f"\n| {shape} | s/step | ratio | quartiles | peak MiB | peak ratio |\n|---|---|---|---|---|---|")
+        for name, row in rows.items():
+            quartiles = f"{row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}"
+            peak = f"{row['peak_mib']:.0f} | {row['peak_ratio']:.3f}"
+            print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.3f} | {quartiles} | {peak} |")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

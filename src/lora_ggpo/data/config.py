@@ -1,0 +1,54 @@
+"""What data to train on."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class DataConfig(BaseModel):
+    """Where the text comes from, which columns hold it, and how it is split, cut down and corrupted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(
+        min_length=1,
+        description="A bundled set (movie-reviews, amazon-reviews), a .jsonl, .json, .csv, .tsv or .parquet file, "
+        "a folder of train, validation and test files of these types, or a hub id.",
+    )
+    subset: str | None = Field(None, description="Name of a hub dataset's configuration, such as sst2.")
+    text: str | None = Field(None, description='Column of the text; default "text".')
+    label: str | None = Field(None, description='Column of the label; default "label".')
+    prompt: str | None = Field(
+        None,
+        description='Fine-tuning on completions: column of the prompt; default "prompt". Columns "messages", '
+        '"conversations" (ShareGPT) and "instruction", "input", "output" (Alpaca) are recognised.',
+    )
+    completion: str | None = Field(None, description='Column of the completion; default "completion".')
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the training rows to validate on, if the source has no such split."
+    )
+    test_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Share of the training rows to test on, if the source has no such split."
+    )
+    split_seed: int = Field(0, ge=0, description="Seed of the splits made here and of the choice of train_size rows.")
+    train_size: int | None = Field(
+        None, gt=0, description="Number of training rows, stratified by label; a larger size contains the smaller."
+    )
+    label_noise: float = Field(
+        0.0, ge=0, lt=1, description="Share of the training rows whose label is changed to another one."
+    )
+    noise_seed: int = Field(0, ge=0, description="Seed of the label noise; more noise contains the lesser.")
+    out_of_domain: list[str] = Field(
+        [], description="Further sources with the same labels; their test split is an extra test set."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction and test_fraction must add up to less than 1")
+        repeated = {self.source, *self.out_of_domain}
+        if len(repeated) <= len(self.out_of_domain):
+            raise ValueError("out_of_domain must name different sources, none of them the training source")
+        return self

@@ -1,0 +1,200 @@
+"""Tables from local files. Whatever is in the file, the one exception is UserError."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from lora_ggpo.data.table import Table
+from lora_ggpo.errors import UserError
+
+SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+SPLIT_NAMES |= {"dev": "validation", "test": "test"}
+
+
+def read_file(path: Path) -> Table:
+    """Return the rows of a .jsonl, .json, .csv, .tsv (each also with .gz) or .parquet file.
+
+    Raises:
+        UserError: the file cannot be read, is of another type, malformed (with the line) or without rows.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist; check the path.")
+    reader = _reader(path)
+    if reader is None:
+        raise UserError(f"{path} is of an unknown type; give a {', '.join(READERS)} file.")
+    table = reader(path, _content(path))
+    if not len(table):
+        raise UserError(f"{path} has no rows; give a file with data in it.")
+    return table
+
+
+def read_folder(folder: Path) -> dict[str, Table]:
+    """Return the tables of a folder's train, validation (also valid, val, dev) and test files, by split.
+
+    Raises:
+        UserError: no such file, two for one split, or a file that `read_file` refuses.
+    """
+    paths: dict[str, Path] = {}
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}.") from None
+    for path in entries:
+        split = SPLIT_NAMES.get(path.name.partition(".")[0].lower())
+        if split is None or _reader(path) is None:
+            continue
+        if split in paths:
+            raise UserError(f"{folder} has two files for {split}, {paths[split].name} and {path.name}; keep one.")
+        paths[split] = path
+    if not paths:
+        raise UserError(f"{folder} has no train, validation or test file; name them train.jsonl, test.csv and so on.")
+    return {split: read_file(path) for split, path in paths.items()}
+
+
+def has_known_suffix(source: str) -> bool:
+    """Tell whether a source is named like a data file."""
+    return _reader(Path(source)) is not None
+
+
+def parse_jsonl(path: Path, content: bytes) -> Table:
+    """Return one row for each line's JSON object; blank lines are skipped."""
+    rows, lines = [], []
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", _decoded(path, content)), start=1):
+        if line.strip():
+            rows.append(_object(_json(line, f"{path}, line {number}"), f"{path}, line {number}"))
+            lines.append(number)
+    return _from_rows(path, rows, "line", lines)
+
+
+def parse_json(path: Path, content: bytes) -> Table:
+    """Return one row for each object of a JSON list; a file of JSON lines is recognised."""
+    text = _decoded(path, content)
+    if text.lstrip().startswith("{"):
+        return parse_jsonl(path, content)
+    values = _json(text, str(path)) if text.strip() else []
+    if not isinstance(values, list):
+        raise UserError(f"{path} must hold a list of objects, but it holds a {type(values).__name__}.")
+    rows = [_object(value, f"{path}, row {number}") for number, value in enumerate(values, start=1)]
+    return _from_rows(path, rows, "row", range(1, len(rows) + 1))
+
+
+def parse_csv(path: Path, content: bytes, delimiter: str = ",") -> Table:
+    """Return one row for each record after the header; a record is placed by its first line."""
+    reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
+    records, lines, previous = [], [], 0
+    try:
+        for record in reader:
+            if record:
+                records.append(record)
+                lines.append(previous + 1)
+            previous = reader.line_num
+    except csv.Error as error:
+        raise UserError(f"{path}, line {previous + 1}: malformed CSV ({error}); check the quotes.") from None
+    if not records:
+        return Table(str(path), {}, "line", [])
+    header = records[0]
+    _refuse_repeated(path, header)
+    for record, line in zip(records, lines, strict=True):
+        if len(record) != len(header):
+            raise UserError(f"{path}, line {line}: {len(record)} fields, but the header has {len(header)}.")
+    columns = {name: [record[index] for record in records[1:]] for index, name in enumerate(header)}
+    return Table(str(path), columns, "line", lines[1:])
+
+
+def parse_tsv(path: Path, content: bytes) -> Table:
+    """Return the rows of a tab-separated file, quoted as in CSV."""
+    return parse_csv(path, content, delimiter="\t")
+
+
+def parse_parquet(path: Path, content: bytes) -> Table:
+    """Return the rows of a parquet file, with the class names if `datasets` wrote it."""
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        table.validate(full=True)
+        _refuse_repeated(path, table.column_names)
+        return Table.of_dataset(_dataset(table), str(path))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a readable parquet file ({reason}); write it again.") from None
+
+
+READERS: dict[str, Callable[[Path, bytes], Table]] = {
+    ".jsonl": parse_jsonl,
+    ".json": parse_json,
+    ".csv": parse_csv,
+    ".tsv": parse_tsv,
+    ".parquet": parse_parquet,
+}
+
+
+def _reader(path: Path) -> Callable[[Path, bytes], Table] | None:
+    name = path.name.lower().removesuffix(".gz")
+    return next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
+    if path.suffix.lower() != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} is truncated or no gzip file ({error}); fetch or compress it again.") from None
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: the text is not UTF-8; save the file as UTF-8.") from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise UserError(f"{where}: malformed JSON ({error.msg} at {place}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: JSON that cannot be read ({error}).") from None
+
+
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: a JSON object like {{"text": ..., "label": ...}} must be here.')
+    return value
+
+
+def _from_rows(path: Path, rows: list[dict[str, Any]], unit: str, positions: Iterable[int]) -> Table:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, unit, list(positions))
+
+
+def _refuse_repeated(path: Path, names: list[str]) -> None:
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise UserError(f"{path} has more than one column named {min(repeated)!r}; rename one.")
+
+
+def _dataset(table: pyarrow.Table) -> datasets.Dataset:
+    try:
+        return datasets.Dataset(datasets.table.InMemoryTable(table))
+    except (ValueError, TypeError, KeyError):  # feature types of another version: the plain columns still serve
+        return datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))

@@ -1,0 +1,49 @@
+"""Tables from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+
+from lora_ggpo.data.files import SPLIT_NAMES
+from lora_ggpo.data.table import Table
+from lora_ggpo.errors import UserError
+
+
+def read_hub(name: str, subset: str | None) -> dict[str, Table]:
+    """Return a hub dataset's train, validation and test tables, those it has; no code of the dataset is run.
+
+    Raises:
+        UserError: the hub or the dataset cannot be reached, or it has none of these splits.
+    """
+    shown = f"{name} ({subset})" if subset else name
+    try:
+        with _quiet():
+            loaded = datasets.load_dataset(name, subset)
+    except Exception as error:  # what the hub client and the file readers behind it raise is open-ended
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"The data {shown} is no local file and could not be loaded from the hub ({reason}); "
+            "check the name and data.subset, or give a local file or folder as data.source."
+        ) from error
+    tables = {}
+    for split, data in loaded.items():
+        if str(split) in SPLIT_NAMES:
+            tables[SPLIT_NAMES[str(split)]] = Table.of_dataset(data, f"{shown} {split}")
+    if not tables:
+        raise UserError(f"The hub data {shown} has no train, validation or test split, only {', '.join(loaded)}.")
+    return tables
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

@@ -1,0 +1,87 @@
+"""Labels of any kind become class names, and class names become indices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lora_ggpo.data.table import Table
+from lora_ggpo.errors import UserError
+
+
+def is_unlabelled(table: Table, column: str) -> bool:
+    """Tell whether a split's labels are withheld, which hub datasets mark by -1 throughout."""
+    return column in table.columns and column in table.label_names and set(table.columns[column]) <= {-1, None}
+
+
+def read_label_names(table: Table, column: str) -> list[str]:
+    """Return each row's class name.
+
+    Raises:
+        UserError: no such column, or a label that is missing, a fraction, or outside the classes the data declares.
+    """
+    values = table.column(column, "label")
+    names = table.label_names.get(column)
+    if names is None:
+        return [_class_name(value, table, column, row) for row, value in enumerate(values)]
+    for row, value in enumerate(values):
+        if type(value) is not int or not 0 <= value < len(names):
+            raise UserError(
+                f"{table.where(row)}: label {value!r} in column {column!r} is outside 0 to {len(names) - 1} "
+                f"({', '.join(names)})."
+            )
+    return [names[value] for value in values]
+
+
+def classes_of(names: Sequence[str], table: Table, column: str) -> list[str]:
+    """Return the classes of the training split: as the data declares them, else sorted, as numbers if they are.
+
+    Raises:
+        UserError: fewer than two different labels occur.
+    """
+    found = set(names)
+    if len(found) < 2:
+        raise UserError(
+            f"{table.origin}: every row has the label {names[0]!r} in column {column!r}; "
+            "classification needs at least two classes."
+        )
+    if column in table.label_names:
+        return list(table.label_names[column])
+    if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in found):
+        return sorted(found, key=lambda name: (int(name), name))
+    return sorted(found)
+
+
+def to_indices(names: Sequence[str], classes: Sequence[str], table: Table) -> list[int]:
+    """Return each name's index among the classes.
+
+    Raises:
+        UserError: a name is not among them.
+    """
+    index = {name: position for position, name in enumerate(classes)}
+    for row, name in enumerate(names):
+        if name not in index:
+            raise UserError(
+                f"{table.where(row)}: the label {name!r} is not among the labels of the training data, "
+                f"{', '.join(classes)}."
+            )
+    return [index[name] for name in names]
+
+
+def _class_name(value: object, table: Table, column: str, row: int) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]+\.[0-9]*\s*", value):
+        value = float(value)  # CSV files hold 1.0 where a column of integers has passed through floats
+    if isinstance(value, float) and value == value:
+        if not value.is_integer():
+            raise UserError(
+                f"{table.where(row)}: label {value} in column {column!r} is a fraction, not a class; "
+                "labels must be integers, booleans or names."
+            )
+        value = int(value)
+    if isinstance(value, int):
+        if value.bit_length() > 63:
+            raise UserError(f"{table.where(row)}: the label in column {column!r} is too large for an integer.")
+        return str(value)
+    return table.checked_text(value, column, row).strip()

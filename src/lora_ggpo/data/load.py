@@ -1,0 +1,198 @@
+"""From a DataConfig to the splits that training and evaluation use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+
+from lora_ggpo.data.bundled import BUNDLED
+from lora_ggpo.data.completion import read_completions
+from lora_ggpo.data.config import DataConfig
+from lora_ggpo.data.labels import classes_of, is_unlabelled, read_label_names, to_indices
+from lora_ggpo.data.sampling import carve, flip_labels, stratified_order
+from lora_ggpo.data.sources import ALL, read_source
+from lora_ggpo.data.table import Table
+from lora_ggpo.errors import UserError
+
+Columns = dict[str, list[Any]]
+NAMES = ("train", "validation", "test")
+STRING, INTEGER = datasets.Value("string"), datasets.Value("int64")
+FEATURES = {
+    "id": STRING,
+    "text": STRING,
+    "label": INTEGER,
+    "noisy": datasets.Value("bool"),
+    "prompt": STRING,
+    "completion": STRING,
+    "messages": [{"role": STRING, "content": STRING}],
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Data ready for a task; every split has a column "id".
+
+    Attributes:
+        train, validation, test: Rows in the order of the source.
+        labels: The classes' names, which "label" indexes; None for completions.
+        out_of_domain: Extra test sets, by source.
+    """
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+    labels: list[str] | None = None
+    out_of_domain: dict[str, datasets.Dataset] = field(default_factory=dict)
+
+
+def load_classification(config: DataConfig) -> Splits:
+    """Load data with columns "id", "text" and "label" (an index into `labels`); train has "noisy" (bool) as well.
+
+    Labels may be names, integers or booleans; without declared names, the classes are the sorted labels of train.
+    Missing validation and test splits are taken from train, stratified, and a split whose labels are withheld
+    (-1 throughout) counts as missing. Then train is cut to `train_size` and its labels are corrupted.
+
+    Raises:
+        UserError: the source or its content is not usable; the message says where and what to do.
+    """
+    text, label = config.text or "text", config.label or "label"
+    tables = _main_tables(config, lambda table: is_unlabelled(table, label))
+    read = {split: _text_and_names(table, text, label) for split, table in tables.items()}
+    whole = next(iter(tables))
+    classes = classes_of(read[whole]["label"], tables[whole], label)
+    for split, columns in read.items():
+        columns["label"] = to_indices(columns["label"], classes, tables[split])
+    parts = _three_splits(read, "label", "text", config)
+    if config.train_size is not None and config.train_size < len(set(parts["train"]["label"])):
+        raise UserError(
+            f"data.train_size is {config.train_size}, but the training data has {len(set(parts['train']['label']))} "
+            "classes; ask for at least one row of each."
+        )
+    train = _cut(parts["train"], parts["train"]["label"], config, tables[whole])
+    train["label"], train["noisy"] = flip_labels(train["label"], len(classes), config.label_noise, config.noise_seed)
+    extra = {source: _dataset(_other_domain(source, config, classes)) for source in config.out_of_domain}
+    return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), classes, extra)
+
+
+def load_completion(config: DataConfig) -> Splits:
+    """Load data with "id" and either "prompt" and "completion", or "messages": lists of {"role", "content"}.
+
+    Alpaca's and ShareGPT's columns are brought to these. Splits are as in `load_classification`, without strata.
+
+    Raises:
+        UserError: the source or its content is not usable, or label noise is asked for.
+    """
+    if config.label_noise:
+        raise UserError("data.label_noise needs labels, which data for completion has not; set it to 0.")
+    tables = _main_tables(config, lambda table: False)
+    read: dict[str, Columns] = {}
+    for split, table in tables.items():
+        read[split] = {"id": table.ids(), **read_completions(table, config)}
+    shapes = [set(columns) for columns in read.values()]
+    if any(shape != shapes[0] for shape in shapes):
+        raise UserError(f"The splits of {config.source} differ in their columns; give them the same.")
+    parts = _three_splits(read, None, "messages" if "messages" in shapes[0] else "prompt", config)
+    train = _cut(parts["train"], [0] * len(parts["train"]["id"]), config, next(iter(tables.values())))
+    extra = {}
+    for source in config.out_of_domain:
+        table = _test_table(read_source(source), lambda table: False)
+        extra[source] = _dataset({"id": table.ids(), **read_completions(table, config)})
+    return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), None, extra)
+
+
+def digest(dataset: datasets.Dataset) -> str:
+    """Return the sha256 over the rows, each as JSON with sorted keys: equal for equal rows in equal order."""
+    sha = hashlib.sha256()
+    for row in dataset:
+        sha.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    return sha.hexdigest()
+
+
+def _main_tables(config: DataConfig, withheld: Callable[[Table], bool]) -> dict[str, Table]:
+    """Return the usable tables, the one to train on first."""
+    if config.subset is not None and config.source in BUNDLED:
+        raise UserError(f"data.subset is for hub data, but {config.source} is bundled; leave it out.")
+    tables = read_source(config.source, config.subset)
+    tables = {split: table for split, table in tables.items() if split == "train" or not withheld(table)}
+    if ALL in tables:
+        return tables
+    if "train" not in tables:
+        raise UserError(f"{config.source} has no train split, only {', '.join(tables) or 'unlabelled ones'}.")
+    if not len(tables["train"]):
+        raise UserError(f"{tables['train'].origin} has no rows; give data with rows in it.")
+    return {split: tables[split] for split in NAMES if split in tables}
+
+
+def _text_and_names(table: Table, text: str, label: str) -> Columns:
+    return {"id": table.ids(), "text": table.texts(text, "text"), "label": read_label_names(table, label)}
+
+
+def _three_splits(read: dict[str, Columns], stratum: str | None, text: str, config: DataConfig) -> dict[str, Columns]:
+    """Take the splits that are missing from the first of the given ones."""
+    wanted = {"validation": config.validation_fraction, "test": config.test_fraction}
+    fractions = {split: fraction for split, fraction in wanted.items() if split not in read}
+    whole = next(iter(read.values()))
+    if not fractions:
+        return read
+    rows = len(whole["id"])
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in whole[text]]
+    chosen = carve(whole[stratum] if stratum else [0] * rows, texts, fractions, config.split_seed)
+    if min(len(part) for part in chosen.values()) == 0:
+        raise UserError(
+            f"{config.source} has {len(set(texts))} different texts, too few to split into train, validation and test."
+        )
+    given = {split: columns for split, columns in read.items() if split in wanted}
+    return given | {split: _take(whole, part.tolist()) for split, part in chosen.items()}
+
+
+def _cut(train: Columns, strata: Sequence[int], config: DataConfig, table: Table) -> Columns:
+    size, rows = config.train_size, len(train["id"])
+    if size is None:
+        return dict(train)
+    if size > rows:
+        raise UserError(
+            f"data.train_size is {size}, but {table.origin} gives {rows} rows to train on; ask for at most {rows}."
+        )
+    return _take(train, np.sort(stratified_order(strata, config.split_seed)[:size]).tolist())
+
+
+def _other_domain(source: str, config: DataConfig, classes: list[str]) -> Columns:
+    tables = read_source(source)
+    label = _present(config.label, tables, "label")
+    table = _test_table(tables, lambda table: is_unlabelled(table, label))
+    columns = _text_and_names(table, _present(config.text, tables, "text"), label)
+    unknown = sorted(set(columns["label"]) - set(classes))
+    if unknown:
+        raise UserError(
+            f"The out-of-domain data {source} has the labels {', '.join(sorted(set(columns['label'])))}, but the "
+            f"training data has {', '.join(classes)}; rename the labels."
+        )
+    columns["label"] = to_indices(columns["label"], classes, table)
+    return columns
+
+
+def _present(name: str | None, tables: dict[str, Table], default: str) -> str:
+    """Return the configured column where the source has it: other domains may keep to the default names."""
+    return name if name is not None and all(name in table.columns for table in tables.values()) else default
+
+
+def _test_table(tables: dict[str, Table], withheld: Callable[[Table], bool]) -> Table:
+    """Return the test split; without one, the validation split, or all there is."""
+    for split in ("test", "validation", ALL, "train"):
+        if split in tables and len(tables[split]) and not withheld(tables[split]):
+            return tables[split]
+    raise UserError(f"{next(iter(tables.values())).origin} has no labelled rows to test on.")
+
+
+def _take(columns: Columns, rows: Sequence[int]) -> Columns:
+    return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+
+def _dataset(columns: Columns) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(columns, features=datasets.Features({key: FEATURES[key] for key in columns}))

@@ -1,0 +1,99 @@
+"""Rows of data that know where they came from."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import datasets
+
+from lora_ggpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length.
+
+    Attributes:
+        origin: File or hub split, as error messages name it.
+        columns: Column name -> values, one for each row.
+        unit: What `positions` counts: "line" or "row".
+        positions: Where each row is in its origin, counted from 1.
+        label_names: Column name -> class names, for integer columns that come with names.
+    """
+
+    origin: str
+    columns: Mapping[str, Sequence[Any]]
+    unit: str
+    positions: Sequence[int]
+    label_names: Mapping[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of_dataset(cls, data: datasets.Dataset, origin: str) -> Self:
+        """Return a view of a dataset, whose columns are read when they are asked for."""
+        names = {key: value.names for key, value in data.features.items() if isinstance(value, datasets.ClassLabel)}
+        return cls(origin, {name: data[name] for name in data.column_names}, "row", range(1, len(data) + 1), names)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def where(self, row: int) -> str:
+        """Return the place of a row, as in "reviews.csv, line 3"."""
+        return f"{self.origin}, {self.unit} {self.positions[row]}"
+
+    def column(self, name: str, setting: str) -> list[Any]:
+        """Return a column's values.
+
+        Raises:
+            UserError: there is no such column; the message lists the columns and names the recipe's `setting`.
+        """
+        if name not in self.columns:
+            near = difflib.get_close_matches(name, self.columns, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            raise UserError(
+                f"{self.origin} has no column {name!r}, its columns are {', '.join(self.columns)}{hint} "
+                f"Name the column with data.{setting}."
+            )
+        return list(self.columns[name][:])  # the slice is what a datasets.Column reads in one go
+
+    def texts(self, name: str, setting: str) -> list[str]:
+        """Return a column of text.
+
+        Raises:
+            UserError: no such column, or a value that is missing, empty or not text.
+        """
+        return [self.checked_text(value, name, row) for row, value in enumerate(self.column(name, setting))]
+
+    def checked_text(self, value: object, name: str, row: int) -> str:
+        """Return a value of column `name` if it is text that is not blank, or else raise a UserError naming the row."""
+        if value is None or value != value:
+            raise UserError(f"{self.where(row)}: column {name!r} has no value; fill it in or remove the row.")
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise UserError(
+                f"{self.where(row)}: column {name!r} must hold text, but here it holds {kind} {reprlib.repr(value)}."
+            )
+        if not value.strip():
+            raise UserError(f"{self.where(row)}: column {name!r} is empty; fill it in or remove the row.")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{self.where(row)}: column {name!r} holds half of a surrogate pair, which is no character."
+            ) from None
+        return value
+
+    def ids(self) -> list[str]:
+        """Return the "id" column as text if every row has one, else "origin:position"."""
+        given = self.columns.get("id", [None] * len(self))[:]
+        if all(isinstance(value, int | str) and _encodable(str(value)) for value in given):
+            return [str(value) for value in given]
+        name = self.origin.replace("\\", "/").rpartition("/")[2]
+        return [f"{name}:{position}" for position in self.positions]
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)

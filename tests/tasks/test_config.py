@@ -1,0 +1,42 @@
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.tasks import Metric, TaskConfig
+
+
+def test_label_words_default_to_the_label_names():
+    config = TaskConfig(kind="causal-classification").for_labels(["bad", "good"])
+    assert config.label_words == ["bad", "good"]
+    chosen = TaskConfig(kind="causal-classification", label_words=["poor", "great"])
+    assert chosen.for_labels(["bad", "good"]).label_words == ["poor", "great"]
+    assert TaskConfig(kind="sft").for_labels(None).label_words is None
+
+
+def test_label_words_must_match_the_labels():
+    config = TaskConfig(kind="causal-classification", label_words=["a", "b", "c"])
+    with pytest.raises(UserError, match="has 3 entries, but the data has 2 labels: bad, good"):
+        config.for_labels(["bad", "good"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"template": "no place"}, "must contain {text} exactly once"),
+        ({"template": "{text} {text}"}, "must contain {text} exactly once"),
+        ({"label_words": ["a", " a"]}, "two different words"),
+        ({"label_words": ["a", ""]}, "two different words"),
+        ({"max_length": 0}, "greater than 0"),
+        ({"templte": "x"}, "not permitted"),
+    ],
+)
+def test_wrong_settings(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        TaskConfig(kind="causal-classification", **fields)
+
+
+def test_metric_is_json_without_nan():
+    assert Metric(0.5, 0.1, 25).to_dict() == {"value": 0.5, "se": 0.1, "n": 25}
+    assert Metric(math.inf, math.nan, 1).to_dict() == {"value": None, "se": None, "n": 1}

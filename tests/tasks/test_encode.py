@@ -1,0 +1,232 @@
+import pytest
+import torch
+from datasets import Dataset
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.tasks import TaskConfig, collator, encode
+from lora_ggpo.tasks.encode import NO_LOSS, label_word_ids
+
+TEXTS = ["A fine film.", "Dull, and far too long for the little it has to say.", "Fun."]
+WORDS = ["negative", "positive"]
+REVIEWS = Dataset.from_dict({"text": TEXTS, "label": [1, 0, 1], "id": ["a", "b", "c"]})
+
+
+def causal(**fields):
+    return TaskConfig(kind="causal-classification", **({"label_words": WORDS} | fields))
+
+
+def learnt(row):
+    return [label for label in row["labels"] if label != NO_LOSS]
+
+
+def context(row):
+    return [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == NO_LOSS]
+
+
+# --- classification ------------------------------------------------------------------------------------------------
+
+
+def test_classification(minilm):
+    tokenizer = minilm[1]
+    encoded = encode("classification", REVIEWS, tokenizer, TaskConfig(max_length=8))
+    assert encoded.column_names == ["input_ids", "attention_mask", "labels", "length"]
+    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a fine film. [SEP]"
+    assert encoded["labels"][:] == [1, 0, 1]
+    assert encoded["length"][:] == [6, 8, 4]
+    assert tokenizer.decode(encoded[1]["input_ids"]) == "[CLS] dull, and far too long [SEP]"
+
+
+def test_classification_batch_is_padded_to_its_longest_row(minilm):
+    tokenizer = minilm[1]
+    encoded = encode("classification", REVIEWS, tokenizer, TaskConfig())
+    batch = collator("classification", tokenizer)(encoded.to_list())
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["labels"].tolist() == [1, 0, 1]
+    assert batch["input_ids"].shape == (3, max(encoded["length"]))
+    assert batch["attention_mask"].sum(dim=1).tolist() == encoded["length"][:]
+    assert batch["input_ids"][2, 4:].unique().tolist() == [tokenizer.pad_token_id]
+
+
+def test_rows_keep_their_order_over_chunks(minilm):
+    many = Dataset.from_dict({"text": [f"film {i}" for i in range(2500)], "label": [i % 2 for i in range(2500)]})
+    encoded = encode("classification", many, minilm[1], TaskConfig())
+    assert encoded["labels"][:] == many["label"][:]
+    for i in (0, 999, 1000, 2499):
+        assert minilm[1].decode(encoded[i]["input_ids"], skip_special_tokens=True) == f"film {i}"
+
+
+# --- causal classification -----------------------------------------------------------------------------------------
+
+
+def test_only_the_label_word_is_learnt(smollm2):
+    tokenizer = smollm2[1]
+    for row, text, label in zip(
+        encode("causal-classification", REVIEWS, tokenizer, causal()), TEXTS, [1, 0, 1], strict=True
+    ):
+        assert tokenizer.decode(context(row)) == f"{text}\nSentiment:"
+        assert tokenizer.decode(learnt(row)) == f" {WORDS[label]}"
+        assert row["input_ids"] == tokenizer(f"{text}\nSentiment: {WORDS[label]}")["input_ids"]
+        assert row["label"] == label
+        assert row["length"] == len(row["input_ids"]) == len(row["attention_mask"]) == len(row["labels"])
+
+
+def test_template_may_hold_braces_and_end_in_spaces(smollm2):
+    tokenizer = smollm2[1]
+    config = causal(template='{"review": "{text}"} ->  ')
+    row = encode("causal-classification", REVIEWS, tokenizer, config)[0]
+    assert tokenizer.decode(row["input_ids"]) == '{"review": "A fine film."} -> positive'
+
+
+def test_chat_template_and_word_behind_a_line_break(smollm2):
+    tokenizer = smollm2[1]
+    row = encode("causal-classification", REVIEWS, tokenizer, causal(chat_template=True))[0]
+    assert tokenizer.decode(context(row)).endswith(
+        "<|im_start|>user\nA fine film.\nSentiment:<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(learnt(row)) == "positive"
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_long_text_is_cut_but_never_template_or_word(smollm2, chat_template):
+    tokenizer = smollm2[1]
+    text = "word " * 300 + "end"
+    config = causal(chat_template=chat_template, max_length=60, template="Review: {text}\nSentiment:")
+    data = Dataset.from_dict({"text": [text, "Short."], "label": [0, 1]})
+    long, short = encode("causal-classification", data, tokenizer, config)
+    prompt = tokenizer.decode(context(long))
+    assert 57 <= long["length"] <= 60
+    assert "Review: word word" in prompt
+    assert "end" not in prompt.split("Sentiment:")[0].replace("<|im_end|>", "")
+    tail = "\nSentiment:<|im_end|>\n<|im_start|>assistant\n" if chat_template else "\nSentiment:"
+    assert prompt.endswith(tail)
+    assert tokenizer.decode(learnt(long)).strip() == "negative"
+    assert "Review: Short.\nSentiment:" in tokenizer.decode(context(short))
+
+
+def test_no_room_for_the_text(smollm2):
+    with pytest.raises(UserError, match="max_length = 5 leaves no room for the text: the template and the longest"):
+        encode("causal-classification", REVIEWS, smollm2[1], causal(max_length=5))
+
+
+def test_words_of_several_tokens_and_words_that_cannot_win(smollm2):
+    tokenizer = smollm2[1]
+    words = ["not good at all", "wonderful"]
+    ids = label_word_ids(tokenizer, causal(label_words=words))
+    assert [tokenizer.decode(word) for word in ids] == [" not good at all", " wonderful"]
+    with pytest.raises(UserError, match="'good enough' begins with the tokens of 'good'"):
+        label_word_ids(tokenizer, causal(label_words=["good enough", "good"]))
+    with pytest.raises(UserError, match="label_words is not set"):
+        label_word_ids(tokenizer, causal(label_words=None))
+
+
+def test_causal_batch_pads_labels_with_no_loss(smollm2):
+    tokenizer = smollm2[1]
+    encoded = encode("causal-classification", REVIEWS, tokenizer, causal())
+    batch = collator("causal-classification", tokenizer)(encoded.to_list())
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["labels"].shape == batch["input_ids"].shape
+    assert (batch["labels"][batch["attention_mask"] == 0] == NO_LOSS).all()
+    assert ((batch["labels"] != NO_LOSS).sum(dim=1) == 1).all()
+    assert batch["labels"].dtype == torch.int64
+
+
+# --- prompt and completion, messages -------------------------------------------------------------------------------
+
+PAIRS = Dataset.from_dict({"prompt": ["Q: 2+2?\nA:", "Say hi:"], "completion": [" 4", "hi"]})
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi!"},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4."},
+]
+
+
+def test_completion_ends_in_the_end_token_and_alone_is_learnt(smollm2):
+    tokenizer = smollm2[1]
+    first, second = encode("sft", PAIRS, tokenizer, TaskConfig(kind="sft"))
+    assert tokenizer.decode(context(first)) == "Q: 2+2?\nA:"
+    assert tokenizer.decode(learnt(first)) == " 4<|im_end|>"
+    assert learnt(first)[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(learnt(second)) == "hi<|im_end|>"
+
+
+def test_prompt_tokens_stand_as_they_would_in_generation(smollm2):
+    tokenizer = smollm2[1]
+    data = Dataset.from_dict({"prompt": ["The answer is un"], "completion": ["known"]})  # together one token: unknown
+    row = encode("sft", data, tokenizer, TaskConfig(kind="sft"))[0]
+    assert context(row) == tokenizer("The answer is un")["input_ids"]
+    assert tokenizer.decode(learnt(row)) == "known<|im_end|>"
+
+
+def test_chat_template_wraps_prompt_and_completion(smollm2):
+    tokenizer = smollm2[1]
+    row = encode("sft", PAIRS, tokenizer, TaskConfig(kind="sft", chat_template=True))[1]
+    assert tokenizer.decode(learnt(row)) == "hi<|im_end|>"
+    assert tokenizer.decode(context(row)).endswith("user\nSay hi:<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_messages_learn_the_assistants_turns_only(smollm2):
+    tokenizer = smollm2[1]
+    row = encode("sft", Dataset.from_list([{"messages": TALK}]), tokenizer, TaskConfig(kind="sft"))[0]
+    assert tokenizer.decode(learnt(row)) == "Hi!<|im_end|>4.<|im_end|>"
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert tokenizer.decode(row["input_ids"]) == whole.removesuffix("\n")
+    assert row["input_ids"] == tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
+
+
+def test_long_prompts_are_left_out_with_one_warning(smollm2):
+    tokenizer = smollm2[1]
+    data = Dataset.from_dict({"prompt": ["word " * 50, "a"], "completion": ["lost", "kept but cut " * 20]})
+    with pytest.warns(UserWarning, match="1 of 2 rows are left out: their prompt fills task.max_length = 16"):
+        encoded = encode("sft", data, tokenizer, TaskConfig(kind="sft", max_length=16))
+    assert encoded["length"][:] == [16]
+    assert tokenizer.eos_token_id not in encoded[0]["labels"]  # a cut completion does not teach to stop
+    with pytest.raises(UserError, match="No row is left"):
+        encode("sft", data.select([0]), tokenizer, TaskConfig(kind="sft", max_length=16))
+
+
+def test_chat_templates_that_cannot_be_used_name_the_row(smollm2):
+    tokenizer = smollm2[1]
+    config = TaskConfig(kind="sft")
+    silent = [{"role": "user", "content": "Hello"}]
+    good = Dataset.from_list([{"messages": TALK}, {"messages": silent}])
+    with pytest.raises(UserError, match="Row 1: the messages hold no assistant turn"):
+        encode("sft", good, tokenizer, config)
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ messages | length }}" + template  # the beginning changes with every turn
+        with pytest.raises(UserError, match="Row 0: the tokenizer's chat template changes earlier turns"):
+            encode("sft", good, tokenizer, config)
+        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        with pytest.raises(UserError, match=r"Row 0: .*rejects the messages: roles must alternate"):
+            encode("sft", good, tokenizer, config)
+        tokenizer.chat_template = None
+        with pytest.raises(UserError, match="no chat template"):
+            encode("sft", good, tokenizer, config)
+    finally:
+        tokenizer.chat_template = template
+
+
+# --- bad data ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "fields", "sentence"),
+    [
+        ("classification", {"text": [], "label": []}, {}, "no rows"),
+        ("classification", {"text": ["a"]}, {}, "no column 'label', only text"),
+        ("classification", {"text": ["a", "b"], "label": [0, -1]}, {}, "Row 1: label -1 is out of range"),
+        ("classification", {"text": ["a"], "label": [0]}, {"max_length": 513}, "more than the 512 tokens"),
+        ("sft", {"prompt": ["a"]}, {}, "'prompt' and 'completion', or 'messages', but has only prompt"),
+    ],
+)
+def test_bad_data(minilm, kind, columns, fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        encode(kind, Dataset.from_dict(columns), minilm[1], TaskConfig(kind=kind, **fields))
+
+
+def test_label_beyond_the_label_words(smollm2):
+    data = Dataset.from_dict({"text": ["a"], "label": [2]})
+    with pytest.raises(UserError, match=r"Row 0: label 2 is out of range; labels are whole numbers, 0 to 1\."):
+        encode("causal-classification", data, smollm2[1], causal())
