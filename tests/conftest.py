@@ -10,6 +10,9 @@ import torch
 
 from lora_ggpo.data import DataConfig, load_classification
 from lora_ggpo.models import load_model
+from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.recipe import load_recipe
+from lora_ggpo.training.run import train
 
 RECIPE = """\
 model: minilm
@@ -36,6 +39,7 @@ training:
   logging_steps: 1
   save_steps: 3
   use_cpu: true
+validate_every: 6
 output: {output}
 """
 
@@ -66,6 +70,17 @@ def reviews(tmp_path_factory):
 @pytest.fixture
 def recipe_file(reviews, tmp_path):
     """A recipe of 12 quick GGPO steps on MiniLM, 8 to an epoch, with every source of chance in use."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(reviews=reviews, output=tmp_path / "runs"), encoding="utf-8")
+    return _write_recipe(tmp_path, reviews)
+
+
+@pytest.fixture(scope="session")
+def finished(reviews, tmp_path_factory):
+    """(recipe file, run): that recipe carried out without interruption."""
+    path = _write_recipe(tmp_path_factory.mktemp("finished"), reviews)
+    return path, train(load_recipe(path), Reporter(quiet=True))[0]
+
+
+def _write_recipe(folder, reviews):
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(reviews=reviews, output=folder / "runs"), encoding="utf-8")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
@@ -22,11 +23,11 @@ class GGPOCallback(TrainerCallback, ExportableState):
     part of each checkpoint's ``trainer_state.json``, so ``resume_from_checkpoint`` continues exactly.
 
     Args:
-        config: The settings; None is the defaults.
+        config: The settings, also as the dictionary that a checkpoint holds; None is the defaults.
     """
 
-    def __init__(self, config: GGPOConfig | None = None) -> None:
-        self.config = config or GGPOConfig()
+    def __init__(self, config: GGPOConfig | Mapping[str, Any] | None = None) -> None:
+        self.config = GGPOConfig.from_dict(config) if isinstance(config, Mapping) else config or GGPOConfig()
         self.ggpo: GGPO | None = None
         self._grad_scale = 1.0
 
@@ -34,10 +35,12 @@ class GGPOCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
+        self._detach()  # Ctrl-C skips on_train_end, and auto_find_batch_size begins again without it
         self.ggpo = GGPO(model, self.config, total_steps=state.max_steps)
         callbacks: Any = state.stateful_callbacks  # a dictionary by class name, whatever its annotation says
-        saved = callbacks.get(type(self).__name__)
-        if state.global_step > 0 and saved:
+        # A checkpoint of a run without GGPO has no entry, and the Trainer fails to save one that is not there.
+        saved = callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
             self.ggpo.load_state_dict(_decoded(saved["attributes"]["ggpo_state"]))
 
     def on_pre_optimizer_step(
@@ -62,17 +65,16 @@ class GGPOCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
         if self.ggpo:
             self.ggpo.detach()
 
     def state(self) -> dict[str, Any]:
         """The configuration and, once training has begun, the state of :class:`GGPO` (for ``trainer_state.json``)."""
         tensors = self.ggpo.state_dict() if self.ggpo else {}
-        return {"args": self.config.to_dict(), "attributes": {"ggpo_state": _encoded(tensors)}}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> GGPOCallback:
-        return cls(GGPOConfig.from_dict(state["args"]))
+        return {"args": {"config": self.config.to_dict()}, "attributes": {"ggpo_state": _encoded(tensors)}}
 
 
 def _encoded(tensors: dict[str, Tensor]) -> str:

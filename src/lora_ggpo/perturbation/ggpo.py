@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -165,10 +165,10 @@ class GGPO:
             self._draw.number = number
             if not self._capture_queued:
                 self._capture_queued = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._capture)
+                _queue(lambda: _queue(self._capture))  # behind DDP's own callback, which writes the averaged gradients
 
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:  # a parameter would keep the hook
                 leaf.register_hook(on_gradient)
 
     def _capture(self) -> None:
@@ -189,6 +189,11 @@ class GGPO:
                 'use rule="relative" for guidance that counts',
                 stacklevel=3,
             )
+
+
+def _queue(callback: Callable[[], None]) -> None:
+    """Call back as the running backward pass ends, after everything queued so far."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _check_layers(layers: list[PerturbedLayer], skipped: list[tuple[str, str]], strict: bool) -> None:

@@ -125,7 +125,8 @@ class PerturbedLayer:
 
     def _perturbs(self) -> bool:
         module = self.module
-        return module.training and not module.disable_adapters and not module.merged and bool(self.adapters())
+        training = module.training and self.base.training  # after unload(), eval() reaches the base layer alone
+        return training and not module.disable_adapters and not module.merged and bool(self.adapters())
 
 
 def find_layers(model: nn.Module, draw: Draw) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:

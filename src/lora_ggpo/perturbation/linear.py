@@ -42,7 +42,7 @@ def perturbed_linear(
     Returns:
         y (..., m), in the dtype of ``x`` or of autocast.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return cast(Tensor, _PerturbedLinear.apply(x, weight, bias, tau, noise, seed, fan_in_fan_out))
 
@@ -80,7 +80,8 @@ class _PerturbedLinear(torch.autograd.Function):
         dx = dweight = dbias = None
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = _input_gradient(out, weight, tau, ctx).view(*dy.shape[:-1], -1)
+                n = weight.shape[0 if ctx.fan_in_fan_out else 1]
+                dx = _input_gradient(out, weight, tau, ctx).view(*dy.shape[:-1], n)
             if ctx.needs_input_grad[1]:
                 tokens = x.reshape(-1, x.shape[-1])
                 dweight = (tokens.t() @ out if ctx.fan_in_fan_out else out.t() @ tokens).to(weight.dtype)

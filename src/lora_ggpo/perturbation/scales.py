@@ -97,7 +97,7 @@ def tau_squared(config: GGPOConfig, weight: Tensor, gradient: Tensor | None, n: 
         return unit * weight + guided, guided
     mean = gradient.mean(-1, keepdim=True)
     # A layer that got no gradient at all (an unused expert) is shared out by weight alone.
-    share = torch.where(mean > 0, beta, 0.0)
+    share = beta * (mean > 0).to(mean.dtype)
     guided = unit * share * weight.mean(-1, keepdim=True) * gradient / mean.clamp_min(torch.finfo(mean.dtype).tiny)
     return unit * (1 - share) * weight + guided, guided
 

@@ -26,6 +26,7 @@ class LayerGroup:
     weight: Tensor | None = None  # ||W'_i||^2
     tau2: Tensor | None = None  # variance of the noise on W'
     guided: Tensor | None = None  # the part of tau2 due to the gradient
+    gain: Tensor | None = None  # DoRA's squared row scale ||W'_i||^2 / ||(W0 + sBA)_i||^2; None for plain LoRA
 
     @property
     def n(self) -> int:
@@ -43,12 +44,11 @@ class LayerGroup:
             # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G,
             # and noise put on W0 reaches W' times g.
             self.weight = torch.stack(magnitudes).to(lora).square()
-            gain = (self.weight / lora).clamp_min(torch.finfo(lora.dtype).tiny)
-            gradient = None if self.gradient is None else self.gradient / gain
-            on_base = gain if self.layers[0].dora_scales_base_noise() else torch.ones_like(gain)
+            self.gain = (self.weight / lora).clamp_min(torch.finfo(lora.dtype).tiny)
+            on_base = self.gain if self.layers[0].dora_scales_base_noise() else torch.ones_like(lora)
         else:
-            self.weight, gradient, on_base = lora, self.gradient, torch.ones_like(lora)
-        tau2, guided = tau_squared(config, self.weight, gradient, self.n)
+            self.weight, on_base = lora, torch.ones_like(lora)
+        tau2, guided = tau_squared(config, self.weight, self.gradient, self.n)
         self.tau2, self.guided = tau2 * factor**2, guided * factor**2
         for layer, tau in zip(self.layers, (self.tau2 / on_base).sqrt(), strict=True):
             layer.tau = tau if factor > 0 else None
@@ -57,15 +57,17 @@ class LayerGroup:
         """Estimate ||G_i||^2 from the gradients that A and B hold now."""
         b, a = self._stacked([layer.factors() for layer in self.layers])
         db, da = self._stacked([layer.gradients() for layer in self.layers])
-        self.pending = gradient_row_norms_squared(config.gradient, b, a, db, da, self.s)
+        norms = gradient_row_norms_squared(config.gradient, b, a, db, da, self.s)
+        self.pending = norms if self.gain is None else norms / self.gain
 
     def commit(self, grad_scale: float, ema: float) -> None:
         """Make the captured norms those of the last optimizer step; a step of non-finite gradients is passed over."""
         if self.pending is None:
             return
         norms, self.pending = self.pending / grad_scale**2, None
-        before = norms.new_zeros(()) if self.gradient is None else self.gradient
-        after = norms if self.gradient is None else ema * before + (1 - ema) * norms
+        before = torch.zeros_like(norms) if self.gradient is None else self.gradient
+        # An average begins at the first gradient, also when steps before it were passed over.
+        after = torch.where(before.any(), ema * before + (1 - ema) * norms, norms)
         self.gradient = torch.where(norms.isfinite().all(), after, before)
 
     def load(self, norms: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,204 @@
+"""The command line. Heavy libraries are imported inside the commands, so that help and usage errors come at once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lora_ggpo.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_ggpo.training.run import Run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune language models with LoRA-GGPO: recipes in, evaluated PEFT adapters out.",
+)
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show Python tracebacks and the libraries' own messages.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change, such as training.max_steps=50 or 'seeds=[0,1,2]'.")
+]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder: an output folder, or seed-N in it.")]
+
+
+def main() -> None:
+    """Entry point of ``lora-ggpo``: exits with 2 on bad input and 130 on Ctrl-C."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `lora-ggpo schema` describes it.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune and evaluate as RECIPE says, once for each seed; resumes what is unfinished."""
+    with _errors(debug):
+        from lora_ggpo.training.source import read_source
+
+        source = read_source(recipe, overrides or ())
+        from lora_ggpo.training.recipe import check_recipe
+        from lora_ggpo.training.run import train
+
+        runs = train(check_recipe(source))
+        _print_metrics(runs)
+        print(f"Runs: {', '.join(str(run.folder) for run in runs)}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunFolder,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Data to score on instead of the run's own: bundled name, file, folder or hub id."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Score the adapter of a finished run again, or on other data."""
+    with _errors(debug):
+        from lora_ggpo.report.tables import metrics_table
+        from lora_ggpo.training.reuse import evaluate_run
+        from lora_ggpo.training.run import find_runs
+
+        evaluations = [evaluate_run(one.folder, on) for one in find_runs(run)]
+        _stdout().print(metrics_table(evaluations))
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder with one seed, or seed-N in it.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    debug: Debug = False,
+) -> None:
+    """Fold a run's adapter into the model's weights and save the plain model."""
+    with _errors(debug):
+        from lora_ggpo.training.reuse import merge_run
+
+        difference, logits = merge_run(run, out)
+        print(f"Merged model: {out}")
+        print(f"Its logits differ from the adapter's by at most {difference:.1e} (logits reach {logits:.2g}).")
+
+
+@app.command()
+def show(run: RunFolder, debug: Debug = False) -> None:
+    """Show a run: recipe in short, metrics, loss curve."""
+    with _errors(debug):
+        from lora_ggpo.report.tables import sparkline
+        from lora_ggpo.training.run import find_runs, summary
+
+        runs = find_runs(run)
+        print(summary(runs[0].recipe))
+        _print_metrics([one for one in runs if one.metrics])
+        for one in runs:
+            losses = [row["loss"] for row in one.log if "loss" in row]
+            state = "" if one.metrics else " (unfinished; give its `lora-ggpo train` command again)"
+            print(f"{one.folder}{state}")
+            if losses:
+                print(f"  loss {sparkline(losses)} {losses[0]:.3f} to {losses[-1]:.3f}")
+            if (one.folder / "training.png").is_file():
+                print(f"  plot {one.folder / 'training.png'}")
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of recipes."""
+    with _errors(debug):
+        from lora_ggpo.training.recipe import json_schema
+
+        print(json_schema())
+
+
+@app.command()
+def demo(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder of the runs, the table and the figure.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Compare LoRA with LoRA-GGPO on movie reviews with wrong labels in them."""
+    with _errors(debug):
+        from lora_ggpo.training.demo import run_demo
+
+        result = run_demo(seeds, output, overrides or ())
+        _stdout().print(result.table)
+        print(result.verdict)
+        print(f"Files: {output / 'results.md'}, {output / 'results.json'}, {output / 'demo.png'}")
+        print(
+            f"Adapters: {', '.join(str(run.folder / 'adapter') for runs in result.runs.values() for run in runs[:1])}"
+        )
+
+
+def _print_metrics(runs: list[Run]) -> None:
+    from lora_ggpo.report.tables import metrics_table
+
+    evaluations = [run.metrics["evaluation"] for run in runs if run.metrics]
+    if evaluations:
+        _stdout().print(metrics_table(evaluations))
+
+
+def _stdout() -> Console:
+    # In a pipe rich assumes 80 columns and would fold the tables.
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Turn what stops a command into one line on stderr and an exit code."""
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                _calm()
+            yield
+    except UserError as error:
+        _stop(f"error: {error}", USER_ERROR, debug)
+    except KeyboardInterrupt as error:
+        _stop(str(error) or "Interrupted.", INTERRUPTED, debug)
+    except OSError as error:
+        from lora_ggpo.training.files import is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        _stop("error: The disk is full; free some space and give the same command again.", USER_ERROR, debug)
+
+
+def _stop(message: str, code: int, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _calm() -> None:
+    """Warnings as one line each; the libraries' notes to developers not at all."""
+
+    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    warnings.showwarning = show
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # peft looks for a config.json beside the weights; a GGUF file carries its own
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
+
+
+if __name__ == "__main__":
+    main()

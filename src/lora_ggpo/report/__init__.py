@@ -1,0 +1,1 @@
+"""What runs have to say, as tables and figures; it works on the plain data of run folders."""

@@ -1,0 +1,93 @@
+"""What a run does at each step: log, progress, validation, whole checkpoints, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_ggpo.training.checkpoints import seal
+from lora_ggpo.training.files import read_json_lines, write_json_lines
+from lora_ggpo.training.interrupt import StopRequest
+from lora_ggpo.training.progress import Task
+from lora_ggpo.training.trainer import NonFiniteLossError
+
+
+class RunCallback(TrainerCallback):
+    """Keeps the log and the checkpoints of a run. Add it after all other callbacks: it logs and seals what they write.
+
+    Args:
+        log: The log file. Lines past the step that training starts from are dropped: they are about to be made again.
+        first_step: That step.
+        task: Shows progress.
+        stop: Asks for a clean stop.
+        validate: Returns what to log as ``validation/*``, every `validate_every` steps.
+        keep: Number of checkpoints to keep; None is all.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *,
+        first_step: int,
+        task: Task,
+        stop: StopRequest,
+        validate: Callable[[], dict[str, float]],
+        validate_every: int | None,
+        keep: int | None,
+    ) -> None:
+        self._log, self._task, self._stop, self._keep = log, task, stop, keep
+        self._validate, self._validate_every = validate, validate_every
+        kept = [row for row in read_json_lines(log) if row["step"] <= first_step]
+        write_json_lines(log, kept)
+        self._seconds = max((row["seconds"] for row in kept), default=0.0)
+        self._step_start = 0.0
+        self._note = ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._task.begin(state.global_step)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step_start = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self._seconds += time.perf_counter() - self._step_start
+        self._task.update(state.global_step, state.max_steps, self._note)
+        if self._stop.made:
+            control.should_save = control.should_training_stop = True
+        if control.should_save:
+            control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
+        if self._validate_every and state.global_step % self._validate_every == 0:
+            measured = {f"validation/{name}": value for name, value in self._validate().items()}
+            self._write({"step": state.global_step, "epoch": state.epoch, **measured})
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        # With fp16 the loss scaler skips a step whose gradient overflows; elsewhere the step is lost.
+        if not args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise NonFiniteLossError(f"The gradient is not finite at step {state.global_step}")
+        self._note = f"loss {logs['loss']:.4f}"
+        self._write({"step": state.global_step, **logs})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._keep)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "seconds": round(self._seconds, 3)}) + "\n")

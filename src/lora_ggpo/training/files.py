@@ -1,0 +1,128 @@
+"""Writing a run folder so that every file in it is whole, and saying so in one sentence when that fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lora_ggpo.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What safetensors and torch.save say instead of raising an OSError with its number.
+_NO_SPACE_WORDS = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "Disk quota exceeded")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, which holds either its old content or all of the new one at any time."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, as `write_text` does."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: it is not JSON.") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; a last line that was cut short is left out, a missing file is empty."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `path` in one move when all went well."""
+    temporary = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{folder} is in use by another process; wait for it, or choose another output.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk, or a folder that cannot be written, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(
+                f"The disk of {folder} is full; free some space and give the same command again: "
+                "the run goes on from its last whole checkpoint."
+            ) from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
+        if isinstance(error, (NotADirectoryError, FileExistsError)):
+            raise UserError(f"{error.filename or folder} is not a folder; choose another output.") from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, says that the disk is full."""
+    while True:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if any(words in str(error) for words in _NO_SPACE_WORDS):
+            return True
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return False
+        error = cause

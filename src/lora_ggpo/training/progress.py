@@ -1,0 +1,81 @@
+"""Progress with time left: a bar on a terminal, a plain line now and then anywhere else. All of it on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 5.0
+
+
+class Reporter:
+    """Says what a run is doing.
+
+    Args:
+        console: Where to say it; default is stderr.
+        quiet: Say nothing.
+    """
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False, quiet=quiet, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def say(self, message: str) -> None:
+        """Print one line, above the bar if there is one."""
+        self.console.print(message, markup=False)
+
+    @contextmanager
+    def task(self, description: str) -> Iterator[Task]:
+        """Report on a piece of work."""
+        if not self.console.is_terminal:
+            yield Task(self, description)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield Task(self, description, bar, bar.add_task(description, total=None, note=""))
+
+
+class Task:
+    """A piece of work under way; made by `Reporter.task`."""
+
+    def __init__(self, reporter: Reporter, description: str, bar: Progress | None = None, row: int = 0) -> None:
+        self._reporter, self._description, self._bar, self._row = reporter, description, bar, row
+        self._start = self._said = time.monotonic()
+        self._first = 0
+
+    def begin(self, done: int) -> None:
+        """Say that `done` steps were done before, so that they do not count in the time left."""
+        self._first = done
+        self._start = self._said = time.monotonic()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Report that `done` of `total` steps are done; `note` is a few words such as the loss."""
+        if self._bar is not None:
+            self._bar.update(TaskID(self._row), completed=done, total=total, note=note)
+            return
+        now = time.monotonic()
+        if now - self._said < PLAIN_SECONDS and done < total:
+            return
+        self._said = now
+        pace = (now - self._start) / max(done - self._first, 1)
+        left = f", {duration(pace * (total - done))} left" if done < total else ""
+        self._reporter.say(f"{self._description}: {done}/{total}{f', {note}' if note else ''}{left}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,368 @@
+"""The recipe of a run: every setting, typed and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+import warnings
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+import yaml
+from peft import LoraConfig
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+from pydantic_core import ErrorDetails
+from transformers import TrainingArguments
+
+from lora_ggpo.data import DataConfig
+from lora_ggpo.errors import UserError
+from lora_ggpo.perturbation import GGPOConfig
+from lora_ggpo.tasks import TaskConfig
+from lora_ggpo.training.source import KeyPath, Source, parse_source, read_source
+
+ADAPTER_DEFAULT: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "train_sampling_strategy": "group_by_length",
+    "dataloader_pin_memory": False,
+}
+"""What a run uses where the recipe's ``training`` says nothing; everything else is transformers' own default."""
+
+_BY_TASK = "the task and the model set it"
+_ADAPTER_OWNED = dict.fromkeys(
+    ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), _BY_TASK
+) | {"inference_mode": "training needs it off", "runtime_config": "it is not part of an adapter"}
+
+_EVALUATION = "evaluation is done after training, and every validate_every steps if the recipe says so"
+_HUB = "nothing is uploaded; push the adapter folder yourself"
+_LOGGING = "the run folder holds the log and the plot"
+_TRAINING_OWNED = {
+    "output_dir": "the recipe's output sets it",
+    "seed": "the recipe's seeds set it",
+    "data_seed": "the recipe's seeds set the order of the data",
+    "resume_from_checkpoint": "an unfinished run resumes by itself",
+    "ignore_data_skip": "a resumed run must see the batches it has not seen yet",
+    "save_only_model": "a run must be able to resume",
+    "auto_find_batch_size": "a run must be able to resume with the same batches",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "remove_unused_columns": "the task chooses the columns",
+    "length_column_name": "the task chooses the columns",
+    "label_names": "the task chooses the columns",
+    **dict.fromkeys(
+        [
+            *("do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "batch_eval_metrics"),
+            *("include_for_metrics", "prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"),
+            *("greater_is_better", "bf16_full_eval", "fp16_full_eval"),
+        ],
+        _EVALUATION,
+    ),
+    **dict.fromkeys(("report_to", "disable_tqdm", "run_name", "project"), _LOGGING),
+    "logging_strategy": "use logging_steps",
+    "save_strategy": "use save_steps",
+}
+
+_NICKNAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "seed": "seeds",
+    "dataset": "data",
+    "name": "source",
+    "lora": "adapter",
+    "peft": "adapter",
+}
+
+
+def _owned(name: str) -> str | None:
+    """Why `training.name` is not the recipe's to set, or None."""
+    if name.startswith(("push_to_hub", "hub_", "trackio_")):
+        return _HUB
+    return _TRAINING_OWNED.get(name)
+
+
+def _mirror(name: str, cls: type, owned: typing.Callable[[str], str | None]) -> type[BaseModel]:
+    """A pydantic model with the fields of dataclass `cls`, so that they are checked and described like our own."""
+    hints = typing.get_type_hints(cls)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.init and not owned(field.name):
+            missing = field.default is dataclasses.MISSING
+            default = None if missing else field.default
+            description = field.metadata.get("help")
+            fields[field.name] = (_describable(hints[field.name]) | None, Field(default, description=description))
+    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+
+
+def _describable(hint: Any) -> Any:
+    """`hint`, or Any where pydantic cannot express the type."""
+    if hint is float:
+        return int | float  # a whole number stays one: transformers' step counts are declared as floats
+    members = typing.get_args(hint)
+    if str in members and any(isinstance(member, type) and issubclass(member, Enum) for member in members):
+        return typing.Union[tuple(member for member in members if member is not str)]  # noqa: UP007  built from parts
+    try:
+        TypeAdapter(hint).json_schema()
+    except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
+        return Any
+    return hint
+
+
+if typing.TYPE_CHECKING:
+
+    class AdapterFields(BaseModel): ...
+
+    class GGPOFields(BaseModel): ...
+
+    class TrainingFields(BaseModel): ...
+
+else:
+    AdapterFields = _mirror("AdapterFields", LoraConfig, _ADAPTER_OWNED.get)
+    GGPOFields = _mirror("GGPOFields", GGPOConfig, lambda _: None)
+    TrainingFields = _mirror("TrainingFields", TrainingArguments, _owned)
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run. `load_recipe` makes one from a YAML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1, description="Bundled model (minilm, smollm2), local folder, or hub id.")
+    task: TaskConfig = Field(description="Task settings, or just the kind of task.")
+    data: DataConfig = Field(description="Data settings, or just the source.")
+    adapter: AdapterFields | None = Field(
+        AdapterFields(**ADAPTER_DEFAULT), description="Fields of peft.LoraConfig; null is full fine-tuning."
+    )
+    ggpo: GGPOFields | None = Field(
+        None,
+        description="Fields of GGPOConfig; null is plain LoRA. The noise seed is the run's seed unless it is set here.",
+    )
+    training: TrainingFields = Field(TrainingFields(), description="Fields of transformers.TrainingArguments.")
+    seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")
+    output: str = Field(min_length=1, description="Folder of the runs.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the model's weights.")
+    validate_every: int | None = Field(
+        None, gt=0, description="Optimizer steps between validations (at most 500 rows) during training; null is never."
+    )
+
+    _source: Source | None = PrivateAttr(None)
+
+    @field_validator("seeds")
+    @classmethod
+    def _usable_seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
+            raise ValueError("seeds must be different whole numbers from 0 to 4294967295")
+        return seeds
+
+    @field_validator("ggpo")
+    @classmethod
+    def _valid_ggpo(cls, fields: BaseModel | None) -> BaseModel | None:
+        if fields is not None:
+            try:
+                GGPOConfig(**fields.model_dump(exclude_unset=True))
+            except ValueError as error:
+                raise ValueError(str(error).removeprefix("GGPOConfig.")) from error
+        return fields
+
+    @model_validator(mode="after")
+    def _ggpo_needs_adapter(self) -> Recipe:
+        if self.adapter is None and self.ggpo is not None:
+            raise ValueError("ggpo perturbs a LoRA adapter, but adapter is null; set ggpo: null as well, or an adapter")
+        return self
+
+    @property
+    def adapter_fields(self) -> dict[str, Any] | None:
+        """The LoraConfig fields that are set, or None for full fine-tuning."""
+        return None if self.adapter is None else self.adapter.model_dump(exclude_unset=True)
+
+    @property
+    def training_fields(self) -> dict[str, Any]:
+        """The TrainingArguments fields that are set, by the recipe or by `TRAINING_DEFAULTS`."""
+        return TRAINING_DEFAULTS | self.training.model_dump(exclude_unset=True)
+
+    def ggpo_config(self, seed: int) -> GGPOConfig | None:
+        """The method's settings in the run with `seed`, or None for plain LoRA."""
+        if self.ggpo is None:
+            return None
+        return GGPOConfig(**{"seed": seed} | self.ggpo.model_dump(exclude_unset=True))
+
+    def resolved(self, seed: int) -> dict[str, Any]:
+        """The recipe of the one run with `seed`, defaults spelt out: plain values, and itself a valid recipe."""
+        ggpo = self.ggpo_config(seed)
+        values: dict[str, Any] = {
+            "model": self.model,
+            "task": self.task.model_dump(mode="json"),
+            "data": self.data.model_dump(mode="json"),
+            "adapter": self.adapter_fields,
+            "ggpo": ggpo and ggpo.to_dict(),
+            "training": self.training_fields,
+            "seeds": [seed],
+            "output": self.output,
+            "dtype": self.dtype,
+            "validate_every": self.validate_every,
+        }
+        # Sets and enums, which a LoraConfig or TrainingArguments field may hold, as lists and strings.
+        plain = TypeAdapter(dict[str, Any]).dump_python(values, mode="json")
+        return typing.cast(dict[str, Any], plain)
+
+    def locate(self, error: UserError) -> UserError:
+        """Put file and line before a message that begins with one of the recipe's fields (``adapter.r ...``)."""
+        message = str(error)
+        path: KeyPath = tuple(message.split(" ", 1)[0].rstrip(":,").split("."))
+        if self._source is None or path[0] not in Recipe.model_fields:
+            return error
+        return UserError(f"{self._source.where(path)}: {message}")
+
+
+_SECTIONS: dict[KeyPath, type[BaseModel]] = {
+    (): Recipe,
+    ("task",): TaskConfig,
+    ("data",): DataConfig,
+    ("adapter",): AdapterFields,
+    ("ggpo",): GGPOFields,
+    ("training",): TrainingFields,
+}
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: ``key=value`` with dotted keys and YAML values, such as ``training.max_steps=10``.
+
+    Raises:
+        UserError: one sentence with the file, the line and the field of the first thing that is wrong.
+    """
+    return check_recipe(read_source(path, overrides))
+
+
+def parse_recipe(text: str, name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """As `load_recipe`, for YAML text at hand; `name` stands for the file in error messages."""
+    return check_recipe(parse_source(text, name, overrides))
+
+
+def check_recipe(source: Source) -> Recipe:
+    """Make a recipe of the values of `source`.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    _refuse_owned(source, "training", _owned)
+    _refuse_owned(source, "adapter", _ADAPTER_OWNED.get)
+    try:
+        recipe = Recipe.model_validate(source.values)
+    except ValidationError as error:
+        raise UserError(_explain(source, error)) from error
+    recipe._source = source
+    return recipe
+
+
+def json_schema() -> str:
+    """The JSON schema of a recipe, with every field of LoraConfig, GGPOConfig and TrainingArguments."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # defaults that JSON has no form for are left out
+        return json.dumps(Recipe.model_json_schema(), indent=2)
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """`values` as YAML, in the order given."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _refuse_owned(source: Source, section: str, owned: typing.Callable[[str], str | None]) -> None:
+    values = source.values.get(section)
+    for key in values if isinstance(values, dict) else ():
+        reason = owned(str(key))
+        if reason:
+            raise UserError(f"{source.where((section, key))}: {section}.{key} cannot be set: {reason}.")
+
+
+def _explain(source: Source, error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    unknown = next((one for one in errors if one["type"] == "extra_forbidden"), None)
+    if unknown:
+        return _explain_unknown(source, unknown["loc"])
+    first = errors[0]
+    path = _written(source, first["loc"])
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be").rstrip(".")
+    if first["type"] == "missing":
+        missing = ".".join(map(str, first["loc"]))
+        return f"{source.where(path)}: {missing} is missing; add it."
+    field, _, rest = message.partition(" ")
+    if first["type"] == "value_error" and field in _keys(source.values, path):
+        path, message = (*path, field), rest  # a check of a whole section names the field first: point at it
+    if first["type"] == "value_error" and path and field == path[-1]:
+        message = rest
+    subject = ".".join(map(str, path))
+    return f"{source.where(path)}: {f'{subject} ' if subject else ''}{message}{_shown(first)}."
+
+
+def _shown(error: ErrorDetails) -> str:
+    value = error["input"]
+    if error["type"] == "value_error" or isinstance(value, (dict, list, BaseModel, NoneType)):
+        return ""
+    return f", not {value!r}"
+
+
+def _explain_unknown(source: Source, loc: KeyPath) -> str:
+    path = _written(source, loc)
+    section = next((path[:end] for end in range(len(path) - 1, -1, -1) if path[:end] in _SECTIONS), ())
+    key = str(path[-1]) if path else str(loc[-1])
+    valid = list(_SECTIONS[section].model_fields)
+    nickname = _NICKNAMES.get(key)
+    near = [nickname] if nickname in valid else difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    wanted = {key, nickname}
+    homes = [f"{'.'.join(map(str, home))}." for home, model in _SECTIONS.items() if wanted & set(model.model_fields)]
+    if near:
+        hint = f"did you mean {near[0]}?"
+    elif homes:
+        actual = key if any(key in model.model_fields for model in _SECTIONS.values()) else nickname
+        hint = f"did you mean {homes[0].lstrip('.')}{actual}?"
+    else:
+        hint = f"valid here: {', '.join(valid)}." if len(valid) <= 16 else "`lora-ggpo schema` lists what is."
+    return f"{source.where(path)}: {'.'.join(map(str, path))} is not a setting; {hint}"
+
+
+def _written(source: Source, loc: KeyPath) -> KeyPath:
+    """The part of pydantic's location that is in the recipe: it also names union members and validators."""
+    path: KeyPath = ()
+    for part in loc:
+        if part in _keys(source.values, path):
+            path = (*path, part)
+    return path
+
+
+def _keys(values: Any, path: KeyPath) -> Iterable[Any]:
+    for part in path:
+        values = values[part]
+    if isinstance(values, dict):
+        return values.keys()
+    return range(len(values)) if isinstance(values, list) else ()

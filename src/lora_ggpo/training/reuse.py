@@ -1,0 +1,88 @@
+"""What is done with a finished run: score it on other data, or merge its adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.evaluation import evaluation_sets, plain
+from lora_ggpo.training.files import disk_errors, new_folder
+from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.run import find_runs, load_splits, load_trained, quiet_libraries, scorer, training_arguments
+
+MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""Allowed difference of merged and unmerged logits, relative to the largest logit: rounding of the merged weights."""
+
+_PROBES = ["The film was a delight from start to finish.", "A dull, overlong mess.", "Two plus two is"]
+
+
+def evaluate_run(folder: Path, on: str | None = None, reporter: Reporter | None = None) -> dict[str, dict[str, Any]]:
+    """Score the finished run in `folder`.
+
+    Args:
+        on: Data to score on (a bundled name, file, folder or hub id, with the run's columns or default ones); None is
+            all sets of the run.
+
+    Returns:
+        {set: {metric: {"value", "se", "n"}}}.
+
+    Raises:
+        UserError: the run is unfinished, or the data does not fit it.
+    """
+    quiet_libraries()
+    model, tokenizer, recipe, labels = load_trained(folder)
+    data = recipe.data if on is None else recipe.data.model_copy(update={"out_of_domain": [on]})
+    splits = load_splits(recipe.task, data)
+    if splits.labels != labels:
+        raise UserError(f"The labels of {recipe.data.source} have changed since {folder} was trained on them.")
+    args = training_arguments(recipe, folder, recipe.seeds[0])
+    score = scorer(model, tokenizer, recipe.task.for_labels(labels), args, reporter or Reporter())
+    return plain(score.score(evaluation_sets(splits) if on is None else splits.out_of_domain, None))
+
+
+def merge_run(path: Path, out: Path) -> tuple[float, float]:
+    """Merge the adapter of the run at `path` into its model and save model and tokenizer in `out`.
+
+    Returns:
+        The largest difference between merged and unmerged logits on a few probe texts, and the largest logit.
+
+    Raises:
+        UserError: several seeds and none chosen, full fine-tuning, `out` is in use, or the merged model computes
+            something else; then nothing is written.
+    """
+    quiet_libraries()
+    runs = find_runs(path)
+    if len(runs) > 1:
+        raise UserError(f"{path} holds {len(runs)} runs; choose one, such as {runs[0].folder}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; choose a new folder.")
+    model, tokenizer, recipe, _ = load_trained(runs[0].folder)
+    if recipe.adapter is None:
+        raise UserError(
+            f"{runs[0].folder} is full fine-tuning: its model folder is complete, there is nothing to merge."
+        )
+    before = _logits(model, tokenizer)
+    merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    difference = float((_logits(merged, tokenizer) - before).abs().max())
+    largest = float(before.abs().max())
+    if not difference <= MERGE_TOLERANCE[merged.dtype] * max(largest, 1.0):
+        raise UserError(
+            f"The merged model's logits differ by {difference:.1e} (logits reach {largest:.2g}); nothing is saved. "
+            "Merge in float32 by training with dtype: float32."
+        )
+    with disk_errors(out), new_folder(out) as target:
+        merged.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return difference, largest
+
+
+def _logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    batch = tokenizer(_PROBES, padding=True, return_tensors="pt")
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=mask).logits.float()
+    return logits * mask[..., None] if logits.dim() == 3 else logits  # what stands on padding does not matter

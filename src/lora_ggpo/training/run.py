@@ -1,0 +1,399 @@
+"""Carry out a recipe: one run folder for each seed.
+
+OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
+                versions.json  of Python and the libraries
+                data.json      digest and size of each split, and the labels
+                log.jsonl      one line for each logged step
+                checkpoints/   what an unfinished run resumes from
+                adapter/       stock PEFT (model/ with full fine-tuning)
+                predictions/   one file for each set: a line for each row
+                training.png   the log as curves
+                metrics.json   written last: a run that has it is finished
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from lora_ggpo.data import DataConfig, Splits, digest, load_classification, load_completion
+from lora_ggpo.errors import UserError
+from lora_ggpo.integrations.trainer import GGPOCallback
+from lora_ggpo.models import add_adapter, load_model
+from lora_ggpo.report.plots import save_training_plot
+from lora_ggpo.tasks import TaskConfig, collator
+from lora_ggpo.training.callbacks import RunCallback
+from lora_ggpo.training.checkpoints import last_whole, remove_broken, step_of
+from lora_ggpo.training.evaluation import Scorer, evaluation_sets, fixed_sample, plain
+from lora_ggpo.training.files import (
+    disk_errors,
+    locked,
+    new_folder,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_text,
+)
+from lora_ggpo.training.interrupt import Interrupted, StopRequest, two_stage_interrupt
+from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.recipe import Recipe, dump_yaml, parse_recipe
+from lora_ggpo.training.source import flatten
+from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer
+
+VALIDATION_ROWS = 500
+_VERSIONS = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as it is on disk; `metrics` is None until the run is finished."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    log: list[dict[str, Any]]
+    metrics: dict[str, Any] | None
+
+
+def train(recipe: Recipe, reporter: Reporter | None = None) -> list[Run]:
+    """Run `recipe` once for each of its seeds.
+
+    A finished run is not run again; an unfinished one goes on from its last whole checkpoint.
+
+    Raises:
+        UserError: bad input, a loss that is not finite, a full disk, or a folder that holds a run of another recipe or
+            is in use.
+        Interrupted: Ctrl-C; a checkpoint has been saved.
+    """
+    reporter = reporter or Reporter()
+    quiet_libraries()
+    splits = cache(lambda: load_splits(recipe.task, recipe.data))
+    return [_run_seed(recipe, seed, splits, reporter) for seed in recipe.seeds]
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run folder (``.../seed-0``).
+
+    Raises:
+        UserError: it is no run folder.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not a run: it has no recipe.yaml; give a folder that `lora-ggpo train` made.")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    return Run(folder, recipe, read_json_lines(folder / "log.jsonl"), metrics)
+
+
+def find_runs(path: Path) -> list[Run]:
+    """The runs at `path`: itself, or the seeds below it, in the order of the seeds.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "recipe.yaml").is_file():
+        return [read_run(path)]
+    seeds = [folder for folder in path.glob("seed-*") if folder.name.removeprefix("seed-").isdigit()]
+    if not seeds:
+        raise UserError(f"There is no run in {path}; give a folder that `lora-ggpo train` made.")
+    return [read_run(folder) for folder in sorted(seeds, key=lambda folder: int(folder.name.removeprefix("seed-")))]
+
+
+def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
+    """The data of a task."""
+    return load_completion(data) if task.kind == "sft" else load_classification(data)
+
+
+def load_trained(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Recipe, list[str] | None]:
+    """Load the trained model of a finished run, its tokenizer, recipe and labels.
+
+    Raises:
+        UserError: the run is unfinished, or its weights are missing.
+    """
+    run = read_run(folder)
+    if run.metrics is None:
+        raise UserError(f"{folder} is not finished; give its `lora-ggpo train` command again to finish it.")
+    recipe = parse_recipe(dump_yaml(run.recipe), str(folder / "recipe.yaml"))
+    labels = read_json(folder / "data.json")["labels"]
+    model, tokenizer = _load_weights(recipe, labels, folder)
+    return model, tokenizer, recipe, labels
+
+
+def scorer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    args: TrainingArguments,
+    reporter: Reporter,
+) -> Scorer:
+    """Scores `model` on the device and in the precision of `args`."""
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    model.to(args.device)
+    batch_size = args.per_device_eval_batch_size
+    return Scorer(model, tokenizer, task, batch_size=batch_size, autocast=autocast, reporter=reporter)
+
+
+def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArguments:
+    """transformers' arguments for a run in `folder`.
+
+    Raises:
+        UserError: transformers rejects a value.
+    """
+    try:
+        return TrainingArguments(
+            # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
+            **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
+            output_dir=str(folder / "checkpoints"),
+            seed=seed,
+            data_seed=seed,
+            report_to="none",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+        )
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise recipe.locate(UserError(f"training is rejected by transformers: {first.strip().rstrip('.')}.")) from error
+
+
+def summary(recipe: dict[str, Any]) -> str:
+    """The recipe of a run in a few lines."""
+    data, adapter, ggpo, training = recipe["data"], recipe["adapter"], recipe["ggpo"], recipe["training"]
+    lines = {
+        "model": recipe["model"],
+        "task": recipe["task"]["kind"],
+        "data": _short(data, ("source", "train_size", "label_noise", "out_of_domain")),
+        "adapter": _short(adapter, tuple(adapter)) if adapter else "none (full fine-tuning)",
+        "ggpo": _short(ggpo, tuple(ggpo)) if ggpo else "none (plain LoRA)" if adapter else "none",
+        "training": _short(training, tuple(training)),
+    }
+    return "\n".join(f"{name:9}{value}" for name, value in lines.items())
+
+
+def _short(values: dict[str, Any], keys: tuple[str, ...]) -> str:
+    return ", ".join(f"{key} {values[key]}" for key in keys if values[key] not in (None, [], 0.0))
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notes out of ours."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+# --- one run -------------------------------------------------------------------------------------------------------
+
+
+def _run_seed(recipe: Recipe, seed: int, splits: Callable[[], Splits], reporter: Reporter) -> Run:
+    folder = Path(recipe.output) / f"seed-{seed}"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            _claim(folder, recipe.resolved(seed))
+            if (folder / "metrics.json").is_file():
+                reporter.say(f"{folder} is finished already; it is not run again.")
+            else:
+                _train_and_score(recipe, seed, folder, splits(), reporter)
+    return read_run(folder)
+
+
+def _claim(folder: Path, resolved: dict[str, Any]) -> None:
+    """Write the recipe into `folder`, or check that the one there is the same."""
+    file = folder / "recipe.yaml"
+    if not file.exists():
+        write_text(file, dump_yaml(resolved))
+        return
+    here, there = (
+        {path: value for path, value in flatten(values).items() if path[0] not in ("output", "seeds")}
+        for values in (resolved, yaml.safe_load(file.read_text(encoding="utf-8")))
+    )
+    changed = [path for path in {**there, **here} if here.get(path) != there.get(path)]
+    if changed:
+        shown = "; ".join(
+            f"{'.'.join(map(str, path))} is {there.get(path, 'not set')} there and {here.get(path, 'not set')} here"
+            for path in changed[:5]
+        )
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(f"{folder} holds a run of another recipe: {shown}{more}; choose another output.")
+
+
+def _train_and_score(recipe: Recipe, seed: int, folder: Path, splits: Splits, reporter: Reporter) -> None:
+    _record_versions(folder)
+    _record_data(folder, splits)
+    args = training_arguments(recipe, folder, seed)
+    task = recipe.task.for_labels(splits.labels)
+    with two_stage_interrupt(
+        lambda: reporter.say("Stopping after this step; press Ctrl-C again to stop at once.")
+    ) as stop:
+        model, tokenizer = _trained(recipe, args, folder, splits, task, stop, reporter)
+    scores = scorer(model, tokenizer, task, args, reporter).score(
+        evaluation_sets(splits), _subfolder(folder, "predictions")
+    )
+    log = read_json_lines(folder / "log.jsonl")
+    save_training_plot(log, folder / "training.png")
+    write_json(folder / "metrics.json", {"evaluation": plain(scores), "training": _training_summary(log, model)})
+
+
+def _trained(
+    recipe: Recipe,
+    args: TrainingArguments,
+    folder: Path,
+    splits: Splits,
+    task: TaskConfig,
+    stop: StopRequest,
+    reporter: Reporter,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Train, or load what an earlier call trained."""
+    name = _weights_name(recipe)
+    if (folder / name).is_dir():
+        return _load_weights(recipe, splits.labels, folder)
+    checkpoints = Path(str(args.output_dir))
+    remove_broken(checkpoints)
+    checkpoint = last_whole(checkpoints)
+    set_seed(args.seed)  # decides the new head and the adapter's starting values
+    base, tokenizer = load_model(recipe.model, recipe.task.kind, splits.labels, recipe.dtype)
+    try:
+        model = add_adapter(base, recipe.adapter_fields, recipe.task.kind)
+    except UserError as error:
+        raise recipe.locate(error) from error
+    score = scorer(model, tokenizer, task, args, reporter)
+    trainer = _trainer(model, tokenizer, args, task, score.encode(splits.train), recipe.ggpo_config(args.seed))
+    state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
+    if checkpoint and state["global_step"] >= state["max_steps"]:
+        trainer._load_from_checkpoint(str(checkpoint))  # all steps are done; train() would not know where to stop
+    else:
+        validation = fixed_sample(splits.validation, VALIDATION_ROWS)
+        encoded = score.encode(validation) if recipe.validate_every and len(validation) else None
+        if checkpoint:
+            reporter.say(f"{folder}: going on from step {step_of(checkpoint)}.")
+        with reporter.task(f"train {folder}") as shown:
+            callback = RunCallback(
+                folder / "log.jsonl",
+                first_step=step_of(checkpoint) if checkpoint else 0,
+                task=shown,
+                stop=stop,
+                validate=lambda: score.quick(encoded),
+                validate_every=recipe.validate_every if encoded is not None else None,
+                keep=recipe.training_fields["save_total_limit"],
+            )
+            _fit(trainer, callback, checkpoint, stop, checkpoints)
+    with new_folder(folder / name) as target:
+        model.save_pretrained(str(target))
+        tokenizer.save_pretrained(target)
+    return model, tokenizer
+
+
+def _trainer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    task: TaskConfig,
+    encoded: Dataset,
+    ggpo: Any,
+) -> RunTrainer:
+    callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
+    args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
+    trainer = RunTrainer(
+        lengths=list(encoded["length"]),
+        model=model,
+        args=args,
+        train_dataset=encoded,
+        data_collator=collator(task.kind, tokenizer),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _fit(
+    trainer: RunTrainer, callback: RunCallback, checkpoint: Path | None, stop: StopRequest, checkpoints: Path
+) -> None:
+    trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NonFiniteLossError as error:
+        good = last_whole(checkpoints)
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise UserError(
+            f"{error}; {kept}. Try a lower learning rate, gradient clipping (training.max_grad_norm), or dtype float32."
+        ) from error
+    except BaseException:
+        remove_broken(checkpoints)  # frees the disk it may have filled
+        raise
+    if stop.made:
+        raise Interrupted(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            "give the same command again to go on from there."
+        )
+
+
+def _weights_name(recipe: Recipe) -> str:
+    return "model" if recipe.adapter is None else "adapter"
+
+
+def _load_weights(
+    recipe: Recipe, labels: list[str] | None, folder: Path
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    weights = folder / _weights_name(recipe)
+    if not list(weights.glob("*.safetensors")):
+        raise UserError(f"{weights} has no .safetensors file; other weight formats are not read.")
+    if recipe.adapter is None:
+        return load_model(str(weights), recipe.task.kind, labels, recipe.dtype)
+    model, tokenizer = load_model(recipe.model, recipe.task.kind, labels, recipe.dtype)
+    # Trainable as in training, so that the parameters that were trained can be counted.
+    return PeftModel.from_pretrained(model, weights, is_trainable=True), tokenizer
+
+
+def _subfolder(folder: Path, name: str) -> Path:
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name
+
+
+def _record_versions(folder: Path) -> None:
+    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    write_json(
+        folder / "versions.json", versions | {"platform": platform.platform(), "threads": torch.get_num_threads()}
+    )
+
+
+def _record_data(folder: Path, splits: Splits) -> None:
+    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test, **splits.out_of_domain}
+    record = {
+        "labels": splits.labels,
+        "splits": {name: {"rows": len(rows), "sha256": digest(rows)} for name, rows in sets.items()},
+    }
+    file = folder / "data.json"
+    if file.exists() and read_json(file) != record:
+        raise UserError(f"The data has changed since {folder} was begun; choose another output.")
+    write_json(file, record)
+
+
+def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module) -> dict[str, Any]:
+    last = max(log, key=lambda row: row["step"], default={"step": 0, "seconds": 0.0})
+    return {
+        "steps": last["step"],
+        "seconds": last["seconds"],
+        "seconds_per_step": round(last["seconds"] / max(last["step"], 1), 5),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

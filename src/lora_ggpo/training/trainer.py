@@ -1,0 +1,81 @@
+"""transformers' Trainer with a data order that resumes exactly, and a stop at the first loss that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from lora_ggpo.errors import UserError
+
+_EPOCH_STRIDE = 1_000_003
+
+
+class NonFiniteLossError(UserError):
+    """The loss stopped being a finite number."""
+
+
+class EpochSampler(Sampler[int]):
+    """A random order of row indices that is a function of (seed, epoch) alone.
+
+    Trainer's own samplers draw from torch's global generator, so their order in later epochs changes with the method
+    and is lost when a run resumes.
+
+    Args:
+        lengths: Tokens of each row.
+        seed: Seed of the order.
+        group_size: Rows of like length come together in groups of this size; None mixes all lengths.
+    """
+
+    def __init__(self, lengths: list[int], seed: int, group_size: int | None) -> None:
+        self.lengths, self.seed, self.group_size = lengths, seed, group_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; the Trainer calls it as each epoch begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + _EPOCH_STRIDE * self.epoch)
+        if self.group_size is None:
+            return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
+
+
+class RunTrainer(Trainer):
+    """The Trainer of a run.
+
+    Args:
+        lengths: Tokens of each training row.
+    """
+
+    def __init__(self, *, lengths: list[int], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._lengths = lengths
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(self._lengths, self.args.seed, rows_a_step if strategy == "group_by_length" else None)
+
+    def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        """As Trainer's.
+
+        Raises:
+            NonFiniteLossError: before the optimizer can take a step along such a loss.
+        """
+        loss = super().training_step(model, *arguments, **options)
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1
+            raise NonFiniteLossError(f"The loss is {loss.item():g} at step {step}")
+        return loss

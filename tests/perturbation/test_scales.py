@@ -1,0 +1,134 @@
+import math
+
+import pytest
+import torch
+
+from lora_ggpo.perturbation import GGPOConfig, scales
+
+from . import reference
+
+L, M, N, R = 3, 11, 7, 4
+CLOSE = {"rtol": 1e-10, "atol": 1e-14}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def layers():
+    """W0, B, A, dB, dA of L layers, and s of each of the R columns (two adapters side by side)."""
+    tensors = [normal(L, *shape, seed=i) for i, shape in enumerate([(M, N), (M, R), (R, N), (M, R), (R, N)])]
+    return [*tensors, torch.tensor([0.5, 0.5, 3.0, 3.0], dtype=torch.float64).expand(L, R)]
+
+
+def test_row_norms_of_a_product(layers):
+    _, p, q, *_ = layers
+    torch.testing.assert_close(scales.product_row_norms_squared(p, q), (p @ q).square().sum(-1), **CLOSE)
+
+
+def test_row_norms_of_the_adapted_weight(layers):
+    w0, b, a, _, _, s = layers
+    found = scales.weight_row_norms_squared(w0.square().sum(-1), w0 @ a.mT, b * s[:, None], a)
+    dense = w0 + torch.einsum("lmr,lr,lrn->lmn", b, s, a)
+    torch.testing.assert_close(found, dense.square().sum(-1), **CLOSE)
+
+
+def test_row_norms_that_cancel_are_not_negative():
+    b, a = normal(1, M, R), normal(1, R, N)
+    w0 = -(b @ a)
+    found = scales.weight_row_norms_squared(w0.square().sum(-1).float(), (w0 @ a.mT).float(), b.float(), a.float())
+    assert (found >= 0).all()
+    assert found.max() < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["lora", "lstsq"])
+def test_gradient_estimators(layers, estimator):
+    _, b, a, db, da, s = layers
+    found = scales.gradient_row_norms_squared(estimator, b, a, db, da, s)
+    for i in range(L):
+        # With a scale per column: s (B dA + dB A) = (B s) dA + (dB s) A, and dB = G (s A)^T.
+        scaled = (
+            (b[i] * s[i], a[i], db[i] * s[i], da[i])
+            if estimator == "lora"
+            else (None, s[i, :, None] * a[i], db[i], None)
+        )
+        dense = reference.gradient_estimate(estimator, *scaled, 1.0)
+        torch.testing.assert_close(found[i], reference.row_norms_squared(dense), **CLOSE)
+
+
+def test_lora_estimate_is_a_known_function_of_the_exact_gradient(layers):
+    _, b, a, _, _, _ = layers
+    g, s = normal(L, M, N, seed=9), 1.7
+    db, da = s * g @ a.mT, s * b.mT @ g
+    dense = s**2 * (b @ b.mT @ g + g @ a.mT @ a)
+    found = scales.gradient_row_norms_squared("lora", b, a, db, da, torch.full((L, R), s, dtype=torch.float64))
+    torch.testing.assert_close(found, dense.square().sum(-1), **CLOSE)
+
+
+def test_lstsq_never_exceeds_the_exact_norm_and_is_exact_on_the_rows_of_a(layers):
+    _, b, a, _, _, _ = layers
+    s = torch.full((L, R), 1.7, dtype=torch.float64)
+    g, inside = normal(L, M, N, seed=9), normal(L, M, R, seed=10) @ a
+    found = scales.gradient_row_norms_squared("lstsq", b, a, 1.7 * g @ a.mT, 1.7 * b.mT @ g, s)
+    assert (found <= g.square().sum(-1)).all()
+    found = scales.gradient_row_norms_squared("lstsq", b, a, 1.7 * inside @ a.mT, 1.7 * b.mT @ inside, s)
+    torch.testing.assert_close(found, inside.square().sum(-1), **CLOSE)
+
+
+def test_lstsq_survives_rows_of_a_that_depend_on_each_other(layers):
+    _, b, a, _, _, s = layers
+    a = torch.cat([a[:, :2], a[:, :2]], 1)
+    g = normal(L, M, N, seed=9)
+    found = scales.gradient_row_norms_squared("lstsq", b, a, (g @ a.mT) * s[:, None], b.mT @ g, s)
+    basis = torch.linalg.qr(a[:, :2].mT).Q
+    torch.testing.assert_close(found, (g @ basis).square().sum(-1), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["paper", "relative", "sd-scripts"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["first step", "zero", "some"])
+def test_tau_of_each_rule(rule, beta, kind):
+    config = GGPOConfig(sigma=0.2, beta=beta, rule=rule)
+    weight = normal(L, M, N)
+    gradient = None if kind == "first step" else normal(L, M, N, seed=1) * torch.tensor([1e-3, 1, 10]).view(L, 1, 1)
+    if kind == "zero":
+        gradient[1] = 0
+    norms = None if gradient is None else gradient.square().sum(-1)
+    tau2, guided = scales.tau_squared(config, weight.square().sum(-1), norms, N)
+    for i in range(L):
+        expected = reference.tau(rule, 0.2, beta, weight[i], None if gradient is None else gradient[i])
+        torch.testing.assert_close(tau2[i].sqrt(), expected, **CLOSE)
+        without = reference.tau(rule, 0.2, 0 if rule != "relative" else beta, weight[i], None).square()
+        active = gradient is not None and bool(gradient[i].any())
+        unguided = without * (1 - beta) if rule == "relative" and active else without
+        torch.testing.assert_close(guided[i], expected.square() - unguided, rtol=1e-9, atol=1e-15)
+
+
+def test_relative_keeps_the_energy_of_the_layer_and_follows_the_gradient():
+    weight, gradient = normal(L, M, N).square().sum(-1), normal(L, M, N, seed=1).square().sum(-1)
+    energies, taus = [], []
+    for beta in (0.0, 0.5, 1.0):
+        tau2, _ = scales.tau_squared(GGPOConfig(beta=beta, rule="relative"), weight, gradient, N)
+        energies.append(tau2.sum(-1))
+        taus.append(tau2)
+    torch.testing.assert_close(energies[1], energies[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(energies[2], energies[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(taus[2] / taus[2].sum(-1, keepdim=True), gradient / gradient.sum(-1, keepdim=True))
+    rescaled, _ = scales.tau_squared(GGPOConfig(beta=0.5, rule="relative"), weight, gradient * 1e-30, N)
+    torch.testing.assert_close(rescaled, taus[1])
+
+
+def test_ramps():
+    assert [scales.ramp("constant", step, None) for step in (0, 5, 99)] == [1, 1, 1]
+    assert [scales.ramp("linear", step, 10) for step in (0, 5, 10, 12)] == [0, 0.5, 1, 1]
+    cosine = [scales.ramp("cosine", step, 12) for step in (0, 4, 6, 12, 20)]
+    assert cosine == pytest.approx([0, 0.25, 0.5, 1, 1])
+    assert scales.ramp("cosine", 3, 12) == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("total", [None, 0])
+def test_a_ramp_needs_the_number_of_steps(schedule, total):
+    with pytest.raises(ValueError, match=f'schedule="{schedule}" needs total_steps'):
+        scales.ramp(schedule, 0, total)

@@ -1,0 +1,138 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lora_ggpo.cli import app
+from lora_ggpo.training import checkpoints
+
+COMMAND = [sys.executable, "-m", "lora_ggpo.cli"]
+
+
+def _run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _stop_at_step(command, log, step):
+    """Start `command`, interrupt it when `log` has `step` lines, and return (exit code, stderr)."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and log.read_text().count("\n") >= step:
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.01)
+    return process.wait(timeout=60), process.stderr.read()
+
+
+def test_help_needs_no_heavy_library():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom lora_ggpo.cli import app\n"
+        "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0\n"
+        "assert not {'torch', 'transformers', 'peft', 'matplotlib', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_schema_is_json():
+    schema = json.loads(_run("schema").stdout)
+    assert {"model", "task", "data", "adapter", "ggpo", "training"} <= set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "absent.yaml"), "error: There is no recipe file absent.yaml"),
+        (("show", "absent"), "error: There is no run in absent"),
+        (("eval", "absent"), "error: There is no run in absent"),
+        (("merge", "absent", "out"), "error: There is no run in absent"),
+        (("demo", "--seeds", "0"), "--seeds"),
+        (("trian",), "No such command 'trian'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(arguments, message):
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_bad_recipe_names_file_and_line(recipe_file):
+    recipe_file.write_text(recipe_file.read_text().replace("save_steps", "save_stps"))
+    result = _run("train", recipe_file)
+    assert result.exit_code == 2
+    line = next(n for n, text in enumerate(recipe_file.read_text().splitlines(), 1) if "save_stps" in text)
+    expected = f"error: {recipe_file}, line {line}: training.save_stps is not a setting; did you mean save_steps?\n"
+    assert result.stderr == expected
+
+
+def test_debug_shows_the_traceback():
+    result = _run("train", "absent.yaml", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+
+
+def test_train_prints_results_on_stdout_and_progress_on_stderr(recipe_file):
+    result = _run("train", recipe_file, "training.max_steps=2", "seeds=[0,1]", "validate_every=null")
+    assert result.exit_code == 0
+    assert "mean of 2 seeds" in result.stdout
+    assert "train-noisy" in result.stdout
+    assert "seed-1" in result.stdout
+    assert "2/2, loss" in result.stderr
+
+
+def test_show_eval_and_merge(finished, tmp_path):
+    _, run = finished
+    shown = _run("show", run.folder.parent).stdout
+    assert "minilm" in shown
+    assert str(run.folder / "training.png") in shown
+    accuracy = f"{run.metrics['evaluation']['test']['accuracy']['value']:.4f}"
+    assert accuracy in shown
+    assert accuracy in _run("eval", run.folder).stdout
+    merged = _run("merge", run.folder, tmp_path / "merged")
+    assert "differ from the adapter's by at most" in merged.stdout
+    again = _run("merge", run.folder, tmp_path / "merged")
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(recipe_file, finished):
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe["training"] |= {"max_steps": 60, "per_device_train_batch_size": 2, "save_steps": 1000}
+    recipe_file.write_text(yaml.safe_dump(recipe))
+    folder = recipe_file.parent / "runs" / "seed-0"
+    code, message = _stop_at_step([*COMMAND, "train", str(recipe_file)], folder / "log.jsonl", 3)
+    assert code == 130
+    assert "give the same command again" in message
+    assert "Traceback" not in message
+    stopped = checkpoints.step_of(checkpoints.last_whole(folder / "checkpoints"))
+    assert 3 <= stopped < 60
+    assert not (folder / "metrics.json").exists()
+    result = _run("train", recipe_file)
+    assert result.exit_code == 0
+    assert f"going on from step {stopped}" in result.stderr
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 61))
+
+
+def test_demo_compares_both_methods(tmp_path, reviews):
+    small = [f"data.source={reviews}", "data.train_size=null", "data.out_of_domain=[]", "training.max_steps=3"]
+    small += ["data.validation_fraction=0.16", "data.test_fraction=0.16", "validate_every=3", "task.max_length=16"]
+    result = _run("demo", "--seeds", 2, "--output", tmp_path / "demo", *small, "training.warmup_steps=0")
+    assert result.exit_code == 0, result.stderr
+    assert "LoRA-GGPO" in result.stdout
+    assert "On 2 seeds: " in result.stdout
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    for quantity in ("test accuracy", "test log-loss", "train accuracy, wrong labels", "seconds per step"):
+        values = results["quantities"][quantity]
+        difference = [b - a for a, b in zip(values["LoRA"]["values"], values["LoRA-GGPO"]["values"], strict=True)]
+        assert values["difference"]["mean"] == pytest.approx(sum(difference) / 2)
+    assert "| test accuracy |" in (tmp_path / "demo" / "results.md").read_text()
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    digests = {(tmp_path / "demo" / method / "seed-0" / "data.json").read_text() for method in ("lora", "lora-ggpo")}
+    assert len(digests) == 1

@@ -1,0 +1,66 @@
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.files import disk_errors, locked, new_folder, read_json, read_json_lines, write_text
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "f") as folder:
+        (folder / "absent" / "x").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "f") as folder:
+        (folder / "x").write_text("x")
+    assert (tmp_path / "f" / "x").read_text() == "x"
+
+
+def test_a_cut_last_line_is_left_out(tmp_path):
+    (tmp_path / "log").write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert read_json_lines(tmp_path / "log") == [{"a": 1}, {"a": 2}]
+    assert read_json_lines(tmp_path / "absent") == []
+
+
+def test_damaged_json(tmp_path):
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(UserError, match=r"m.json is damaged"):
+        read_json(tmp_path / "m.json")
+
+
+def test_another_process_is_kept_out(tmp_path):
+    code = (
+        "from pathlib import Path\nfrom lora_ggpo.training.files import locked\n"
+        f"with locked(Path({str(tmp_path)!r})): pass"
+    )
+    with locked(tmp_path):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "is in use by another process" in other.stderr
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/3"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path, error):
+    with pytest.raises(UserError, match="is full; free some space"), disk_errors(tmp_path):
+        raise error
+
+
+def test_other_errors_pass(tmp_path):
+    with pytest.raises(ZeroDivisionError), disk_errors(tmp_path):
+        raise ZeroDivisionError

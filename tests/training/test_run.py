@@ -1,0 +1,210 @@
+"""Whole runs: MiniLM on real reviews, a few steps."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.training import checkpoints
+from lora_ggpo.training.callbacks import RunCallback
+from lora_ggpo.training.evaluation import fixed_sample
+from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.recipe import load_recipe
+from lora_ggpo.training.reuse import evaluate_run, merge_run
+from lora_ggpo.training.run import find_runs, load_trained, train
+
+QUIET = Reporter(quiet=True)
+
+
+def _train(recipe_file, *overrides):
+    return train(load_recipe(recipe_file, overrides), QUIET)[0]
+
+
+def _losses(run):
+    return [(row["step"], row["loss"], row["grad_norm"], row.get("ggpo/tau")) for row in run.log if "loss" in row]
+
+
+def test_run_folder(finished):
+    _, run = finished
+    folder = run.folder
+    assert [row["step"] for row in run.log if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in run.log if "validation/log_loss" in row] == [6, 12]
+    assert run.log[0]["ggpo/relative_noise"] == pytest.approx(0.05)
+    assert set(run.metrics["evaluation"]) == {"validation", "test", "train-clean", "train-noisy"}
+    assert run.metrics["evaluation"]["test"]["accuracy"].keys() == {"value", "se", "n"}
+    assert run.metrics["training"]["steps"] == 12
+    assert run.metrics["training"]["trainable_parameters"] == sum(
+        tensor.numel() for tensor in load_trained(folder)[0].parameters() if tensor.requires_grad
+    )
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["ggpo"]["seed"] == 0
+    assert json.loads((folder / "data.json").read_text())["splits"]["train"]["rows"] == 64
+    assert json.loads((folder / "versions.json").read_text())["torch"] == torch.__version__
+    predictions = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text().splitlines()]
+    right = sum(row["predicted"] == row["label"] for row in predictions) / len(predictions)
+    assert right == pytest.approx(run.metrics["evaluation"]["test"]["accuracy"]["value"])
+    assert (folder / "training.png").stat().st_size > 10_000
+    assert not list(folder.rglob("*.bin")) + list(folder.rglob("*.partial"))
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    recipe_file, run = finished
+    monkeypatch.setattr("lora_ggpo.training.run.load_model", lambda *_: pytest.fail("a model was loaded"))
+    before = (run.folder / "metrics.json").stat().st_mtime_ns
+    assert _train(recipe_file).metrics == run.metrics
+    assert (run.folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_is_refused(finished):
+    recipe_file, _ = finished
+    with pytest.raises(UserError, match=r"another recipe: training.learning_rate is 0.005 there and 0.001 here"):
+        _train(recipe_file, "training.learning_rate=1e-3")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, recipe_file, monkeypatch):
+    """Power cuts in the middle of the first epoch, and of the second."""
+    log, step_end = finished[1].log, RunCallback.on_step_end
+    for step in (5, 11):
+
+        def cut(self, args, state, control, step=step, **kwargs):
+            if state.global_step == step:
+                raise SystemError("power cut")
+            return step_end(self, args, state, control, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunCallback, "on_step_end", cut)
+            with pytest.raises(SystemError):
+                _train(recipe_file)
+    run = _train(recipe_file)
+    assert _losses(run) == _losses(finished[1])
+    assert [row["step"] for row in run.log] == [row["step"] for row in log]
+    assert run.metrics["evaluation"] == finished[1].metrics["evaluation"]
+
+
+def test_resuming_when_only_the_evaluation_is_missing(finished, recipe_file, monkeypatch):
+    def cut(*_):
+        raise SystemError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_ggpo.training.run.new_folder", cut)  # all steps done, adapter not saved
+        with pytest.raises(SystemError):
+            _train(recipe_file)
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_ggpo.training.run.save_training_plot", cut)  # adapter saved, no metrics
+        with pytest.raises(SystemError):
+            _train(recipe_file)
+    run = _train(recipe_file)
+    assert _losses(run) == _losses(finished[1])
+    assert run.metrics["evaluation"] == finished[1].metrics["evaluation"]
+
+
+def test_batches_do_not_depend_on_the_method(finished, recipe_file):
+    """The first loss precedes any update: it differs by the noise alone; without noise it is the same."""
+    noiseless = _train(recipe_file, "ggpo.sigma=0", "output=" + str(recipe_file.parent / "a"))
+    plain = _train(recipe_file, "ggpo=null", "output=" + str(recipe_file.parent / "b"))
+    assert [row[:3] for row in _losses(noiseless)] == [row[:3] for row in _losses(plain)]
+    assert _losses(plain) != _losses(finished[1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe_file):
+    with pytest.raises(UserError, match=r"is (nan|inf) at step \d+; (the last good|there is no) checkpoint"):
+        _train(recipe_file, "training.learning_rate=1e30", "training.max_grad_norm=0", "ggpo=null")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(recipe_file, monkeypatch):
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-6" in str(path):
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/0"
+            )
+        return save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(UserError, match="is full; free some space"):
+            _train(recipe_file)
+    folder = recipe_file.parent / "runs" / "seed-0" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
+    assert checkpoints.is_whole(folder / "checkpoint-3")
+
+
+def test_peft_alone_loads_the_adapter(finished, minilm):
+    """In a process where lora_ggpo cannot be imported, the adapter gives the logits it was evaluated with."""
+    _, run = finished
+    code = """
+import json, sys
+sys.modules["lora_ggpo"] = None
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder = sys.argv[1]
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), folder).eval()
+batch = AutoTokenizer.from_pretrained(folder)(["A delight.", "A dull mess."], padding=True, return_tensors="pt")
+print(json.dumps(model(**batch).logits.tolist()))
+"""
+    command = [sys.executable, "-c", code, str(run.folder / "adapter")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    model, tokenizer, _, labels = load_trained(run.folder)
+    batch = tokenizer(["A delight.", "A dull mess."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), logits, rtol=1e-5, atol=1e-6)
+    assert labels == ["negative", "positive"]
+
+
+def test_evaluation_of_a_finished_run(finished, reviews):
+    _, run = finished
+    assert evaluate_run(run.folder, reporter=QUIET) == run.metrics["evaluation"]
+    other = reviews.with_name("other.jsonl")
+    other.write_text("\n".join(reviews.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8")
+    scores = evaluate_run(run.folder, str(other), QUIET)
+    assert list(scores) == [str(other)]
+    assert scores[str(other)]["accuracy"]["n"] == 20
+
+
+def test_merge(finished, tmp_path):
+    _, run = finished
+    difference, largest = merge_run(run.folder.parent, tmp_path / "merged")
+    assert difference < 1e-5
+    assert largest > 0.01
+    assert {path.name for path in (tmp_path / "merged").iterdir()} >= {"model.safetensors", "tokenizer.json"}
+    with pytest.raises(UserError, match="exists already"):
+        merge_run(run.folder, tmp_path / "merged")
+
+
+def test_an_adapter_that_is_no_safetensors_is_refused(finished, recipe_file):
+    run = _train(recipe_file, "training.max_steps=1", "ggpo=null")
+    (run.folder / "adapter" / "adapter_model.safetensors").rename(run.folder / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"has no .safetensors file"):
+        load_trained(run.folder)
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    with pytest.raises(UserError, match="There is no run in"):
+        find_runs(tmp_path)
+
+
+def test_a_bad_adapter_value_is_found_in_the_recipe(recipe_file):
+    recipe_file.write_text(recipe_file.read_text().replace("r: 4", "r: 0"))
+    with pytest.raises(UserError, match=r"recipe.yaml, line 11: adapter.r is the rank and must be"):
+        _train(recipe_file)
+
+
+def test_full_fine_tuning(recipe_file):
+    run = _train(recipe_file, "adapter=null", "ggpo=null", "training.max_steps=2", "training.learning_rate=1e-4")
+    assert (run.folder / "model" / "model.safetensors").is_file()
+    assert evaluate_run(run.folder, reporter=QUIET) == run.metrics["evaluation"]
+
+
+def test_a_sample_of_sorted_rows_holds_all_labels():
+    rows = Dataset.from_dict({"label": [0] * 500 + [1] * 500})
+    sample = fixed_sample(rows, 100)
+    assert 35 < sum(sample["label"]) < 65
+    assert sample["label"] == fixed_sample(rows, 100)["label"]
+    assert len(fixed_sample(rows, 2000)) == 1000
