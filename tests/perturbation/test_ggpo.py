@@ -391,3 +391,14 @@ def test_warning_that_the_papers_gradient_term_does_not_count(rule, beta, steps,
     if count:
         assert 'rule="relative"' in messages[0]
         assert "beta=1e-06" in messages[0]
+
+
+def test_a_step_that_saw_no_gradient_is_reported_once():
+    model = adapted(net())
+    ggpo = GGPO(model, GGPOConfig(rule="relative"))
+    loss_of(model.base_model(batch(0))).backward()  # not the forward of the model that was given
+    with pytest.warns(UserWarning, match="saw no gradient"):
+        ggpo.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ggpo.step()

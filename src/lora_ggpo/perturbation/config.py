@@ -83,7 +83,7 @@ class GGPOConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _require(holds: bool, field: str, expected: str, got: object) -> None:

@@ -65,7 +65,7 @@ class GGPO:
         self._handles: list[Any] = []
         self._steps = self._forwards = 0
         self._stale = True
-        self._capture_queued = False
+        self._capture_queued = self._captured = self._warned = False
         self._highest_share = 0.0
         self._regroup()
         if self.config.sigma > 0:  # sigma = 0 must be plain LoRA bit for bit: nothing is attached at all
@@ -77,10 +77,12 @@ class GGPO:
         Args:
             grad_scale: The factor that a ``GradScaler`` put on the loss (``scaler.get_scale()`` before ``update()``).
         """
+        self._warn_if_blind()
         for group in self._groups:
             group.commit(grad_scale, self.config.ema)
         self._steps += 1
         self._stale = True
+        self._captured = False
         self._warn_if_negligible()
 
     def metrics(self) -> dict[str, float]:
@@ -173,10 +175,20 @@ class GGPO:
 
     def _capture(self) -> None:
         """Read the gradients accumulated so far, as a backward pass ends: before clipping can change them."""
-        self._capture_queued = False
+        self._capture_queued, self._captured = False, True
         with torch.no_grad():
             for group in self._groups:
                 group.capture(self.config)
+
+    def _warn_if_blind(self) -> None:
+        if self._captured or self._warned or not self._handles:
+            return
+        self._warned = True
+        warnings.warn(
+            "GGPO saw no gradient before step(): call the forward of the very model that was given to GGPO, in training "
+            "mode, let it return tensors (in tuples, lists, dictionaries or a ModelOutput), and step() after backward()",
+            stacklevel=3,
+        )
 
     def _warn_if_negligible(self) -> None:
         if self.config.rule != "paper" or self.config.beta == 0 or self._steps > SHARE_WARNING_STEPS:

@@ -58,18 +58,18 @@ def unit_rows(kind: NoiseKind, seed: int, start: int, rows: int, columns: int, d
     Raises:
         ValueError: a row is longer than the noise table (2^22 entries on a CPU) and ``kind`` is ``"table"``.
     """
+    entries = rows * columns
+    if kind == "table":
+        table = noise_table(device)
+        if entries > table.numel():
+            raise ValueError(f'a row of {columns} entries is longer than the noise table; use noise="gaussian"')
+        offset = mix(seed, start) % (table.numel() - entries + 1)
+        return table[offset : offset + entries].view(rows, columns)
     generator = _generator(device).manual_seed(mix(seed, start))
     if kind == "gaussian":
         return torch.randn(rows, columns, generator=generator, device=device)
-    if kind == "rademacher":
-        packed = torch.randint(0, 256, (-(-rows * columns // 8),), generator=generator, device=device)
-        return _sign_bytes(device).index_select(0, packed).view(-1)[: rows * columns].view(rows, columns)
-    table = noise_table(device)
-    span = table.numel() - rows * columns
-    if span < 0:
-        raise ValueError(f'a row of {columns} entries is longer than the noise table; use noise="gaussian"')
-    offset = mix(seed, start, 1) % (span + 1)
-    return table[offset : offset + rows * columns].view(rows, columns)
+    packed = torch.randint(0, 256, (-(-entries // 8),), generator=generator, device=device)
+    return _sign_bytes(device).index_select(0, packed).view(-1)[:entries].view(rows, columns)
 
 
 def row_signs(kind: NoiseKind, seed: int, rows: int, device: torch.device) -> Tensor | None:
