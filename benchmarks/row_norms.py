@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lora_ggpo.data import DataConfig, load_classification
 from lora_ggpo.models import add_adapter, load_model
 from lora_ggpo.perturbation.config import GradientEstimator
-from lora_ggpo.perturbation.layers import Draw, PerturbedLayer, find_layers
+from lora_ggpo.perturbation.layers import PerturbedLayer, find_layers
 from lora_ggpo.perturbation.scales import gradient_row_norms_squared
 from lora_ggpo.tasks import TaskConfig, collator, encode
 
@@ -111,7 +111,7 @@ def main() -> None:
     model, tokenizer = load_model("minilm", KIND, ["negative", "positive"])
     model = add_adapter(model, {"r": args.rank, "lora_alpha": args.rank, "target_modules": "all-linear"}, KIND)
     model.train()
-    layers, _ = find_layers(model, Draw("table", 0))
+    layers, _ = find_layers(model, "table")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     rows: list[dict[str, float]] = []
     average: dict[str, list[Tensor]] = {}

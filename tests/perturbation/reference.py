@@ -20,11 +20,15 @@ from lora_ggpo.perturbation.noise import mix, row_blocks, row_signs, unit_rows
 CPU = torch.device("cpu")
 
 
+def unsigned_noise(kind: str, seed: int, m: int, n: int) -> Tensor:
+    """z (m, n), float64, as a perturbed layer draws it."""
+    return torch.cat([unit_rows(kind, seed, a, b - a, n, CPU).double() for a, b in row_blocks(m, n, CPU)])
+
+
 def unit_noise(kind: str, seed: int, m: int, n: int) -> Tensor:
-    """z (m, n), float64, with the random signs of its rows."""
-    blocks = [unit_rows(kind, seed, start, stop - start, n, CPU).double() for start, stop in row_blocks(m, n, CPU)]
+    """z (m, n), float64, with the random signs that its rows get with each draw."""
     signs = row_signs(kind, seed, m, CPU)
-    return torch.cat(blocks) * (1 if signs is None else signs.double()[:, None])
+    return unsigned_noise(kind, seed, m, n) * (1 if signs is None else signs.double()[:, None])
 
 
 def row_norms_squared(matrix: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
-from lora_ggpo.perturbation.layers import Draw, find_layers
+from lora_ggpo.perturbation.layers import find_layers
 
 from .nets import TARGETS, Net, TiedNet, adapted, batch, conv1d, gradients, loss_of, net, shake
 from .reference import Twin
@@ -324,7 +324,7 @@ def test_row_norms_of_w0_over_several_blocks_and_layouts():
     for linear in (nn.Linear, conv1d):
         wide = nn.Sequential(linear(5000, 301))
         config = LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=linear is conv1d)
-        (layer,), _ = find_layers(get_peft_model(wide, config), Draw("table", 0))
+        (layer,), _ = find_layers(get_peft_model(wide, config), "table")
         w0 = layer.base.weight.detach().double()
         w0 = w0.T if linear is conv1d else w0
         torch.testing.assert_close(layer.w0_norms.double(), w0.square().sum(1), rtol=1e-5, atol=0)

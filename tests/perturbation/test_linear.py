@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from lora_ggpo.perturbation import perturbed_linear
 
-from .reference import unit_noise
+from .reference import unsigned_noise
 
 KINDS = ["table", "gaussian", "rademacher"]
 
@@ -15,7 +15,7 @@ def normal(*shape, seed=0, scale=1.0):
 
 def materialised(weight, tau, kind, seed, fan_in_fan_out=False):
     m, n = weight.shape[::-1] if fan_in_fan_out else weight.shape
-    eps = tau.double()[:, None] * unit_noise(kind, seed, m, n)
+    eps = tau.double()[:, None] * unsigned_noise(kind, seed, m, n)
     return eps.T if fan_in_fan_out else eps
 
 

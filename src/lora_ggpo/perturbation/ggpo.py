@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .config import GGPOConfig
-from .layers import Draw, PerturbedLayer, find_layers
+from .layers import PerturbedLayer, find_layers
 from .scales import ramp
 from .statistics import LayerGroup, grouped, summary
 
@@ -57,13 +57,12 @@ class GGPO:
         self.total_steps = total_steps
         ramp(self.config.schedule, 0, total_steps)
         self._model = model
-        self._draw = Draw(self.config.noise, self.config.seed)
-        self.layers, skipped = find_layers(model, self._draw)
+        self.layers, skipped = find_layers(model, self.config.noise)
         _check_layers(self.layers, skipped, self.config.strict)
         self._groups: list[LayerGroup] = []
         self._adapters: list[str] | None = None
         self._handles: list[Any] = []
-        self._steps = self._forwards = 0
+        self._steps = self._forwards = self._draw = 0
         self._stale = True
         self._capture_queued = self._captured = self._warned = False
         self._highest_share = 0.0
@@ -146,7 +145,6 @@ class GGPO:
         if not model.training:
             return
         self._forwards += 1
-        self._draw.number = self._steps if self.config.redraw == "optimizer-step" else self._forwards
         self._capture_queued = False  # a backward pass that failed midway must not switch capturing off for good
         self._regroup()
         if self._stale:
@@ -154,6 +152,7 @@ class GGPO:
             for group in self._groups:
                 group.refresh(self.config, factor)
             self._stale = False
+        self._redraw(self._steps if self.config.redraw == "optimizer-step" else self._forwards)
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -161,10 +160,11 @@ class GGPO:
         must see the noise of this forward pass, even if others have run since."""
         if not (model.training and torch.is_grad_enabled()):
             return
-        number = self._draw.number
+        draw = self._draw
 
         def on_gradient(_: Tensor) -> None:
-            self._draw.number = number
+            if self._draw != draw:
+                self._redraw(draw)
             if not self._capture_queued:
                 self._capture_queued = True
                 _queue(lambda: _queue(self._capture))  # behind DDP's own callback, which writes the averaged gradients
@@ -172,6 +172,11 @@ class GGPO:
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:  # a parameter would keep the hook
                 leaf.register_hook(on_gradient)
+
+    def _redraw(self, draw: int) -> None:
+        self._draw = draw
+        for layer in self.layers:
+            layer.redraw(self.config.seed, draw)
 
     def _capture(self) -> None:
         """Read the gradients accumulated so far, as a backward pass ends: before clipping can change them."""
@@ -185,8 +190,9 @@ class GGPO:
             return
         self._warned = True
         warnings.warn(
-            "GGPO saw no gradient before step(): call the forward of the very model that was given to GGPO, in training "
-            "mode, let it return tensors (in tuples, lists, dictionaries or a ModelOutput), and step() after backward()",
+            "GGPO saw no gradient before step(): call the forward of the very model that was given to GGPO, in "
+            "training mode, let it return tensors (in tuples, lists, dictionaries or a ModelOutput), and step() after "
+            "backward()",
             stacklevel=3,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,16 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import NoiseKind
 from .linear import perturbed_linear
-from .noise import mix, row_blocks
-
-
-@dataclass
-class Draw:
-    """The draw of the noise in force; one object shared by all layers of a model."""
-
-    noise: NoiseKind
-    seed: int
-    number: int = 0
+from .noise import mix, row_blocks, row_signs
 
 
 class PerturbedLayer:
@@ -35,8 +25,8 @@ class PerturbedLayer:
     forward it replaced.
     """
 
-    def __init__(self, name: str, index: int, module: LoraLinear, draw: Draw) -> None:
-        self.name, self.index, self.module, self.draw = name, index, module, draw
+    def __init__(self, name: str, index: int, module: LoraLinear, noise: NoiseKind) -> None:
+        self.name, self.index, self.module, self.noise = name, index, module, noise
         self.base: Any = module.get_base_layer()
         self.fan_in_fan_out = type(self.base) is Conv1D
         weight = cast(Tensor, self.base.weight)
@@ -44,19 +34,27 @@ class PerturbedLayer:
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.w0_norms = self._w0_norms()
         self.tau: Tensor | None = None  # (m,) noise size of each row of the base weight; None is no noise
+        self.scale: Tensor | None = None  # (m,) tau with the signs of this draw
+        self.draw_seed = 0
         self.original: Callable[..., Tensor] | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.original is not None
-        if self.tau is None or not self._perturbs():
+        if self.scale is None or not self._perturbs():
             return self.original(x, *args, **kwargs)
-        return self._perturbed(x, self.tau)
+        return self._perturbed(x, self.scale)
 
     # TorchDynamo cannot trace noise seeded from Python: a compiled model breaks its graph here and goes on behind it.
     @torch.compiler.disable
-    def _perturbed(self, x: Tensor, tau: Tensor) -> Tensor:
-        seed = mix(self.draw.seed, self.draw.number, self.index)
-        return perturbed_linear(x, self.base.weight, self.base.bias, tau, self.draw.noise, seed, self.fan_in_fan_out)
+    def _perturbed(self, x: Tensor, scale: Tensor) -> Tensor:
+        base = self.base
+        return perturbed_linear(x, base.weight, base.bias, scale, self.noise, self.draw_seed, self.fan_in_fan_out)
+
+    def redraw(self, seed: int, number: int) -> None:
+        """Take up draw ``number`` of the noise of ``seed``, at the sizes ``tau`` has now."""
+        self.draw_seed = mix(seed, number, self.index)
+        signs = row_signs(self.noise, self.draw_seed, self.m, self.w0_norms.device)
+        self.scale = self.tau if self.tau is None or signs is None else self.tau * signs
 
     def attach(self) -> None:
         self.original = self.base.forward
@@ -129,7 +127,7 @@ class PerturbedLayer:
         return training and not module.disable_adapters and not module.merged and bool(self.adapters())
 
 
-def find_layers(model: nn.Module, draw: Draw) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
+def find_layers(model: nn.Module, noise: NoiseKind) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
     """The LoRA layers of a model that can be perturbed, and (name, reason) of those that cannot."""
     supported: list[PerturbedLayer] = []
     skipped: list[tuple[str, str]] = []
@@ -140,7 +138,7 @@ def find_layers(model: nn.Module, draw: Draw) -> tuple[list[PerturbedLayer], lis
         if reason:
             skipped.append((name, reason))
         else:
-            supported.append(PerturbedLayer(name, len(supported), cast(LoraLinear, module), draw))
+            supported.append(PerturbedLayer(name, len(supported), cast(LoraLinear, module), noise))
     return supported, skipped
 
 

@@ -1,8 +1,9 @@
-"""y = x (W0 + eps)^T as one autograd function that keeps a seed and tau, and never writes W0."""
+"""y = x (W0 + eps)^T as one autograd function that keeps a seed and a scale a row, and never writes W0."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, cast
 
@@ -11,22 +12,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .config import NoiseKind
-from .noise import row_blocks, row_signs, unit_rows
+from .noise import row_blocks, unit_rows
 
 
 def perturbed_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    tau: Tensor,
+    scale: Tensor,
     noise: NoiseKind,
     seed: int,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
-    r"""Apply a linear layer whose weight is perturbed row by row: y = x (W0 + diag(tau) z)^T + bias.
+    r"""Apply a linear layer whose weight is perturbed row by row: y = x (W0 + diag(scale) z)^T + bias.
 
     z is the unit noise of ``seed`` (:mod:`~lora_ggpo.perturbation.noise`). It is made a block of rows at a time in the
-    forward pass and made again in the backward pass, where dL/dx = dL/dy (W0 + diag(tau) z): gradients that reach
+    forward pass and made again in the backward pass, where dL/dx = dL/dy (W0 + diag(scale) z): gradients that reach
     earlier layers are those of the perturbed function. Under autocast the product is taken in the autocast dtype;
     the perturbed block is formed in float32 (float64 for a float64 weight) first.
 
@@ -34,7 +35,7 @@ def perturbed_linear(
         x: Input (..., n).
         weight: W0 (m, n), or (n, m) if ``fan_in_fan_out`` (transformers' Conv1D).
         bias: (m,) or None.
-        tau: Standard deviation of each row's noise (m,), float32 or float64.
+        scale: Factor of each row's noise (m,): tau, with a random sign for ``noise="table"``; float32 or float64.
         noise: Kind of noise.
         seed: Seed of this layer's draw.
         fan_in_fan_out: Whether ``weight`` is stored transposed.
@@ -44,7 +45,7 @@ def perturbed_linear(
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return cast(Tensor, _PerturbedLinear.apply(x, weight, bias, tau, noise, seed, fan_in_fan_out))
+    return cast(Tensor, _PerturbedLinear.apply(x, weight, bias, scale, noise, seed, fan_in_fan_out))
 
 
 class _PerturbedLinear(torch.autograd.Function):
@@ -54,34 +55,34 @@ class _PerturbedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tau: Tensor,
+        scale: Tensor,
         noise: NoiseKind,
         seed: int,
         fan_in_fan_out: bool,
     ) -> Tensor:
         # x is needed for dL/dW0 only, and W0 is frozen in every LoRA run: then nothing the size of x is kept.
-        ctx.save_for_backward(weight, tau, x if weight.requires_grad else None)
+        ctx.save_for_backward(weight, scale, x if weight.requires_grad else None)
         ctx.noise, ctx.seed, ctx.fan_in_fan_out = noise, seed, fan_in_fan_out
         tokens = x.reshape(-1, x.shape[-1])
-        y = x.new_empty(tokens.shape[0], tau.shape[0])
-        with torch.autocast(x.device.type, enabled=False):
-            for rows, block in _perturbed_blocks(weight, tau, noise, seed, fan_in_fan_out, x.dtype):
+        y = x.new_empty(tokens.shape[0], scale.shape[0])
+        with _no_autocast(x.device.type):
+            for rows, block in _perturbed_blocks(weight, scale, noise, seed, fan_in_fan_out, x.dtype):
                 if bias is None:
                     torch.mm(tokens, block.t(), out=y[:, rows])
                 else:
                     torch.addmm(bias[rows].to(x.dtype), tokens, block.t(), out=y[:, rows])
-        return y.view(*x.shape[:-1], tau.shape[0])
+        return y.view(*x.shape[:-1], scale.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, tau, x = ctx.saved_tensors
-        out = dy.reshape(-1, tau.shape[0])
+        weight, scale, x = ctx.saved_tensors
+        out = dy.reshape(-1, scale.shape[0])
         dx = dweight = dbias = None
-        with torch.autocast(dy.device.type, enabled=False):
+        with _no_autocast(dy.device.type):
             if ctx.needs_input_grad[0]:
                 n = weight.shape[0 if ctx.fan_in_fan_out else 1]
-                dx = _input_gradient(out, weight, tau, ctx).view(*dy.shape[:-1], n)
+                dx = _input_gradient(out, weight, scale, ctx).view(*dy.shape[:-1], n)
             if ctx.needs_input_grad[1]:
                 tokens = x.reshape(-1, x.shape[-1])
                 dweight = (tokens.t() @ out if ctx.fan_in_fan_out else out.t() @ tokens).to(weight.dtype)
@@ -90,32 +91,39 @@ class _PerturbedLinear(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None
 
 
-def _input_gradient(dy: Tensor, weight: Tensor, tau: Tensor, ctx: Any) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Tensor, scale: Tensor, ctx: Any) -> Tensor:
     dx: Tensor | None = None
-    for rows, block in _perturbed_blocks(weight, tau, ctx.noise, ctx.seed, ctx.fan_in_fan_out, dy.dtype):
+    for rows, block in _perturbed_blocks(weight, scale, ctx.noise, ctx.seed, ctx.fan_in_fan_out, dy.dtype):
         dx = dy[:, rows] @ block if dx is None else dx.addmm_(dy[:, rows], block)
     assert dx is not None  # a linear layer has at least one row
     return dx
 
 
+# Between two large products caches are cold, and every small operation costs tens of microseconds: this loop, which
+# runs twice a layer and step, is kept to as few of them as it can do with.
 def _perturbed_blocks(
-    weight: Tensor, tau: Tensor, noise: NoiseKind, seed: int, fan_in_fan_out: bool, dtype: torch.dtype
+    weight: Tensor, scale: Tensor, noise: NoiseKind, seed: int, fan_in_fan_out: bool, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of W0 + diag(tau) z. Each lies in a scratch buffer that the next block overwrites."""
+    """Blocks of rows of W0 + diag(scale) z. Each lies in a scratch buffer that the next block overwrites."""
     w0 = weight.detach().t() if fan_in_fan_out else weight.detach()
     m, n = w0.shape
-    signs = row_signs(noise, seed, m, w0.device)
-    scale = (tau if signs is None else tau * signs).unsqueeze(1)
+    column = scale.unsqueeze(1)
+    buffer = _scratch(w0.device, scale.dtype)
     for start, stop in row_blocks(m, n, w0.device):
-        z = unit_rows(noise, seed, start, stop - start, n, w0.device).to(tau.dtype)
-        buffer = _scratch(w0.device, tau.dtype)
-        buffer.resize_((stop - start) * n)
-        block = buffer.view(stop - start, n)
-        torch.addcmul(w0[start:stop].to(tau.dtype), scale[start:stop], z, out=block)
-        yield slice(start, stop), block.to(dtype)
+        rows = slice(start, stop)
+        z = unit_rows(noise, seed, start, stop - start, n, w0.device).to(scale.dtype)
+        if buffer.numel() < z.numel():
+            buffer.resize_(z.numel())
+        block = buffer.as_strided((stop - start, n), (n, 1))
+        torch.addcmul(w0[rows].to(scale.dtype), column[rows], z, out=block)
+        yield rows, block.to(dtype)
 
 
 @lru_cache(maxsize=16)
 def _scratch(device: torch.device, dtype: torch.dtype) -> Tensor:
     """A buffer kept between calls: fresh memory for each block would cost more in page faults than the noise."""
     return torch.empty(0, device=device, dtype=dtype)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

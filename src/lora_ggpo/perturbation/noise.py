@@ -64,7 +64,7 @@ def unit_rows(kind: NoiseKind, seed: int, start: int, rows: int, columns: int, d
         if entries > table.numel():
             raise ValueError(f'a row of {columns} entries is longer than the noise table; use noise="gaussian"')
         offset = mix(seed, start) % (table.numel() - entries + 1)
-        return table[offset : offset + entries].view(rows, columns)
+        return table.as_strided((rows, columns), (columns, 1), offset)
     generator = _generator(device).manual_seed(mix(seed, start))
     if kind == "gaussian":
         return torch.randn(rows, columns, generator=generator, device=device)
