@@ -53,6 +53,16 @@ def test_entries_of_a_row_are_uncorrelated_and_draws_follow_each_other_independe
     assert (z[1:] * z[:-1]).mean((0, 2)).abs().max() < 5 * (DRAWS * COLUMNS) ** -0.5
 
 
+def test_overlapping_rows_of_the_table_are_uncorrelated_by_their_signs():
+    rows, columns = 3, 192
+    z = torch.stack([unit_noise("table", noise.mix(1, number), rows, columns) for number in range(DRAWS)])
+    assert torch.equal(z[:, 0, 64:].abs(), z[:, 1, :-64].abs())  # they do overlap
+    entries = z.flatten(1)
+    covariance = entries.T @ entries / DRAWS
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 8.5 * DRAWS**-0.5  # z^4 of 165,000 pairs
+    assert (covariance.diagonal() - 1).abs().max() < 6 * (2 / DRAWS) ** 0.5
+
+
 def test_row_signs_are_fair_and_independent():
     signs = torch.stack([noise.row_signs("table", seed, 16, CPU) for seed in range(DRAWS)])
     assert set(signs.unique().tolist()) == {-1.0, 1.0}

@@ -1,0 +1,167 @@
+"""SAM and MGPO: take the gradient at a worse point nearby, and step from where the weights were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Closure = Callable[[], Tensor]
+"""Runs a forward and a backward pass and returns the loss."""
+
+
+class SAM:
+    r"""Sharpness-aware minimisation (arXiv 2010.01412).
+
+    The optimizer gets dL/dw at w + e instead of at w, with e = rho g / ||g||, g = dL/dw of the same batch and ||g||
+    over all tensors that are moved. That takes two forward and backward passes::
+
+        sam = SAM(model, rho=0.05)
+        sam.backward(closure)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    With gradient accumulation each micro-batch has its own e (m-sharpness). Moved tensors are put back from copies, so
+    they are afterwards bit for bit what they were.
+
+    Args:
+        model: Any module with trainable parameters.
+        rho: Length of e.
+        space: ``"adapter"`` moves the LoRA factors A and B (LoRA-SAM), or, without LoRA layers, every trained
+            parameter. ``"weights"`` moves the full weights W0 + s B A of the LoRA layers: g is dL/dW', (m, n) a layer,
+            kept for one pass, and so is a copy of W0.
+
+    Raises:
+        ValueError: there is nothing to move.
+    """
+
+    def __init__(self, model: nn.Module, rho: float = 0.05, space: Literal["adapter", "weights"] = "adapter") -> None:
+        self.rho = rho
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._moved = base_weights(model) if space == "weights" else adapter_parameters(model)
+        if not self._moved:
+            raise ValueError("SAM found nothing to move: the model has no LoRA layer or no trained parameter")
+
+    def backward(self, closure: Closure) -> Tensor:
+        """Leave the gradient at w + e, added to what has been accumulated; return the loss at w."""
+        accumulated = _take_gradients(self._trained)
+        with _with_gradient(self._moved):
+            loss = closure()
+            gradients = [p.grad for p in self._moved]
+            _take_gradients([*self._trained, *self._moved])
+        with _moved_by(self._moved, _scaled(gradients, self.rho)):
+            closure()
+        for parameter, gradient in zip(self._trained, accumulated, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        return loss
+
+
+class MGPO:
+    r"""Momentum-guided perturbation (LoRA-MGPO, arXiv 2502.14538v2): SAM without its second pass.
+
+    The gradient is taken at w + e, where e points along the optimizer's momentum and its length is normalised by an
+    exponential moving average of gradient norms::
+
+        e = rho m / sqrt(sum v),    m = E_t[g],  v = E_t[g^2]
+
+    with Adam's own bias-corrected moments, m summed and v normalised over the adapter: nothing is kept beyond the
+    optimizer's state, so a resumed run goes on exactly. ||e|| is at most about rho, and shrinks where gradients of
+    successive steps disagree. The published text leaves the average open; taking Adam's is our reading. Before the
+    first step e is 0.
+
+    Args:
+        model: Any module with trainable parameters; A and B of its LoRA layers are moved (without LoRA, all).
+        optimizer: An Adam-like optimizer (``exp_avg`` and ``exp_avg_sq`` in its state) of these parameters.
+        rho: Largest length of e.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, rho: float = 0.05) -> None:
+        self.rho = rho
+        self._optimizer = optimizer
+        self._moved = adapter_parameters(model)
+
+    def backward(self, closure: Closure) -> Tensor:
+        """Leave the gradient at w + e; return the loss there."""
+        with _moved_by(self._moved, self._displacements()):
+            return closure()
+
+    def _displacements(self) -> list[Tensor | None]:
+        momenta: list[Tensor | None] = [None] * len(self._moved)
+        energy = 0.0
+        betas = {id(p): group["betas"] for group in self._optimizer.param_groups for p in group["params"]}
+        for i, parameter in enumerate(self._moved):
+            state = self._optimizer.state.get(parameter)
+            if not state:
+                continue
+            beta1, beta2 = betas[id(parameter)]
+            step = float(state["step"])
+            momenta[i] = state["exp_avg"] / (1 - beta1**step)
+            energy += float(state["exp_avg_sq"].sum(dtype=_wide(state["exp_avg_sq"]))) / (1 - beta2**step)
+        factor = self.rho / energy**0.5 if energy > 0 else 0.0
+        return [None if m is None else m * factor for m in momenta]
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters of LoRA layers, or all trained parameters where there is no such layer."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    found = [p for layer in layers for name in layer.adapter_layer_names for p in getattr(layer, name).parameters()]
+    return [p for p in (found if layers else model.parameters()) if p.requires_grad]
+
+
+def base_weights(model: nn.Module) -> list[nn.Parameter]:
+    """W0 of each LoRA layer; a tied weight once."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return list(dict.fromkeys(layer.get_base_layer().weight for layer in layers))
+
+
+def _take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    gradients = [p.grad for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+def _scaled(gradients: Sequence[Tensor | None], length: float) -> list[Tensor | None]:
+    """All gradients times one factor that gives them this joint norm; none where that norm is 0 or not finite."""
+    norms = [torch.linalg.vector_norm(g, dtype=_wide(g)) for g in gradients if g is not None]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    if not 0 < norm < float("inf"):
+        return [None] * len(gradients)
+    return [None if g is None else g * (length / norm) for g in gradients]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@contextmanager
+def _with_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    frozen = [p for p in parameters if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _moved_by(parameters: Sequence[nn.Parameter], displacements: Sequence[Tensor | None]) -> Iterator[None]:
+    pairs = [(p, d) for p, d in zip(parameters, displacements, strict=True) if d is not None]
+    copies = [p.detach().clone() for p, _ in pairs]
+    try:
+        with torch.no_grad():
+            for parameter, displacement in pairs:
+                parameter.add_(displacement)
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), copy in zip(pairs, copies, strict=True):
+                parameter.copy_(copy)

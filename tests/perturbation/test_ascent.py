@@ -1,0 +1,131 @@
+"""SAM and MGPO against a few lines of dense reference in float64."""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from lora_ggpo.perturbation.ascent import MGPO, SAM, adapter_parameters, base_weights
+
+from .nets import adapted, batch, gradients, loss_of, net
+
+
+def gradient_at(model, values, x):
+    """dL/dw of every parameter in `values`, at these values."""
+    leaves = {name: value.clone().requires_grad_(True) for name, value in values.items()}
+    loss = loss_of(functional_call(model, leaves, (x,)))
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def closure_of(model, x):
+    def closure():
+        loss = loss_of(model(x))
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+@pytest.mark.parametrize("space", ["adapter", "weights"])
+def test_sam_takes_the_gradient_at_the_worse_point(space):
+    model, x, rho = adapted(net()), batch(0), 0.3
+    values = parameters(model)
+    moved = [name for name in values if ("base_layer.weight" if space == "weights" else "lora_") in name]
+    at_w = gradient_at(model, values, x)
+    norm = torch.stack([at_w[name].square().sum() for name in moved]).sum().sqrt()
+    worse = {name: value + (rho / norm * at_w[name] if name in moved else 0) for name, value in values.items()}
+    expected = gradient_at(model, worse, x)
+
+    loss = SAM(model, rho, space).backward(closure_of(model, x))
+
+    assert loss == loss_of(model(x))
+    found = gradients(model)
+    assert found.keys() == {name for name in values if "lora_" in name}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+        assert not torch.allclose(gradient, at_w[name], rtol=1e-3)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, values[name]), name
+        assert parameter.requires_grad == ("lora_" in name), name
+
+
+def test_sam_accumulates_over_micro_batches():
+    parts = []
+    for i in (0, 1):
+        model = adapted(net())
+        SAM(model, 0.3).backward(closure_of(model, batch(i)))
+        parts.append(gradients(model))
+    model = adapted(net())
+    sam = SAM(model, 0.3)
+    for i in (0, 1):
+        sam.backward(closure_of(model, batch(i)))
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, parts[0][name] + parts[1][name])
+
+
+def test_sam_moves_all_parameters_of_a_model_without_adapter():
+    model = net().double()
+    assert {id(p) for p in adapter_parameters(model)} == {id(p) for p in model.parameters()}
+    with pytest.raises(ValueError, match="nothing to move"):
+        SAM(model, space="weights")
+
+
+def test_weights_are_put_back_when_the_second_pass_fails():
+    model, calls = adapted(net()), []
+    values, closure = parameters(model), closure_of(model, batch(0))
+
+    def failing():
+        calls.append(0)
+        if len(calls) == 2:
+            raise RuntimeError
+        return closure()
+
+    with pytest.raises(RuntimeError):
+        SAM(model, 0.3).backward(failing)
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+
+
+def test_mgpo_moves_along_adams_momentum():
+    model, rho, betas = adapted(net()), 0.2, (0.8, 0.95)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, betas=betas)
+    mgpo = MGPO(model, optimizer, rho)
+    mean = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    energy = 0.0
+    for i in range(4):
+        values = parameters(model)
+        worse = dict(values)
+        if i:
+            scale = rho / (energy / (1 - betas[1] ** i)) ** 0.5
+            for name, value in mean.items():
+                worse[name] = values[name] + scale * value / (1 - betas[0] ** i)
+        expected = gradient_at(model, worse, batch(i))
+
+        mgpo.backward(closure_of(model, batch(i)))
+
+        found = gradients(model)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=f"{name} in step {i}")
+            mean[name] = betas[0] * mean[name] + (1 - betas[0]) * gradient
+        energy = betas[1] * energy + (1 - betas[1]) * sum(float(g.square().sum()) for g in found.values())
+        assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_mgpo_without_a_past_is_the_plain_gradient():
+    model = adapted(net())
+    expected = gradient_at(model, parameters(model), batch(0))
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    MGPO(model, optimizer).backward(closure_of(model, batch(0)))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
+
+
+def test_a_tied_base_weight_is_moved_once():
+    model = adapted(net())
+    first, second = [module for module in model.modules() if hasattr(module, "lora_A")][:2]
+    second.base_layer.weight = first.base_layer.weight
+    assert len(base_weights(model)) == 3
