@@ -13,6 +13,7 @@ from lora_ggpo.models import load_model
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.run import train
+from tests import tiny
 
 RECIPE = """\
 model: minilm
@@ -84,3 +85,15 @@ def _write_recipe(folder, reviews):
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(reviews=reviews, output=folder / "runs"), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory):
+    """Folder of a small random T5; see `tests.tiny`."""
+    return tiny.save_t5(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Folder of a small random Llama; see `tests.tiny`."""
+    return tiny.save_llama(tmp_path_factory.mktemp("llama"))

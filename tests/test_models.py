@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -140,12 +141,35 @@ def test_missing_package_names_the_pip_command(monkeypatch):
         (("minilm", "classification", LABELS, "float8"), "dtype 'float8' is unknown; use one of float32"),
         (("minilm", "classification", ["only"]), "at least two labels"),
         (("minilm", "sft", None), "not a causal language model"),
+        (("minilm", "seq2seq-classification", None), r"\(bert\) is not an encoder-decoder, which task 'seq2seq-class"),
         (("minilm", "translation", None), "Task kind 'translation' is unknown"),
     ],
 )
 def test_wrong_arguments(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         load_model(*arguments)
+
+
+def test_an_encoder_decoder_is_loaded_as_one(tiny_t5, tmp_path):
+    model, tokenizer = load_model(tiny_t5, "seq2seq-classification")
+    assert type(model).__name__ == "T5ForConditionalGeneration"
+    assert tokenizer.pad_token_id == model.config.pad_token_id == model.config.decoder_start_token_id == 0
+    stored = load_file(Path(tiny_t5) / "model.safetensors")
+    assert torch.equal(
+        model.decoder.block[1].layer[1].EncDecAttention.q.weight,
+        stored["decoder.block.1.layer.1.EncDecAttention.q.weight"],
+    )
+    with pytest.raises(UserError, match="not a causal language model"):
+        load_model(tiny_t5, "sft")
+
+
+def test_an_encoder_decoder_without_a_start_token(tiny_t5, tmp_path):
+    shutil.copytree(tiny_t5, tmp_path / "t5")
+    config = json.loads((tmp_path / "t5" / "config.json").read_text())
+    del config["decoder_start_token_id"]
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"has no decoder_start_token_id in its config\.json; add it \(0 for T5\)"):
+        load_model(str(tmp_path / "t5"), "seq2seq-classification")
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
@@ -255,6 +279,16 @@ def test_causal_adapter_leaves_the_output_layer_alone(smollm2):
     assert not any("lm_head" in name or "embed" in name for name in names)
 
 
+def test_seq2seq_adapter_covers_encoder_and_decoder_but_not_the_output_layer(tiny_t5):
+    model, _ = load_model(tiny_t5, "seq2seq-classification")
+    linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and name != "lm_head"}
+    adapted = add_adapter(model, {"r": 2, "target_modules": "all-linear"}, "seq2seq-classification")
+    assert adapted.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+    assert trainable(adapted) == {
+        f"base_model.model.{name}.lora_{factor}.default.weight" for name in linear for factor in "AB"
+    }
+
+
 def test_no_adapter_means_full_fine_tuning(encoder):
     encoder.requires_grad_(False)
     model = add_adapter(encoder, None, "classification")
@@ -276,7 +310,7 @@ def test_no_adapter_means_full_fine_tuning(encoder):
         ({"task_type": "CAUSAL_LM"}, "adapter.task_type is not an adapter setting"),
         ({"target_modules": ["q_proj"]}, "matches no layer .* called classifier, dense, key, query, value"),
         ({"init_lora_weights": "nonsense", "target_modules": ["query"]}, r"cannot be built: .*nonsense"),
-        ({"init_lora_weights": "eva"}, "needs a pass over data"),
+        ({"init_lora_weights": "eva"}, "needs training data"),
     ],
 )
 def test_wrong_adapters_give_one_sentence(minilm, adapter, sentence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -142,6 +143,75 @@ def demo(
         print(
             f"Adapters: {', '.join(str(run.folder / 'adapter') for runs in result.runs.values() for run in runs[:1])}"
         )
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; methods change its adapter, ggpo and optimizer.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Methods, the baseline first, such as lora,dora,dora+ggpo; `lora-ggpo methods` lists them."),
+    ] = "lora,ggpo",
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method.")] = 5,
+    trials: Annotated[int, typer.Option(min=1, help="Tuning runs of each method; 1 takes its usual settings.")] = 4,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="Data settings to compare in, such as data.label_noise=0,0.3; repeatable.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="What is compared and tuned for.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/compare"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to run on instead.")] = None,
+    ray_cpus: Annotated[int, typer.Option(min=0, help="Cores of a run on the cluster.")] = 1,
+    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluster.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Compare methods: equal tuning, several seeds, paired statistics, one report; resumes what is unfinished."""
+    with _errors(debug):
+        from lora_ggpo.training.source import read_source
+
+        source = read_source(recipe, overrides or ())
+        from lora_ggpo.comparison.engine import run_comparison
+        from lora_ggpo.comparison.plan import make_plan
+        from lora_ggpo.comparison.pool import LocalPool, RayPool
+        from lora_ggpo.report.comparison import write_report
+        from lora_ggpo.training.progress import Reporter
+
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        plan = make_plan(source, names, seeds, trials, vary or (), metric, output)
+        command = shlex.join(["lora-ggpo", *_without_placement(sys.argv[1:])])
+        run_comparison(plan, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
+        comparison = write_report(output)
+        _stdout().print(comparison.table)
+        print("\n".join(comparison.verdicts))
+        print(f"Report: {output / 'report.html'}")
+
+
+@app.command(name="methods")
+def list_methods() -> None:
+    """List the methods that `lora-ggpo compare` knows."""
+    from lora_ggpo.methods.table import METHODS
+    from lora_ggpo.report.tables import rows_table
+
+    rows = [
+        [method.name, method.title, method.source, ", ".join(f"{k}={v}" for k, v in method.settings.items())]
+        for method in METHODS
+    ]
+    _stdout().print(rows_table(["name", "method", "arXiv", "settings"], rows))
+
+
+def _without_placement(arguments: list[str]) -> list[str]:
+    """The command without what decides only where it runs."""
+    kept: list[str] = []
+    for argument in arguments:
+        if kept and kept[-1] in _PLACEMENT:
+            kept.pop()
+        elif argument.partition("=")[0] not in _PLACEMENT or argument in _PLACEMENT:
+            kept.append(argument)
+    return kept
+
+
+_PLACEMENT = ("--jobs", "--ray", "--ray-cpus", "--ray-gpus")
 
 
 def _print_metrics(runs: list[Run]) -> None:

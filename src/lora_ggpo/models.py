@@ -18,22 +18,39 @@ import peft
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.methods.initialise import Batches, adalora_config, initialised, with_init_config
 
-TaskKind = Literal["classification", "causal-classification", "sft"]
+TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "sft"]
 
+_MODEL_CLASSES: dict[TaskKind, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "causal-classification": AutoModelForCausalLM,
+    "seq2seq-classification": AutoModelForSeq2SeqLM,
+    "sft": AutoModelForCausalLM,
+}
+_PEFT_TASKS: dict[TaskKind, str] = {
+    "classification": "SEQ_CLS",
+    "causal-classification": "CAUSAL_LM",
+    "seq2seq-classification": "SEQ_2_SEQ_LM",
+    "sft": "CAUSAL_LM",
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokenizers that know no limit carry int(1e30); anything above this is no real limit.
 _NO_LENGTH_LIMIT = 10**9
@@ -62,7 +79,7 @@ def load_model(
     Args:
         name: a key of `BUNDLED`, a local folder (safetensors, or one .gguf file), a .gguf file, or a hub id.
         kind: "classification" puts a new head on the model, drawn from torch's global generator (seed it first);
-            the other kinds load a causal language model.
+            "seq2seq-classification" loads an encoder-decoder, the other kinds a causal language model.
         labels: the class names, needed for "classification"; ignored otherwise.
         dtype: "float32", "bfloat16" or "float16", the type of all weights.
 
@@ -89,14 +106,24 @@ def load_model(
     return model, tokenizer
 
 
-def add_adapter(model: PreTrainedModel, adapter: dict[str, Any] | None, kind: TaskKind) -> PeftModel | PreTrainedModel:
+def add_adapter(
+    model: PreTrainedModel,
+    adapter: dict[str, Any] | None,
+    kind: TaskKind,
+    *,
+    total_steps: int | None = None,
+    batches: Batches | None = None,
+) -> PeftModel | PreTrainedModel:
     """Put a LoRA adapter on `model`; with `adapter` None make every parameter trainable (full fine-tuning).
 
     Args:
         model: as `load_model` returns it. It is changed in place.
-        adapter: fields of `peft.LoraConfig`, for instance {"r": 8, "target_modules": "all-linear", "use_dora": True}.
+        adapter: fields of `peft.LoraConfig`, for instance {"r": 8, "target_modules": "all-linear", "use_dora": True};
+            with "type": "adalora" also those of `peft.AdaLoraConfig`, where r is the average rank in the end.
             For "classification" the head is trained in full and saved with the adapter.
         kind: sets the adapter's task type.
+        total_steps: optimizer steps of the run, which AdaLoRA's schedule needs.
+        batches: makes batches of training data, for starting values that come from it (EVA, CorDA, LoRA-GA).
 
     Raises:
         UserError: an unknown field (the nearest valid one is named), a value out of range, or anything peft rejects.
@@ -106,11 +133,20 @@ def add_adapter(model: PreTrainedModel, adapter: dict[str, Any] | None, kind: Ta
     fields = _adapter_fields(adapter)
     if kind == "classification":
         fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
+    fields["task_type"] = _PEFT_TASKS[kind]
     try:
-        config = LoraConfig(task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM", **fields)
-        return peft.get_peft_model(model, config)
+        if fields.pop("type", "lora") == "adalora":
+            return peft.get_peft_model(model, adalora_config(fields, total_steps))
+        return initialised(model, LoraConfig(**with_init_config(fields)), batches)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, re.error) as error:
         raise UserError(_why_not_built(model, fields, error)) from error
+
+
+def freeze_body(model: PreTrainedModel) -> PreTrainedModel:
+    """Leave only a classification model's head trainable (a linear probe)."""
+    model.requires_grad_(True)
+    model.base_model.requires_grad_(False)
+    return model
 
 
 # --- finding and loading -------------------------------------------------------------------------------------------
@@ -170,12 +206,25 @@ def _check_type(name: str, kind: TaskKind, config: Any) -> None:
         raise UserError(f"Task kind {kind!r} is unknown; use one of {', '.join(get_args(TaskKind))}.")
     if kind == "classification":
         return
+    if kind == "seq2seq-classification":
+        _check_encoder_decoder(name, config)
+        return
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if encoder or getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"Model {name!r} ({config.model_type}) is not a causal language model, which task {kind!r} needs; "
             "choose a decoder such as smollm2, or task 'classification'."
         )
+
+
+def _check_encoder_decoder(name: str, config: Any) -> None:
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"Model {name!r} ({config.model_type}) is not an encoder-decoder, which task 'seq2seq-classification' "
+            "needs; choose one such as google-t5/t5-base, or task 'causal-classification' for a decoder."
+        )
+    if getattr(config, "decoder_start_token_id", None) is None:
+        raise UserError(f"Model {name!r} has no decoder_start_token_id in its config.json; add it (0 for T5).")
 
 
 def _label_names(kind: TaskKind, labels: list[str] | None) -> dict[str, Any]:
@@ -196,12 +245,10 @@ def _from_pretrained(
         arguments["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, which cannot be trained
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded: Any
     if kind == "classification":  # a head for another number of classes is replaced; _check_loading sees to the body
-        loaded = AutoModelForSequenceClassification.from_pretrained(source, ignore_mismatched_sizes=True, **arguments)
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(source, **arguments)
-    return loaded[0], loaded[1]
+        arguments["ignore_mismatched_sizes"] = True
+    model, loading = _MODEL_CLASSES[kind].from_pretrained(source, **arguments)
+    return model, loading
 
 
 def _check_loading(name: str, model: PreTrainedModel, loading: dict[str, Any], *, head_is_new: bool) -> None:
@@ -290,20 +337,28 @@ def _first_sentence(error: Exception) -> str:
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 _FIXED_BY_TASK = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-_ADAPTER_FIELDS = sorted(
-    field.name
-    for field in dataclasses.fields(LoraConfig)
-    if field.init and field.name not in _FIXED_BY_TASK | {"inference_mode", "runtime_config"}
-)
-# Starting values that peft computes from training data in a pass of its own, before the adapter is built.
-_NEEDS_DATA = ("eva", "corda", "lora_ga")
+_FIXED_BY_RUN = {"inference_mode", "runtime_config", "total_step", "target_r"}
+
+
+def _settable(config: type) -> list[str]:
+    return sorted(
+        field.name
+        for field in dataclasses.fields(config)
+        if field.init and field.name not in _FIXED_BY_TASK | _FIXED_BY_RUN
+    )
+
+
+_ADAPTER_FIELDS = {"lora": _settable(LoraConfig), "adalora": _settable(AdaLoraConfig)}
 
 
 def _adapter_fields(adapter: dict[str, Any]) -> dict[str, Any]:
     """Check names and ranges of the LoraConfig fields in `adapter`; return a copy."""
+    valid = _ADAPTER_FIELDS[adapter.get("type", "lora")]
     for key in adapter:
-        if key not in _ADAPTER_FIELDS:
-            near = {"rank": ["r"]}.get(key) or difflib.get_close_matches(key, _ADAPTER_FIELDS, n=1, cutoff=0.4)
+        if key not in (*valid, "type"):
+            if key in _ADAPTER_FIELDS["adalora"]:
+                raise UserError(f"adapter.{key} is a setting of AdaLoRA; set adapter.type to adalora as well.")
+            near = {"rank": ["r"]}.get(key) or difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else "see the fields of peft.LoraConfig."
             raise UserError(f"adapter.{key} is not an adapter setting; {hint}")
     ranks = {"r": adapter.get("r", 8), **_pattern(adapter, "rank_pattern")}
@@ -317,9 +372,6 @@ def _adapter_fields(adapter: dict[str, Any]) -> dict[str, Any]:
     dropout = adapter.get("lora_dropout", 0.0)
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"adapter.lora_dropout must be at least 0 and below 1, not {dropout!r}.")
-    init = adapter.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(_NEEDS_DATA):
-        raise UserError(f"adapter.init_lora_weights {init!r} needs a pass over data and is not supported; try 'pissa'.")
     return dict(adapter)
 
 

@@ -231,7 +231,7 @@ def test_an_unreachable_hub_says_to_give_a_file(monkeypatch):
         classify("some/data", subset="small")
 
 
-def test_hub_data_keeps_class_names_and_drops_a_withheld_test_split(monkeypatch):
+def test_hub_data_keeps_class_names_and_replaces_a_withheld_test_split(monkeypatch):
     features = datasets.Features(
         {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
     )
@@ -242,10 +242,11 @@ def test_hub_data_keeps_class_names_and_drops_a_withheld_test_split(monkeypatch)
 
     served = datasets.DatasetDict(train=data([0, 1] * 20), validation=data([1, 0, 1]), test=data([-1] * 5))
     monkeypatch.setattr(hub_module.datasets, "load_dataset", lambda name, subset: served)
-    splits = classify("glue", subset="sst2", text="sentence")
+    with pytest.warns(UserWarning, match=r"glue \(sst2\) test has no labels"):
+        splits = classify("glue", subset="sst2", text="sentence")
     assert splits.labels == ["negative", "positive"]
-    assert [len(part) for part in sets(splits)] == [36, 3, 4]
-    assert splits.validation["id"][0] == "glue (sst2) validation:1"
+    assert [len(part) for part in sets(splits)] == [36, 4, 3]
+    assert splits.test["id"][0] == "glue (sst2) validation:1"
 
 
 def complete(path, **settings):

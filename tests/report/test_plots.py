@@ -1,7 +1,23 @@
+import io
+import xml.etree.ElementTree as ElementTree
+
 import numpy as np
+import pytest
 from matplotlib.image import imread
 
-from lora_ggpo.report.plots import curve, save_comparison_plot, save_training_plot
+from lora_ggpo.report.plots import (
+    COLOURS,
+    Tradeoff,
+    curve,
+    draw_forest,
+    draw_learning_curves,
+    draw_tradeoffs,
+    inline_svg,
+    render,
+    save_comparison_plot,
+    save_training_plot,
+)
+from lora_ggpo.report.statistics import Interval
 
 LOG = [
     {"step": 1, "loss": 1.0, "ggpo/gradient_share": 0.0},
@@ -26,3 +42,62 @@ def test_figures_are_drawn(tmp_path):
         assert pixels.shape[0] > 300
         assert np.ptp(pixels) > 0.9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+HOSTILE = "a $x_$ <b> & \\frac"
+METHODS = ["LoRA", HOSTILE, *(f"m{i}" for i in range(6))]
+
+
+def _forest():
+    differences = {method: {"test": Interval(0.1, 0.2, 3), "x": Interval(-0.1, np.nan, 1)} for method in METHODS}
+    return draw_forest({"noise=0": differences, "noise=1": {}}, "difference")
+
+
+def _curves():
+    return draw_learning_curves({HOSTILE: {method: [LOG, LOG] for method in METHODS}, "none": {}}, METHODS[:6])
+
+
+def _tradeoffs(memory=2.0):
+    points = {m: Tradeoff(Interval(0.5 + i / 100, 0.1, 3), 1.0 + i, memory) for i, m in enumerate(METHODS)}
+    points["unmeasured"] = Tradeoff(Interval(0.9, np.nan, 1), None, None)
+    return draw_tradeoffs({"a": points, "b": {}}, METHODS[:6], "accuracy", higher_is_better=True)
+
+
+@pytest.mark.parametrize("draw", [_forest, _curves, _tradeoffs])
+def test_comparison_figures(draw):
+    pixels = imread(io.BytesIO(render(draw(), "png")))
+    assert np.ptp(pixels[..., :3]) > 0.9
+    svg = render(draw(), "svg")
+    assert HOSTILE in "".join(ElementTree.fromstring(svg).itertext())
+    assert svg == render(draw(), "svg")
+    assert render(draw(), "png") == render(draw(), "png")
+    assert b"<dc:date>" not in svg
+
+
+def test_inline_svg_is_one_element_without_ids_that_clash():
+    first, second = inline_svg(_forest()), inline_svg(_curves())
+    assert first.startswith("<svg")
+    ElementTree.fromstring(second)
+    assert "figure_1" not in first + second
+    assert first == inline_svg(_forest())
+
+
+def test_highlighted_methods_have_their_colours_and_others_are_grey():
+    training = _curves().axes[0]
+    colours = {line.get_label(): line.get_color() for line in training.get_lines()}
+    assert colours == {**dict(zip(METHODS[:6], COLOURS, strict=True)), "other methods": "#9a9a9a"}
+
+
+def test_intervals_of_the_forest():
+    (bar,) = [c for c in _forest().axes[0].containers if c.get_label() == "test"]
+    segments = bar.lines[2][0].get_segments()
+    assert [list(segment[:, 0]) for segment in segments] == [pytest.approx([-0.1, 0.3])] * len(METHODS)
+
+
+def test_pareto_front_is_drawn():
+    (front,) = [line for line in _tradeoffs().axes[0].get_lines() if line.get_label() == "Pareto front"]
+    assert front.get_xdata().tolist() == [1.0 + i for i in range(len(METHODS))]
+
+
+def test_memory_that_was_not_measured_has_no_panel():
+    assert len(_tradeoffs().axes) == 2 * len(_tradeoffs(memory=None).axes)

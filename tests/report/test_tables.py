@@ -1,7 +1,15 @@
 from rich.console import Console
 
 from lora_ggpo.report.statistics import mean_interval
-from lora_ggpo.report.tables import format_interval, markdown_table, metrics_table, sparkline
+from lora_ggpo.report.tables import (
+    escape_latex,
+    escape_markdown,
+    format_interval,
+    latex_table,
+    markdown_table,
+    metrics_table,
+    sparkline,
+)
 
 
 def _text(table):
@@ -32,6 +40,29 @@ def test_a_set_that_lacks_a_metric():
 
 def test_markdown():
     assert markdown_table(["", "x"], [["a", "1"]]) == "|  | x |\n| --- | ---: |\n| a | 1 |\n"
+
+
+def test_markdown_columns_of_words_are_on_the_left():
+    assert markdown_table(["a", "b"], [], words=(1,)) == "| a | b |\n| ---: | --- |\n"
+
+
+def test_markdown_escapes():
+    assert escape_markdown("a|b\n<script> x_1 &") == r"a\|b &lt;script&gt; x\_1 &amp;"
+
+
+def test_latex():
+    assert latex_table(["method", "x, %"], [["a_b", "1 ± 2"]], "50 % of {it}", words=(0,)) == (
+        "\\begin{table}\n\\centering\n\\caption{50 \\% of \\{it\\}}\n\\begin{tabular}{lr}\n\\toprule\n"
+        "method & x, \\% \\\\\n\\midrule\na\\_b & 1 \\ensuremath{\\pm} 2 \\\\\n\\bottomrule\n"
+        "\\end{tabular}\n\\end{table}\n"
+    )
+
+
+def test_latex_escapes():
+    assert escape_latex("\\input{x}~$^&#%_") == (
+        r"\textbackslash{}input\{x\}\textasciitilde{}\$\textasciicircum{}\&\#\%\_"
+    )
+    assert escape_latex("[1] *\n<") == r"{[}1{]} {*} \textless{}"
 
 
 def test_sparkline():

@@ -21,10 +21,29 @@ def test_label_words_must_match_the_labels():
         config.for_labels(["bad", "good"])
 
 
+def test_seq2seq_has_label_words_too():
+    assert TaskConfig(kind="seq2seq-classification").for_labels(["bad", "good"]).label_words == ["bad", "good"]
+
+
+def test_template_by_kind():
+    assert TaskConfig(kind="sft").template == "{text}"
+    assert TaskConfig(kind="seq2seq-classification").template == "{text}\nSentiment:"
+    config = TaskConfig(kind="causal-classification", template="1: {text} 2: {text_pair}")
+    assert config.takes_pair
+    assert config.fill({"text": "{text_pair} \\1", "text_pair": "{text}"}) == "1: {text_pair} \\1 2: {text}"
+
+
+def test_sft_has_one_text():
+    with pytest.raises(ValidationError, match="not at all for sft"):
+        TaskConfig(kind="sft", template="{text} {text_pair}")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"template": "no place"}, "must contain {text} exactly once"),
+        ({"template": "{text_pair}"}, "must contain {text} exactly once"),
+        ({"template": "{text} {text_pair} {text_pair}"}, "may contain {text_pair} once"),
         ({"template": "{text} {text}"}, "must contain {text} exactly once"),
         ({"label_words": ["a", " a"]}, "two different words"),
         ({"label_words": ["a", ""]}, "two different words"),

@@ -3,6 +3,7 @@ import torch
 from datasets import Dataset
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.models import load_model
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.encode import NO_LOSS, label_word_ids
 
@@ -13,6 +14,16 @@ REVIEWS = Dataset.from_dict({"text": TEXTS, "label": [1, 0, 1], "id": ["a", "b",
 
 def causal(**fields):
     return TaskConfig(kind="causal-classification", **({"label_words": WORDS} | fields))
+
+
+PAIR = "Premise: {text}\nHypothesis: {text_pair}\nRelation:"
+NLI = Dataset.from_dict(
+    {"text": TEXTS, "text_pair": ["It is good.", "It is short and says much.", "No."], "label": [1, 0, 1]}
+)
+
+
+def seq2seq(**fields):
+    return TaskConfig(kind="seq2seq-classification", **({"label_words": WORDS} | fields))
 
 
 def learnt(row):
@@ -53,6 +64,18 @@ def test_rows_keep_their_order_over_chunks(minilm):
     assert encoded["labels"][:] == many["label"][:]
     for i in (0, 999, 1000, 2499):
         assert minilm[1].decode(encoded[i]["input_ids"], skip_special_tokens=True) == f"film {i}"
+
+
+def test_pairs_are_encoded_with_their_segments_and_the_longer_text_is_cut(minilm):
+    tokenizer = minilm[1]
+    encoded = encode("classification", NLI, tokenizer, TaskConfig(max_length=12))
+    assert encoded.column_names == ["input_ids", "attention_mask", "token_type_ids", "labels", "length"]
+    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a fine film. [SEP] it is good. [SEP]"
+    assert encoded[0]["token_type_ids"] == [0] * 6 + [1] * 5
+    assert tokenizer.decode(encoded[1]["input_ids"]) == "[CLS] dull, and far too [SEP] it is short and [SEP]"
+    batch = collator("classification", tokenizer)(encoded.to_list())
+    assert batch["token_type_ids"].shape == batch["input_ids"].shape
+    assert batch["token_type_ids"][0].tolist() == [0] * 6 + [1] * 5 + [0]
 
 
 # --- causal classification -----------------------------------------------------------------------------------------
@@ -103,6 +126,42 @@ def test_long_text_is_cut_but_never_template_or_word(smollm2, chat_template):
     assert "Review: Short.\nSentiment:" in tokenizer.decode(context(short))
 
 
+def test_both_texts_stand_in_their_places(smollm2):
+    tokenizer = smollm2[1]
+    tricky = Dataset.from_dict({"text": ["say {text_pair}"], "text_pair": ["and {text}"], "label": [0]})
+    row = encode("causal-classification", tricky, tokenizer, causal(template=PAIR))[0]
+    assert tokenizer.decode(context(row)) == "Premise: say {text_pair}\nHypothesis: and {text}\nRelation:"
+
+
+def test_the_longer_of_two_texts_is_cut_first(smollm2):
+    tokenizer = smollm2[1]
+    data = Dataset.from_dict({"text": ["word " * 300], "text_pair": ["A short one."], "label": [1]})
+    config = causal(template=PAIR, max_length=50)
+    row = encode("causal-classification", data, tokenizer, config)[0]
+    assert 47 <= row["length"] <= 50
+    prompt = tokenizer.decode(context(row))
+    assert prompt.startswith("Premise: word word word")
+    assert prompt.endswith("\nHypothesis: A short one.\nRelation:")
+    both = Dataset.from_dict({"text": ["word " * 300], "text_pair": ["long " * 300], "label": [1]})
+    prompt = tokenizer.decode(context(encode("causal-classification", both, tokenizer, config)[0]))
+    assert abs(prompt.count("word") - prompt.count("long")) <= 1
+    assert prompt.count("long") > 10
+
+
+@pytest.mark.parametrize(
+    ("data", "template", "sentence"),
+    [
+        (NLI, "{text}:", "The data has two texts, but task.template has no {text_pair}"),
+        (REVIEWS, PAIR, r"task.template has {text_pair}, but the data has one text only; set data\.text_pair\."),
+    ],
+)
+@pytest.mark.parametrize("kind", ["causal-classification", "seq2seq-classification"])
+def test_template_and_data_must_have_the_same_texts(kind, data, template, sentence, minilm):
+    config = TaskConfig(kind=kind, template=template, label_words=WORDS)
+    with pytest.raises(UserError, match=sentence):
+        encode(kind, data, minilm[1], config)
+
+
 def test_no_room_for_the_text(smollm2):
     with pytest.raises(UserError, match="max_length = 5 leaves no room for the text: the template and the longest"):
         encode("causal-classification", REVIEWS, smollm2[1], causal(max_length=5))
@@ -128,6 +187,51 @@ def test_causal_batch_pads_labels_with_no_loss(smollm2):
     assert (batch["labels"][batch["attention_mask"] == 0] == NO_LOSS).all()
     assert ((batch["labels"] != NO_LOSS).sum(dim=1) == 1).all()
     assert batch["labels"].dtype == torch.int64
+
+
+# --- sequence to sequence ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def t5_tokenizer(tiny_t5):
+    return load_model(tiny_t5, "seq2seq-classification")[1]
+
+
+def test_the_encoder_reads_the_prompt_and_the_decoder_learns_the_word(t5_tokenizer):
+    config = seq2seq(template="nli premise: {text} hypothesis: {text_pair} ")
+    encoded = encode(config.kind, NLI, t5_tokenizer, config)
+    assert encoded.column_names == ["input_ids", "attention_mask", "labels", "length", "label"]
+    for given, row in zip(NLI, encoded, strict=True):
+        prompt = f"nli premise: {given['text']} hypothesis: {given['text_pair']}"
+        assert row["input_ids"] == t5_tokenizer(prompt)["input_ids"]
+        assert row["input_ids"][-1] == t5_tokenizer.eos_token_id
+        assert row["labels"] == t5_tokenizer(WORDS[given["label"]])["input_ids"]
+        assert row["label"] == given["label"]
+        assert row["length"] == len(row["input_ids"]) == len(row["attention_mask"])
+    batch = collator(config.kind, t5_tokenizer)(encoded.to_list())
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["attention_mask"].sum(dim=1).tolist() == encoded["length"][:]
+    assert (batch["labels"] != NO_LOSS).sum(dim=1).tolist() == [len(row["labels"]) for row in encoded]
+
+
+def test_a_long_prompt_is_cut_in_its_texts_and_still_ends(t5_tokenizer):
+    data = Dataset.from_dict({"text": ["film " * 200], "text_pair": ["fun"], "label": [0]})
+    config = seq2seq(template="nli premise: {text} hypothesis: {text_pair} result:", max_length=40)
+    row = encode(config.kind, data, t5_tokenizer, config)[0]
+    assert 37 <= row["length"] <= 40
+    text = t5_tokenizer.decode(row["input_ids"])
+    assert text.startswith("nli premise: film film")
+    assert text.endswith("hypothesis: fun result:</s>")
+    assert t5_tokenizer.decode(row["labels"]) == "negative</s>"
+    with pytest.raises(UserError, match="max_length = 5 leaves no room for the text: the template takes"):
+        encode(config.kind, data, t5_tokenizer, config.model_copy(update={"max_length": 5}))
+
+
+def test_a_word_may_begin_another_since_its_end_is_learnt(t5_tokenizer):
+    ids = label_word_ids(t5_tokenizer, seq2seq(label_words=["good", "good enough"]))
+    assert [t5_tokenizer.decode(word) for word in ids] == ["good</s>", "good enough</s>"]
+    with pytest.raises(UserError, match="'good  enough' begins with the tokens of 'good enough'"):
+        label_word_ids(t5_tokenizer, seq2seq(label_words=["good enough", "good  enough"]))
 
 
 # --- prompt and completion, messages -------------------------------------------------------------------------------
@@ -157,6 +261,25 @@ def test_prompt_tokens_stand_as_they_would_in_generation(smollm2):
     row = encode("sft", data, tokenizer, TaskConfig(kind="sft"))[0]
     assert context(row) == tokenizer("The answer is un")["input_ids"]
     assert tokenizer.decode(learnt(row)) == "known<|im_end|>"
+
+
+def test_template_of_a_prompt_and_spaces_at_its_end(smollm2):
+    tokenizer = smollm2[1]
+    data = Dataset.from_dict({"prompt": ["2+2? "], "completion": ["4"]})
+    row = encode("sft", data, tokenizer, TaskConfig(kind="sft", template="Q: {text}\nA: "))[0]
+    assert tokenizer.decode(context(row)) == "Q: 2+2? \nA:"
+    assert tokenizer.decode(learnt(row)) == " 4<|im_end|>"
+    plain = encode("sft", data, tokenizer, TaskConfig(kind="sft"))[0]
+    assert tokenizer.decode(context(plain)) == "2+2? "  # the user's own space stays where it is
+    chat = encode("sft", data, tokenizer, TaskConfig(kind="sft", template="Q: {text} ", chat_template=True))[0]
+    assert "<|im_start|>user\nQ: 2+2? <|im_end|>" in tokenizer.decode(context(chat))
+    assert tokenizer.decode(learnt(chat)) == "4<|im_end|>"
+
+
+def test_messages_have_no_template(smollm2):
+    data = Dataset.from_list([{"messages": TALK}])
+    with pytest.raises(UserError, match=r"task\.template is for prompts and completions, but the data has messages"):
+        encode("sft", data, smollm2[1], TaskConfig(kind="sft", template="Q: {text}"))
 
 
 def test_chat_template_wraps_prompt_and_completion(smollm2):

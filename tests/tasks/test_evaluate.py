@@ -5,9 +5,10 @@ import pytest
 import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, log_loss
+from transformers import BartConfig, BartForConditionalGeneration
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import add_adapter
+from lora_ggpo.models import add_adapter, load_model
 from lora_ggpo.tasks import TaskConfig, collator, encode, evaluate, predict
 
 TEXTS = [
@@ -48,6 +49,23 @@ def test_probabilities_are_the_models_in_the_order_of_the_data(minilm):
         with torch.no_grad():
             expected = model.eval()(**tokenizer(text, return_tensors="pt")).logits[0].double().softmax(-1)
         np.testing.assert_allclose(row, expected, atol=1e-5)
+
+
+def test_pairs_are_read_with_their_segments(minilm):
+    model, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
+    with torch.no_grad():
+        model.classifier.weight.mul_(100)  # the new head is all but blind
+    config, seconds = TaskConfig(), TEXTS[::-1]
+    data = Dataset.from_dict({"text": TEXTS, "text_pair": seconds, "label": LABELS})
+    encoded = encode("classification", data, tokenizer, config)
+    probabilities = predict("classification", model, encoded, tokenizer, config, batch_size=3)
+    for first, second, row in zip(TEXTS, seconds, probabilities, strict=True):
+        batch = tokenizer(first, second, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.eval()(**batch).logits[0].double().softmax(-1)
+            one_segment = model(input_ids=batch["input_ids"]).logits[0].double().softmax(-1)
+        np.testing.assert_allclose(row, expected, atol=1e-5)
+        assert not np.allclose(row, one_segment, atol=1e-4)
 
 
 def test_metrics_follow_from_the_probabilities(minilm):
@@ -164,6 +182,97 @@ def test_causal_metrics_and_an_adapted_model(smollm2):
     adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": ["q_proj"]}, "causal-classification")
     after = evaluate("causal-classification", adapted, encoded, tokenizer, config)
     assert after["log_loss"].value == pytest.approx(metrics["log_loss"].value, abs=1e-5)
+
+
+# --- sequence to sequence ------------------------------------------------------------------------------------------
+
+SEQ2SEQ = "seq2seq-classification"
+WORDS = ["not good at all", "not good", "wonderful", "fun"]
+
+
+def bart(folder, tokenizer):
+    """An encoder-decoder of another kind: its targets begin and end in special tokens, here BERT's."""
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ends = {"bos_token_id": 101, "eos_token_id": 102, "pad_token_id": 0, "decoder_start_token_id": 102}
+    sizes = {"vocab_size": len(tokenizer), "d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = BartConfig(**sizes, **layers, **ends, forced_eos_token_id=None, init_std=1.0)
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["t5", "bart"])
+def encoder_decoder(request, tiny_t5, minilm, tmp_path_factory):
+    """(model, tokenizer), random and small."""
+    folder = tiny_t5 if request.param == "t5" else bart(tmp_path_factory.mktemp("bart"), minilm[1])
+    return load_model(folder, SEQ2SEQ)
+
+
+def decoded_log_prob(model, prompt, word):
+    """Log-probability of the tokens of `word`, one decoder step after another: `model` is in float64."""
+    read, total = [model.config.decoder_start_token_id], 0.0
+    for token in word:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([read])).logits
+        total += logits[0, -1].log_softmax(dim=-1)[token].item()
+        read.append(token)
+    return total
+
+
+def test_label_words_score_as_a_loop_over_decoder_steps_says(encoder_decoder):
+    model, tokenizer = encoder_decoder
+    config = TaskConfig(kind=SEQ2SEQ, template="first: {text} second: {text_pair}", label_words=WORDS)
+    data = Dataset.from_dict({"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0, 1, 2, 3] * 2})
+    encoded = encode(SEQ2SEQ, data, tokenizer, config)
+    probabilities = predict(SEQ2SEQ, model, encoded, tokenizer, config, batch_size=3)
+    exact = copy.deepcopy(model).double().eval()
+    for first, second, row in zip(TEXTS, TEXTS[::-1], probabilities, strict=True):
+        prompt = tokenizer(f"first: {first} second: {second}")["input_ids"]
+        scores = np.array([decoded_log_prob(exact, prompt, tokenizer(word)["input_ids"]) for word in WORDS])
+        expected = np.exp(scores - scores.max())
+        np.testing.assert_allclose(row, expected / expected.sum(), rtol=1e-3, atol=1e-6)
+    assert (probabilities.std(axis=0) / probabilities.mean(axis=0)).max() > 0.02  # the prompt matters
+
+
+def test_the_encoder_reads_a_batch_once(encoder_decoder):
+    model, tokenizer = encoder_decoder
+    config = TaskConfig(kind=SEQ2SEQ, label_words=WORDS)
+    encoded = encode(SEQ2SEQ, REVIEWS, tokenizer, config)
+    calls = []
+    hook = model.get_encoder().register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        predict(SEQ2SEQ, model, encoded, tokenizer, config)
+    finally:
+        hook.remove()
+    assert len(calls) == 1
+
+
+def test_training_loss_is_that_of_the_right_word(encoder_decoder):
+    model, tokenizer = encoder_decoder
+    config = TaskConfig(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
+    encoded = encode(SEQ2SEQ, REVIEWS, tokenizer, config)
+    exact = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        loss = exact(**collator(SEQ2SEQ, tokenizer)(encoded.to_list())).loss.item()
+    total = sum(decoded_log_prob(exact, row["input_ids"], row["labels"]) for row in encoded)
+    assert loss == pytest.approx(-total / sum(len(row["labels"]) for row in encoded), rel=1e-9)
+
+
+def test_seq2seq_metrics_and_an_adapted_model(encoder_decoder):
+    model, tokenizer = encoder_decoder
+    config = TaskConfig(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
+    encoded = encode(SEQ2SEQ, REVIEWS, tokenizer, config)
+    metrics = evaluate(SEQ2SEQ, model, encoded, tokenizer, config)
+    assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss"]
+    adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": "all-linear"}, SEQ2SEQ)
+    after = evaluate(SEQ2SEQ, adapted, encoded, tokenizer, config)
+    assert after["log_loss"].value == pytest.approx(metrics["log_loss"].value, abs=1e-5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    assert evaluate(SEQ2SEQ, adapted, encoded, tokenizer, config)["log_loss"].value != after["log_loss"].value
 
 
 # --- completions ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lora_ggpo.data.config import DataConfig
@@ -10,14 +11,21 @@ from lora_ggpo.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# Columns of prompt and completion that are recognised: the default ones, MetaMathQA's and CodeFeedback's.
+PAIRS = (("prompt", "completion"), ("query", "response"), ("query", "answer"))
 
 
 def read_completions(table: Table, config: DataConfig) -> dict[str, list[Any]]:
-    """Return the columns "prompt" and "completion", or "messages": lists of {"role", "content"}.
+    """Return the columns "id" and either "prompt" and "completion", or "messages": lists of {"role", "content"}.
 
     Raises:
         UserError: the columns are missing, or a row has no text in them.
     """
+    columns = {"id": table.ids(), **_columns(table, config)}
+    return _single_turns(columns, table) if config.single_turn else columns
+
+
+def _columns(table: Table, config: DataConfig) -> dict[str, list[Any]]:
     named = config.prompt is not None or config.completion is not None
     if not named and "messages" in table.columns:
         return {"messages": _messages(table, "messages", "role", "content")}
@@ -25,9 +33,32 @@ def read_completions(table: Table, config: DataConfig) -> dict[str, list[Any]]:
         return {"messages": _messages(table, "conversations", "from", "value")}
     if not named and {"instruction", "output"} <= set(table.columns):
         return {"prompt": _alpaca_prompts(table), "completion": table.texts("output", "completion")}
+    prompt, completion = next((pair for pair in PAIRS if set(pair) <= set(table.columns)), PAIRS[0])
+    if named:
+        prompt, completion = config.prompt or "prompt", config.completion or "completion"
+    return {"prompt": table.texts(prompt, "prompt"), "completion": table.texts(completion, "completion")}
+
+
+def _single_turns(columns: dict[str, list[Any]], table: Table) -> dict[str, list[Any]]:
+    """Keep the conversations of one user and one assistant message; one warning counts the others."""
+    if "messages" not in columns:
+        raise UserError(f"data.single_turn is for conversations, but {table.origin} has none; leave it out.")
+    rows = zip(columns["id"], columns["messages"], strict=True)
+    kept = [(name, chat) for name, chat in rows if [turn["role"] for turn in chat] == ["user", "assistant"]]
+    if not kept:
+        raise UserError(
+            f"{table.origin} has no conversation of one user and one assistant message, which data.single_turn keeps."
+        )
+    if len(kept) < len(table):
+        warnings.warn(
+            f"{table.origin}: {len(table) - len(kept)} of {len(table)} conversations are left out, since they are not "
+            "one user and one assistant message.",
+            stacklevel=3,
+        )
     return {
-        "prompt": table.texts(config.prompt or "prompt", "prompt"),
-        "completion": table.texts(config.completion or "completion", "completion"),
+        "id": [name for name, _ in kept],
+        "prompt": [chat[0]["content"] for _, chat in kept],
+        "completion": [chat[1]["content"] for _, chat in kept],
     }
 
 

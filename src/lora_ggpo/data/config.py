@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,18 +19,32 @@ class DataConfig(BaseModel):
     )
     subset: str | None = Field(None, description="Name of a hub dataset's configuration, such as sst2.")
     text: str | None = Field(None, description='Column of the text; default "text".')
+    text_pair: str | None = Field(
+        None, description="Column of a second text, such as hypothesis; null is one text only."
+    )
     label: str | None = Field(None, description='Column of the label; default "label".')
     prompt: str | None = Field(
         None,
         description='Fine-tuning on completions: column of the prompt; default "prompt". Columns "messages", '
-        '"conversations" (ShareGPT) and "instruction", "input", "output" (Alpaca) are recognised.',
+        '"conversations" (ShareGPT), "instruction", "input", "output" (Alpaca, WizardLM) and "query" with "response" '
+        '(MetaMathQA) or "answer" (CodeFeedback) are recognised.',
     )
     completion: str | None = Field(None, description='Column of the completion; default "completion".')
+    single_turn: bool = Field(
+        False,
+        description="Of conversations keep those of one user and one assistant message, as prompt and completion: "
+        "for models without a chat template.",
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the training rows to validate on, if the source has no such split."
     )
     test_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the training rows to test on, if the source has no such split."
+    )
+    test_split: Literal["validation"] | None = Field(
+        None,
+        description="validation: the source's validation split is the test set, and validation rows are split off the "
+        "training rows; for data whose test labels are withheld, such as GLUE. null: the test split.",
     )
     split_seed: int = Field(0, ge=0, description="Seed of the splits made here and of the choice of train_size rows.")
     train_size: int | None = Field(

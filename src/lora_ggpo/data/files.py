@@ -22,6 +22,9 @@ from lora_ggpo.errors import UserError
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLIT_NAMES |= {"dev": "validation", "test": "test"}
+# MNLI has a second validation split, from other domains than the training rows.
+SPLIT_NAMES |= {"validation_matched": "validation", "test_matched": "test"}
+SPLIT_NAMES |= {"validation_mismatched": "validation_mismatched"}
 
 
 def read_file(path: Path) -> Table:
@@ -44,6 +47,8 @@ def read_file(path: Path) -> Table:
 def read_folder(folder: Path) -> dict[str, Table]:
     """Return the tables of a folder's train, validation (also valid, val, dev) and test files, by split.
 
+    MNLI's names, and the hub's for files in one part (train-00000-of-00001.parquet), are understood as well.
+
     Raises:
         UserError: no such file, two for one split, or a file that `read_file` refuses.
     """
@@ -53,7 +58,7 @@ def read_folder(folder: Path) -> dict[str, Table]:
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}.") from None
     for path in entries:
-        split = SPLIT_NAMES.get(path.name.partition(".")[0].lower())
+        split = SPLIT_NAMES.get(path.name.partition(".")[0].lower().removesuffix("-00000-of-00001"))
         if split is None or _reader(path) is None:
             continue
         if split in paths:

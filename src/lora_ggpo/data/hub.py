@@ -13,7 +13,7 @@ from lora_ggpo.errors import UserError
 
 
 def read_hub(name: str, subset: str | None) -> dict[str, Table]:
-    """Return a hub dataset's train, validation and test tables, those it has; no code of the dataset is run.
+    """Return a hub dataset's tables by split, as `read_folder` does for files; no code of the dataset is run.
 
     Raises:
         UserError: the hub or the dataset cannot be reached, or it has none of these splits.

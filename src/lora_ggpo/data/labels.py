@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
+_WITHHELD = {"-1", "-1.0", "None", "nan", ""}
 
-def is_unlabelled(table: Table, column: str) -> bool:
-    """Tell whether a split's labels are withheld, which hub datasets mark by -1 throughout."""
-    return column in table.columns and column in table.label_names and set(table.columns[column]) <= {-1, None}
+
+def is_unlabelled(table: Table, column: str, classes: Collection[str]) -> bool:
+    """Tell whether a split's labels are withheld: there is no such column, or it holds -1 or nothing throughout.
+
+    Where -1 is one of the `classes` of the training data, it is a label.
+    """
+    values = {str(value) for value in table.columns.get(column, ())}
+    return values <= _WITHHELD and not values & set(classes)
 
 
 def read_label_names(table: Table, column: str) -> list[str]:

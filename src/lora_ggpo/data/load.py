@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from lora_ggpo.data.completion import read_completions
 from lora_ggpo.data.config import DataConfig
 from lora_ggpo.data.labels import classes_of, is_unlabelled, read_label_names, to_indices
 from lora_ggpo.data.sampling import carve, flip_labels, stratified_order
-from lora_ggpo.data.sources import ALL, read_source
+from lora_ggpo.data.sources import ALL, FURTHER_TESTS, read_source
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
@@ -26,6 +27,7 @@ STRING, INTEGER = datasets.Value("string"), datasets.Value("int64")
 FEATURES = {
     "id": STRING,
     "text": STRING,
+    "text_pair": STRING,
     "label": INTEGER,
     "noisy": datasets.Value("bool"),
     "prompt": STRING,
@@ -41,7 +43,7 @@ class Splits:
     Attributes:
         train, validation, test: Rows in the order of the source.
         labels: The classes' names, which "label" indexes; None for completions.
-        out_of_domain: Extra test sets, by source.
+        out_of_domain: Extra test sets, by source, or by split if they come with the training data.
     """
 
     train: datasets.Dataset
@@ -54,20 +56,25 @@ class Splits:
 def load_classification(config: DataConfig) -> Splits:
     """Load data with columns "id", "text" and "label" (an index into `labels`); train has "noisy" (bool) as well.
 
-    Labels may be names, integers or booleans; without declared names, the classes are the sorted labels of train.
-    Missing validation and test splits are taken from train, stratified, and a split whose labels are withheld
-    (-1 throughout) counts as missing. Then train is cut to `train_size` and its labels are corrupted.
+    With `text_pair` there is a second text, "text_pair". Labels may be names, integers or booleans; without declared
+    names, the classes are the sorted labels of train. A split whose labels are withheld (no label, or -1 throughout)
+    counts as missing, with a warning; the validation split then stands in for the test split. Missing validation and
+    test splits are taken from train, stratified; rows with the same "text" stay together. Then train is cut to
+    `train_size` and its labels are corrupted.
 
     Raises:
         UserError: the source or its content is not usable; the message says where and what to do.
     """
-    text, label = config.text or "text", config.label or "label"
-    tables = _main_tables(config, lambda table: is_unlabelled(table, label))
-    read = {split: _text_and_names(table, text, label) for split, table in tables.items()}
+    texts, label = _text_columns(config), config.label or "label"
+    tables = _main_tables(config)
     whole = next(iter(tables))
+    read = {whole: _texts_and_names(tables[whole], texts, label)}
     classes = classes_of(read[whole]["label"], tables[whole], label)
+    tables = _labelled(tables, label, classes)
+    read |= {split: _texts_and_names(table, texts, label) for split, table in tables.items() if split != whole}
     for split, columns in read.items():
         columns["label"] = to_indices(columns["label"], classes, tables[split])
+    further = _further_tests(read)
     parts = _three_splits(read, "label", "text", config)
     if config.train_size is not None and config.train_size < len(set(parts["train"]["label"])):
         raise UserError(
@@ -76,33 +83,31 @@ def load_classification(config: DataConfig) -> Splits:
         )
     train = _cut(parts["train"], parts["train"]["label"], config, tables[whole])
     train["label"], train["noisy"] = flip_labels(train["label"], len(classes), config.label_noise, config.noise_seed)
-    extra = {source: _dataset(_other_domain(source, config, classes)) for source in config.out_of_domain}
+    extra = further | {source: _dataset(_other_domain(source, config, classes)) for source in config.out_of_domain}
     return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), classes, extra)
 
 
 def load_completion(config: DataConfig) -> Splits:
     """Load data with "id" and either "prompt" and "completion", or "messages": lists of {"role", "content"}.
 
-    Alpaca's and ShareGPT's columns are brought to these. Splits are as in `load_classification`, without strata.
+    The columns of Alpaca, ShareGPT, MetaMathQA and CodeFeedback are brought to these. Splits are as in
+    `load_classification`, without strata.
 
     Raises:
         UserError: the source or its content is not usable, or label noise is asked for.
     """
     if config.label_noise:
         raise UserError("data.label_noise needs labels, which data for completion has not; set it to 0.")
-    tables = _main_tables(config, lambda table: False)
-    read: dict[str, Columns] = {}
-    for split, table in tables.items():
-        read[split] = {"id": table.ids(), **read_completions(table, config)}
+    tables = _main_tables(config)
+    read: dict[str, Columns] = {split: read_completions(table, config) for split, table in tables.items()}
     shapes = [set(columns) for columns in read.values()]
     if any(shape != shapes[0] for shape in shapes):
         raise UserError(f"The splits of {config.source} differ in their columns; give them the same.")
+    extra = _further_tests(read)
     parts = _three_splits(read, None, "messages" if "messages" in shapes[0] else "prompt", config)
     train = _cut(parts["train"], [0] * len(parts["train"]["id"]), config, next(iter(tables.values())))
-    extra = {}
     for source in config.out_of_domain:
-        table = _test_table(read_source(source), lambda table: False)
-        extra[source] = _dataset({"id": table.ids(), **read_completions(table, config)})
+        extra[source] = _dataset(read_completions(_test_table(read_source(source), lambda table: False), config))
     return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), None, extra)
 
 
@@ -114,23 +119,56 @@ def digest(dataset: datasets.Dataset) -> str:
     return sha.hexdigest()
 
 
-def _main_tables(config: DataConfig, withheld: Callable[[Table], bool]) -> dict[str, Table]:
-    """Return the usable tables, the one to train on first."""
+def _main_tables(config: DataConfig) -> dict[str, Table]:
+    """Return the tables, the one to train on first."""
     if config.subset is not None and config.source in BUNDLED:
         raise UserError(f"data.subset is for hub data, but {config.source} is bundled; leave it out.")
     tables = read_source(config.source, config.subset)
-    tables = {split: table for split, table in tables.items() if split == "train" or not withheld(table)}
+    if config.test_split is not None:
+        if config.test_split not in tables:
+            raise UserError(f"{config.source} has no validation split to test on; leave out data.test_split.")
+        tables["test"] = tables.pop(config.test_split)
     if ALL in tables:
         return tables
     if "train" not in tables:
-        raise UserError(f"{config.source} has no train split, only {', '.join(tables) or 'unlabelled ones'}.")
+        raise UserError(f"{config.source} has no train split, only {', '.join(tables)}.")
     if not len(tables["train"]):
         raise UserError(f"{tables['train'].origin} has no rows; give data with rows in it.")
-    return {split: tables[split] for split in NAMES if split in tables}
+    return {split: tables[split] for split in (*NAMES, *FURTHER_TESTS) if split in tables}
 
 
-def _text_and_names(table: Table, text: str, label: str) -> Columns:
-    return {"id": table.ids(), "text": table.texts(text, "text"), "label": read_label_names(table, label)}
+def _labelled(tables: dict[str, Table], label: str, classes: list[str]) -> dict[str, Table]:
+    """Leave out the splits without labels, with one warning; test on the validation split if that leaves no test."""
+    unlabelled = [split for split in list(tables)[1:] if is_unlabelled(tables[split], label, classes)]
+    if not unlabelled:
+        return tables
+    labelled = {split: table for split, table in tables.items() if split not in unlabelled}
+    consequence = "is left out; what is missing is split off the training rows."
+    if "test" in unlabelled and "validation" in labelled:
+        labelled["test"] = labelled.pop("validation")
+        consequence = (
+            "is left out: the validation split is the test set, and validation rows are split off the training rows. "
+            "Set data.test_split to validation to say so yourself."
+        )
+    origins = " and ".join(tables[split].origin for split in unlabelled)
+    warnings.warn(f"{origins} has no labels and {consequence}", stacklevel=3)
+    return labelled
+
+
+def _text_columns(config: DataConfig) -> dict[str, str]:
+    """The source's columns of the texts, by the names they get."""
+    pair = {} if config.text_pair is None else {"text_pair": config.text_pair}
+    return {"text": config.text or "text", **pair}
+
+
+def _texts_and_names(table: Table, texts: dict[str, str], label: str) -> Columns:
+    columns = {name: table.texts(column, name) for name, column in texts.items()}
+    return {"id": table.ids(), **columns, "label": read_label_names(table, label)}
+
+
+def _further_tests(read: dict[str, Columns]) -> dict[str, datasets.Dataset]:
+    """Take the test sets beside "test" out of `read`."""
+    return {split: _dataset(read.pop(split)) for split in FURTHER_TESTS if split in read}
 
 
 def _three_splits(read: dict[str, Columns], stratum: str | None, text: str, config: DataConfig) -> dict[str, Columns]:
@@ -165,8 +203,9 @@ def _cut(train: Columns, strata: Sequence[int], config: DataConfig, table: Table
 def _other_domain(source: str, config: DataConfig, classes: list[str]) -> Columns:
     tables = read_source(source)
     label = _present(config.label, tables, "label")
-    table = _test_table(tables, lambda table: is_unlabelled(table, label))
-    columns = _text_and_names(table, _present(config.text, tables, "text"), label)
+    table = _test_table(tables, lambda table: label in table.columns and is_unlabelled(table, label, classes))
+    texts = {name: _present(column, tables, name) for name, column in _text_columns(config).items()}
+    columns = _texts_and_names(table, texts, label)
     unknown = sorted(set(columns["label"]) - set(classes))
     if unknown:
         raise UserError(

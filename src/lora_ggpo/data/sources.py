@@ -14,10 +14,13 @@ from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
 ALL = "all"  # the one table of a source that has no splits
+FURTHER_TESTS = ("validation_mismatched",)  # splits that are test sets beside "test"
 
 
 def read_source(source: str, subset: str | None = None) -> dict[str, Table]:
-    """Return the tables of a bundled set, file, folder or hub dataset: "train", "validation", "test", or "all".
+    """Return the tables of a bundled set, file, folder or hub dataset by split, or the one table as "all".
+
+    The splits are "train", "validation", "test" and those of `FURTHER_TESTS`.
 
     A bundled name comes first, then a local path, then the hub.
 

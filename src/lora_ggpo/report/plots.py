@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from lora_ggpo.report.statistics import Interval, pareto_front, seed_curves
 
 Log = Sequence[Mapping[str, Any]]
 """Lines of log.jsonl."""
@@ -18,6 +25,10 @@ LOSS, VALIDATION, SHARE = "loss", "validation/log_loss", "ggpo/gradient_share"
 _VALIDATION_KEYS = (VALIDATION, "validation/loss")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_GREY = "#9a9a9a"
+# Names are anybody's text, so "$" starts no formula; SVG names its parts by a hash that must not change.
+_STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "lora-ggpo"}
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def save_training_plot(log: Log, path: Path) -> None:
@@ -59,6 +70,104 @@ def save_comparison_plot(
     _save(figure, path)
 
 
+@dataclass(frozen=True)
+class Tradeoff:
+    """What a method scores at what cost; the costs, in units of the baseline's, are None where not measured."""
+
+    score: Interval
+    time: float | None
+    memory: float | None
+
+
+@rc_context(_STYLE)
+def draw_forest(differences: Mapping[str, Mapping[str, Mapping[str, Interval]]], axis: str) -> Figure:
+    """Differences to the baseline with their intervals, one panel a setting.
+
+    Args:
+        differences: {setting: {method: {set: difference}}}, in the unit that `axis` names.
+    """
+    rows = [max(len(methods), 1) for methods in differences.values()]
+    sets = list(dict.fromkeys(name for of in differences.values() for found in of.values() for name in found))
+    figure = Figure(figsize=(7.2, 1.1 + sum(0.45 + 0.3 * count for count in rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=[1 + count for count in rows])
+    for panel, (setting, methods) in zip(panels[:, 0], differences.items(), strict=True):
+        panel.axvline(0, color="black", linewidth=0.8)
+        for place, (name, colour) in enumerate(zip(sets, COLOURS, strict=False)):
+            shift = (place - (min(len(sets), len(COLOURS)) - 1) / 2) * 0.18
+            points = [(row + shift, found[name]) for row, found in enumerate(methods.values()) if name in found]
+            means, halves = [d.mean for _, d in points], [d.half if math.isfinite(d.half) else 0 for _, d in points]
+            style: Any = {"color": colour, "fmt": "o", "ms": 4, "lw": 1.4, "label": name}
+            panel.errorbar(means, [y for y, _ in points], xerr=halves, **style)
+        panel.set_yticks(range(len(methods)), list(methods))
+        panel.set_ylim(max(len(methods), 1) - 0.5, -0.5)
+        _finish(panel, setting, grid="x", legend=False)
+    panels[-1, 0].set_xlabel(axis, fontsize=9)
+    _legend(figure, panels[0, 0])
+    return figure
+
+
+@rc_context(_STYLE)
+def draw_learning_curves(logs: Mapping[str, Mapping[str, Sequence[Log]]], highlighted: Sequence[str]) -> Figure:
+    """Training and validation loss over steps, one row of panels a setting.
+
+    Args:
+        logs: {setting: {method: logs of its seeds}}. Lines are means, bands reach from the lowest seed to the highest.
+        highlighted: Methods in colour, at most as many as there are colours; the others are thin and grey.
+    """
+    figure = Figure(figsize=(9.6, 0.5 + 2.9 * len(logs)), layout="constrained")
+    panels = figure.subplots(len(logs), 2, squeeze=False)
+    for row, (setting, methods) in zip(panels, logs.items(), strict=True):
+        for panel, keys, title in zip(row, [(LOSS,), _VALIDATION_KEYS], ["training", "validation"], strict=True):
+            for method in sorted(methods, key=lambda name: name in highlighted):
+                for key in keys:
+                    _highlighted_curve(panel, methods[method], key, method, highlighted)
+            _finish(panel, f"{title} loss{f', {setting}' if setting else ''}", legend=False)
+            panel.set_xlabel("optimizer step", fontsize=8)
+    _legend(figure, panels[0, 0], order=highlighted)
+    return figure
+
+
+@rc_context(_STYLE)
+def draw_tradeoffs(
+    points: Mapping[str, Mapping[str, Tradeoff]], highlighted: Sequence[str], axis: str, *, higher_is_better: bool
+) -> Figure:
+    """Score over step time and, where it was measured, over peak memory, with the Pareto fronts of the mean scores.
+
+    Args:
+        points: {setting: {method: ...}}, scores in the unit that `axis` names.
+        highlighted: Methods in colour.
+    """
+    costs = {"time": "time of a step, baseline = 1", "memory": "peak memory, baseline = 1"}
+    if not any(point.memory for methods in points.values() for point in methods.values()):
+        del costs["memory"]
+    figure = Figure(figsize=(0.4 + 4.6 * len(costs), 0.5 + 3.2 * len(points)), layout="constrained")
+    panels = figure.subplots(len(points), len(costs), squeeze=False)
+    for row, (setting, methods) in zip(panels, points.items(), strict=True):
+        for panel, (cost, title) in zip(row, costs.items(), strict=True):
+            known = {name: (getattr(point, cost), point.score) for name, point in methods.items()}
+            _front(panel, {name: one for name, one in known.items() if one[0]}, highlighted, higher_is_better)
+            _finish(panel, setting, legend=False)
+            panel.set_xlabel(title, fontsize=8)
+        row[0].set_ylabel(axis, fontsize=8)
+    _legend(figure, panels[0, 0], order=highlighted)
+    return figure
+
+
+@rc_context(_STYLE)
+def render(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
+    """The figure as a ``png`` or ``svg`` file; the same figure is always the same bytes."""
+    buffer = io.BytesIO()
+    metadata = _NO_METADATA if kind == "svg" else None
+    figure.savefig(buffer, format=kind, dpi=150, metadata=metadata, transparent=transparent)
+    return buffer.getvalue()
+
+
+def inline_svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element for an HTML page, without a background."""
+    text = render(figure, "svg", transparent=True).decode()
+    return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # figures would share their ids
+
+
 def curve(log: Log, key: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines of a log that have `key`."""
     points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
@@ -77,11 +186,9 @@ def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str
 
 
 def _band(axes: Axes, logs: Sequence[Log], key: str, colour: str, label: str) -> None:
-    curves = [dict(zip(*curve(log, key), strict=True)) for log in logs]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    steps, values = seed_curves(logs, key)
     if not steps:
         return
-    values = np.array([[one[step] for step in steps] for one in curves])
     _line(axes, steps, values.mean(axis=0).tolist(), colour, label)
     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
 
@@ -109,12 +216,51 @@ def _label(axes: Axes, title: str) -> None:
     _finish(axes, title)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _highlighted_curve(axes: Axes, logs: Sequence[Log], key: str, method: str, highlighted: Sequence[str]) -> None:
+    if method in highlighted:
+        _band(axes, logs, key, COLOURS[highlighted.index(method)], method)
+        return
+    steps, values = seed_curves(logs, key)
+    if steps:
+        axes.plot(steps, values.mean(axis=0), color=_GREY, linewidth=0.8, alpha=0.7, label="other methods")
+
+
+def _front(
+    axes: Axes, points: Mapping[str, tuple[float, Interval]], highlighted: Sequence[str], higher_is_better: bool
+) -> None:
+    sign, names = 1 if higher_is_better else -1, list(points)
+    costs, scores = [x for x, _ in points.values()], [score.mean for _, score in points.values()]
+    front = pareto_front(costs, [sign * score for score in scores])
+    line = [costs[i] for i in front], [scores[i] for i in front]
+    axes.step(*line, where="post", color="black", linewidth=0.9, linestyle=":", label="Pareto front", zorder=1)
+    for name, (x, score) in points.items():
+        colour = COLOURS[highlighted.index(name)] if name in highlighted else _GREY
+        label = name if name in highlighted else "other methods"
+        half = score.half if math.isfinite(score.half) else 0
+        axes.errorbar([x], [score.mean], yerr=[half], fmt="o", color=colour, ms=5, lw=1, alpha=0.9, label=label)
+        if label != name and names.index(name) in front:
+            far = x > (min(costs) + max(costs)) / 2
+            place: Any = {"xytext": (-5 if far else 5, 4), "ha": "right" if far else "left"}
+            axes.annotate(name, (x, score.mean), textcoords="offset points", fontsize=7.5, **place)
+
+
+def _legend(figure: Figure, axes: Axes, order: Sequence[str] = ()) -> None:
+    """One legend above all panels, with each label once, those of `order` first."""
+    handles, labels = axes.get_legend_handles_labels()
+    found = dict(zip(labels, handles, strict=True))
+    names = [name for name in order if name in found] + [name for name in found if name not in order]
+    if len(names) > 1:
+        figure.legend(
+            [found[name] for name in names], names, loc="outside upper center", ncols=4, frameon=False, fontsize=8
+        )
+
+
+def _finish(axes: Axes, title: str, grid: Literal["x", "y"] = "y", *, legend: bool = True) -> None:
     axes.set_title(title, loc="left", fontsize=10)
-    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+    axes.grid(axis=grid, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
 
 

@@ -1,15 +1,19 @@
-"""Means over seeds with their intervals, and paired differences."""
+"""Means over seeds with their intervals, paired differences and their tests, ranks, and Pareto fronts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
+from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
+LEVEL = 0.05
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,88 @@ def verdict(difference: Interval, second: str, *, higher_is_better: bool) -> str
         return "no difference found"
     better = (difference.mean > 0) == higher_is_better
     return f"{second} is {'better' if better else 'worse'}"
+
+
+def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
+    """The two-sided p-value of the paired t test.
+
+    nan where that test says nothing: fewer than two pairs, or pairs that all differ by the same amount, which a small
+    test set makes likely and which is no proof. Pairs that do not differ at all have 1.
+    """
+    differences = np.subtract(second, first)
+    if len(differences) < 2:
+        return math.nan
+    if not vary(differences.tolist()):
+        return math.nan if differences.any() else 1.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def vary(values: Sequence[float]) -> bool:
+    """Whether `values` differ among themselves by more than rounding."""
+    return len(values) > 1 and max(values) - min(values) > 1e-9 * max(map(abs, values))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment of the p-values of one family of tests, in their order; nan is no test and stays nan."""
+    adjusted = [math.nan] * len(p_values)
+    tests = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    largest = 0.0
+    for place, (p, index) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - place) * p))
+        adjusted[index] = largest
+    return adjusted
+
+
+def pooled_sd(samples: Sequence[Sequence[float]]) -> float:
+    """The standard deviation that the `samples` share; those of one value do not count, nan if none counts."""
+    counted = [np.asarray(sample, dtype=np.float64) for sample in samples if len(sample) > 1]
+    freedom = sum(len(sample) - 1 for sample in counted)
+    return math.sqrt(sum(np.square(one - one.mean()).sum() for one in counted) / freedom) if freedom else math.nan
+
+
+def detectable_difference(differences_sd: float, n: int, power: float = POWER, level: float = LEVEL) -> float:
+    """The smallest true mean difference that a two-sided paired t test at `level` finds with probability `power`.
+
+    Args:
+        differences_sd: Standard deviation of the paired differences.
+        n: Number of pairs; nan is returned for fewer than two.
+    """
+    if n < 2 or not math.isfinite(differences_sd):
+        return math.nan
+    # The power as a mean over the sample variance's distribution: scipy.stats.nct gives nan for some of these values.
+    quantiles = stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1)
+    critical = stats.t.isf(level / 2, n - 1) * np.sqrt(quantiles / (n - 1))
+
+    def excess(shift: float) -> float:
+        return float(np.mean(special.ndtr(shift - critical) + special.ndtr(-shift - critical))) - power
+
+    return float(optimize.brentq(excess, 0.0, critical.max() + 10.0)) * differences_sd / math.sqrt(n)
+
+
+def mean_ranks(scores: Mapping[str, Sequence[float]], *, higher_is_better: bool) -> dict[str, float]:
+    """Each method's rank, averaged over tasks; 1 is the best.
+
+    Args:
+        scores: For each method, one score for each task; nan, a method that has none, ranks last. Ties share the mean
+            of their ranks.
+    """
+    table = np.array(list(scores.values()), dtype=np.float64)
+    worst_last = np.where(np.isnan(table), np.inf, -table if higher_is_better else table)
+    ranks = stats.rankdata(worst_last, axis=0).mean(axis=1)
+    return dict(zip(scores, ranks.tolist(), strict=True))
+
+
+def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """Indices, by growing cost, of the points that score more (higher is better) than every cheaper one."""
+    front: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda i: (costs[i], -scores[i])):
+        if not front or scores[index] > scores[front[-1]]:
+            front.append(index)
+    return front
+
+
+def seed_curves(logs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[list[int], NDArray[np.float64]]:
+    """What the logs of several seeds have under `key`, at the steps that all of them have: steps and (seeds, steps)."""
+    curves = [{row["step"]: row[key] for row in log if row.get(key) is not None} for log in logs]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return steps, np.array([[one[step] for step in steps] for one in curves], dtype=np.float64)

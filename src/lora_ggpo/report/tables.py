@@ -1,9 +1,10 @@
-"""Tables: for the terminal and for Markdown."""
+"""Tables: for the terminal, Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -13,6 +14,22 @@ from lora_ggpo.report.statistics import Interval, mean_interval
 
 Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{set: {metric: {"value", "se", "n"}}}, as metrics.json holds it."""
+
+_LATEX: Mapping[str, str] = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"\ensuremath{\pm}",
+    "×": r"\ensuremath{\times}",
+    "↑": r"\ensuremath{\uparrow}",
+    "↓": r"\ensuremath{\downarrow}",
+    "–": "--",
+    **{character: f"{{{character}}}" for character in "[]*"},  # which the line break before it would take
+}
 
 
 def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -38,10 +55,35 @@ def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     return table
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same cells in Markdown."""
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
+    """The same cells in Markdown; columns of `words` are on the left, the others, numbers, on the right."""
+    lines = [header, ["---" if index in words else "---:" for index in range(len(header))], *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def escape_markdown(text: str) -> str:
+    """Any text as the inside of a Markdown table's cell."""
+    escaped = re.sub(r"([\\`*_\[\]|$~])", r"\\\1", " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, words: Collection[int]) -> str:
+    """The same cells as a LaTeX table, for the package booktabs.
+
+    Args:
+        words: Columns on the left; the others are numbers, on the right.
+    """
+    columns = "".join("l" if index in words else "r" for index in range(len(header)))
+    first, *others = (" & ".join(map(escape_latex, line)) + " \\\\\n" for line in (header, *rows))
+    return (
+        f"\\begin{{table}}\n\\centering\n\\caption{{{escape_latex(caption)}}}\n\\begin{{tabular}}{{{columns}}}\n"
+        f"\\toprule\n{first}\\midrule\n{''.join(others)}\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Any text as LaTeX that prints it."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
 def format_interval(interval: Interval, *, sign: bool = False, digits: int = 4) -> str:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import TaskKind
 
-TEXT_FIELD = "{text}"
+LABEL_WORD_KINDS: tuple[TaskKind, ...] = ("causal-classification", "seq2seq-classification")
+"""The kinds in which the model answers a prompt with the word of a label."""
+
+PLAIN = "{text}"
+"""The template that adds nothing."""
+
+_PLACES = re.compile(r"\{(text|text_pair)\}")
+
+
+def _default_template(fields: dict[str, Any]) -> str:
+    return PLAIN if fields.get("kind") == "sft" else "{text}\nSentiment:"
 
 
 class TaskConfig(BaseModel):
@@ -21,24 +33,34 @@ class TaskConfig(BaseModel):
 
     kind: TaskKind = Field("classification", description="What the model learns.")
     template: str = Field(
-        "{text}\nSentiment:",
-        description="causal-classification: the prompt; {text} stands for the row's text.",
+        default_factory=_default_template,
+        description="The prompt: {text} stands for the row's text (for sft its prompt), {text_pair} for the second "
+        'text. Default: "{text}\\nSentiment:"; for sft "{text}". Kind classification has none.',
     )
     label_words: list[str] | None = Field(
         None,
-        description="causal-classification: one word or phrase for each label, in the labels' order; "
+        description="causal- and seq2seq-classification: one word or phrase for each label, in the labels' order; "
         "default: the label names.",
     )
     chat_template: bool = Field(
         False, description="Causal tasks: put the prompt in the tokenizer's chat template as a user turn."
     )
-    max_length: int = Field(128, gt=0, description="Longest sequence, in tokens; the text is cut to fit.")
+    max_length: int = Field(
+        128,
+        gt=0,
+        description="Longest sequence, in tokens (of an encoder-decoder: the prompt); the text is cut to fit.",
+    )
 
     @field_validator("template")
     @classmethod
-    def _holds_text(cls, template: str) -> str:
-        if template.count(TEXT_FIELD) != 1:
-            raise ValueError(f"the template must contain {TEXT_FIELD} exactly once, but it is {template!r}")
+    def _holds_text(cls, template: str, info: ValidationInfo) -> str:
+        places = _PLACES.findall(template)
+        if places.count("text") != 1:
+            raise ValueError(f"the template must contain {{text}} exactly once, but it is {template!r}")
+        if places.count("text_pair") > (0 if info.data.get("kind") == "sft" else 1):
+            raise ValueError(
+                f"the template may contain {{text_pair}} once, and not at all for sft, but it is {template!r}"
+            )
         return template
 
     @field_validator("label_words")
@@ -51,13 +73,22 @@ class TaskConfig(BaseModel):
             raise ValueError(f"label_words must be at least two different words, but they are {words}")
         return words
 
+    @property
+    def takes_pair(self) -> bool:
+        """Whether the template has a place for a second text."""
+        return "{text_pair}" in self.template
+
+    def fill(self, texts: Mapping[str, str]) -> str:
+        """Return the template with the row's "text", and "text_pair" where it has one, in their places."""
+        return _PLACES.sub(lambda place: texts[place[1]], self.template)
+
     def for_labels(self, labels: Sequence[str] | None) -> TaskConfig:
         """Return the settings with `label_words` filled in from the data's label names where none are given.
 
         Raises:
             UserError: the number of label words is not the number of labels.
         """
-        if self.kind != "causal-classification" or labels is None:
+        if self.kind not in LABEL_WORD_KINDS or labels is None:
             return self
         words = self.label_words or [label.strip() for label in labels]
         if len(words) != len(labels):

@@ -1,15 +1,17 @@
 """Rows of text become rows of tokens, and rows of tokens become padded batches.
 
-Encoded rows are not padded. Their columns are `input_ids`, `attention_mask`, `labels` and `length` (tokens), and for
-"causal-classification" also `label`, the index of the right label. `labels` is the class index for "classification";
-for the causal kinds it is `input_ids` with -100 wherever no loss is taken, so only the completion is learnt.
+Encoded rows are not padded. Their columns are `input_ids`, `attention_mask`, `labels` and `length` (tokens of
+`input_ids`); for the kinds with label words also `label`, the index of the right label; for "classification" of pairs
+`token_type_ids`, if the tokenizer has them. `labels` is the class index for "classification", the tokens of the label's
+word for "seq2seq-classification", and for the causal kinds `input_ids` with -100 wherever no loss is taken, so only the
+completion is learnt.
 """
 
 from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,44 +22,50 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import TaskKind
-from lora_ggpo.tasks.config import TEXT_FIELD, TaskConfig
+from lora_ggpo.tasks.config import LABEL_WORD_KINDS, PLAIN, TaskConfig
 
 NO_LOSS = -100
 _CHUNK = 1000
-_MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 _TOKENS = List(Value("int32"))
 _LABEL = Value("int64")
+_COLUMNS = {
+    "input_ids": _TOKENS,
+    "attention_mask": List(Value("int8")),
+    "token_type_ids": List(Value("int8")),
+    "labels": _TOKENS,
+    "length": Value("int32"),
+    "label": _LABEL,
+}
 
 Row = dict[str, Any]
+# A row's "text", and "text_pair" if it has a second one.
+Texts = Mapping[str, str]
 
 
 def encode(kind: TaskKind, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Dataset:
     """Tokenise `dataset` for `kind`; see the top of this module for the columns that come back.
 
     Args:
-        dataset: columns "text" and "label" for the classification kinds; "prompt" and "completion", or "messages",
-            for "sft".
-        config: for "causal-classification" with `label_words` filled in (`TaskConfig.for_labels`).
+        dataset: columns "text", "label" and for pairs of texts "text_pair" for the classification kinds; "prompt" and
+            "completion", or "messages", for "sft".
+        config: with `label_words` filled in (`TaskConfig.for_labels`) for the kinds that need them.
 
     Row order is kept. Only "sft" may drop rows: those whose prompt alone fills `max_length`, with one warning that
     counts them.
 
     Raises:
-        UserError: no rows, a missing column, a label out of range, a template that leaves no room for the text, a chat
-            template that does not fit the messages, or no row left.
+        UserError: no rows, a missing column, a label out of range, a template that does not fit the data or leaves no
+            room for the text, a chat template that does not fit the messages, or no row left.
     """
     _check(kind, dataset, tokenizer, config)
     encoders: dict[TaskKind, Callable[[], Iterator[list[Row]]]] = {
         "classification": lambda: _classification(dataset, tokenizer, config),
         "causal-classification": lambda: _causal_classification(dataset, tokenizer, config),
+        "seq2seq-classification": lambda: _seq2seq_classification(dataset, tokenizer, config),
         "sft": lambda: _sft(dataset, tokenizer, config),
     }
-    features = _features(kind)
-    chunks = [
-        Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features)
-        for rows in encoders[kind]()
-        if rows
-    ]
+    chunks = [_chunk(kind, rows) for rows in encoders[kind]() if rows]
     dropped = len(dataset) - sum(len(chunk) for chunk in chunks)
     if not chunks:
         raise UserError(f"No row is left: every prompt fills task.max_length = {config.max_length} tokens; raise it.")
@@ -74,7 +82,8 @@ def collator(kind: TaskKind, tokenizer: PreTrainedTokenizerBase) -> Callable[[li
     """Return a function that pads encoded rows on the right, to the longest of the batch, for the model's forward.
 
     It gives `input_ids` and `attention_mask` of shape (batch, tokens), and `labels` of shape (batch,) for
-    "classification" and (batch, tokens), padded with -100, for the causal kinds. Further columns are left out.
+    "classification" and (batch, tokens), padded with -100, for the other kinds. Columns that are no input of a model
+    are left out.
     """
     if kind == "classification":
         return partial(_collate, DataCollatorWithPadding(tokenizer))
@@ -82,17 +91,15 @@ def collator(kind: TaskKind, tokenizer: PreTrainedTokenizerBase) -> Callable[[li
 
 
 def label_word_ids(tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[list[int]]:
-    """Return the tokens of each label word as they follow the prompt.
+    """Return the tokens of each label word: as they follow the prompt, or as a decoder generates them, end included.
 
     Raises:
         UserError: no label words, or the tokens of one begin with those of another, which then could never win.
     """
     if not config.label_words:
         raise UserError("task.label_words is not set; give one word for each label.")
-    context = _prompt(tokenizer, config, "x")
-    # After a line break (as chat templates end) a word starts without a space, elsewhere with one.
-    space = "" if context.endswith("\n") else " "
-    words = [_continuation(tokenizer, context, space + word) for word in config.label_words]
+    ids_of = _target if config.kind == "seq2seq-classification" else _word_behind_prompt
+    words = [ids_of(tokenizer, config, word) for word in config.label_words]
     for i, one in enumerate(words):
         for j, other in enumerate(words):
             if i != j and other[: len(one)] == one:
@@ -103,13 +110,18 @@ def label_word_ids(tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> li
     return words
 
 
-# --- the three kinds -----------------------------------------------------------------------------------------------
+# --- the four kinds ------------------------------------------------------------------------------------------------
 
 
 def _classification(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Iterator[list[Row]]:
     for batch in dataset.iter(_CHUNK):
-        ids = tokenizer(batch["text"], truncation=True, max_length=config.max_length)["input_ids"]
-        yield [_row(tokens, label) for tokens, label in zip(ids, batch["label"], strict=True)]
+        second = batch.get("text_pair")
+        encoded = tokenizer(batch["text"], second, truncation=True, max_length=config.max_length)
+        rows = [_row(ids, label) for ids, label in zip(encoded["input_ids"], batch["label"], strict=True)]
+        if second is not None and "token_type_ids" in encoded:
+            types = encoded["token_type_ids"]
+            rows = [{**row, "token_type_ids": segments} for row, segments in zip(rows, types, strict=True)]
+        yield rows
 
 
 def _causal_classification(
@@ -118,21 +130,20 @@ def _causal_classification(
     words = label_word_ids(tokenizer, config)
     start = [] if config.chat_template else _start(tokenizer)
     room = config.max_length - len(start) - max(map(len, words))  # one room for all labels: length must not tell them
-    fixed = len(_tokens(tokenizer, _prompt(tokenizer, config, "")))
-    if fixed >= room:
-        raise UserError(
-            f"task.max_length = {config.max_length} leaves no room for the text: the template and the longest label "
-            f"word take {fixed + config.max_length - room} tokens; raise it."
-        )
-    for batch in dataset.iter(_CHUNK):
-        prompts = [_prompt(tokenizer, config, text) for text in batch["text"]]
-        encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    for prompts, labels in _prompts(dataset, tokenizer, config, room, special_tokens=False):
         rows = []
-        for text, ids, label in zip(batch["text"], encoded, batch["label"], strict=True):
-            prompt = start + (ids if len(ids) <= room else _cut_to_fit(tokenizer, config, text, room))
-            word = words[label]
+        for ids, label in zip(prompts, labels, strict=True):
+            prompt, word = start + ids, words[label]
             rows.append({**_row(prompt + word, [NO_LOSS] * len(prompt) + word), "label": label})
         yield rows
+
+
+def _seq2seq_classification(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig
+) -> Iterator[list[Row]]:
+    words = label_word_ids(tokenizer, config)
+    for prompts, labels in _prompts(dataset, tokenizer, config, config.max_length, special_tokens=True):
+        yield [{**_row(ids, words[label]), "label": label} for ids, label in zip(prompts, labels, strict=True)]
 
 
 def _sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Iterator[list[Row]]:
@@ -140,7 +151,7 @@ def _sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfi
     for first in range(0, len(dataset), _CHUNK):
         rows = []
         for index in range(first, min(first + _CHUNK, len(dataset))):
-            segments = _segments(tokenizer, dataset[index], index, chat)
+            segments = _segments(tokenizer, config, dataset[index], index, chat)
             ids, labels = _join(tokenizer, segments, [] if chat else _start(tokenizer))
             row = _row(ids[: config.max_length], labels[: config.max_length])
             if any(label != NO_LOSS for label in row["labels"][1:]):  # nothing predicts the first token
@@ -148,45 +159,101 @@ def _sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfi
         yield rows
 
 
-# --- prompts -------------------------------------------------------------------------------------------------------
+# --- prompts and label words ---------------------------------------------------------------------------------------
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, text: str) -> str:
+def _prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, room: int, *, special_tokens: bool
+) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """Tokens of the prompts, each at most `room`, and labels, chunk by chunk."""
+
+    def tokens(texts: Texts) -> list[int]:
+        return _tokens(tokenizer, _prompt(tokenizer, config, texts), special_tokens)
+
+    names = [name for name in ("text", "text_pair") if name in dataset.column_names]
+    fixed = len(tokens(dict.fromkeys(names, "")))
+    if fixed >= room:
+        word = " and the longest label word take" if room < config.max_length else " takes"
+        raise UserError(
+            f"task.max_length = {config.max_length} leaves no room for the text: the template{word} "
+            f"{fixed + config.max_length - room} tokens; raise it."
+        )
+    for batch in dataset.iter(_CHUNK):
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
+        prompts = [_prompt(tokenizer, config, texts) for texts in rows]
+        encoded = tokenizer(prompts, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+        yield (
+            [
+                ids if len(ids) <= room else _cut_to_fit(tokens, texts, room)
+                for ids, texts in zip(encoded, rows, strict=True)
+            ],
+            batch["label"],
+        )
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, texts: Texts) -> str:
     """Fill the template. Spaces at its end are left out: the space belongs to the label word behind it."""
-    prompt = config.template.replace(TEXT_FIELD, text).rstrip(" ")
+    prompt = config.fill(texts).rstrip(" ")
     if not config.chat_template:
         return prompt
     return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
-def _cut_to_fit(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, text: str, room: int) -> list[int]:
-    """Tokens of the prompt with as much of the beginning of `text` as `room` tokens allow; the template stays whole."""
+def _cut_to_fit(tokens: Callable[[Texts], list[int]], texts: Texts, room: int) -> list[int]:
+    """Tokens of the prompt with as much of the beginning of each text as `room` allows; the template stays whole.
 
-    def prompt(characters: int) -> list[int]:
-        return _tokens(tokenizer, _prompt(tokenizer, config, text[:characters]))
+    All texts are held to one length in characters, so that the longer of two is cut first.
+    """
 
+    def cut(characters: int) -> list[int]:
+        return tokens({name: text[:characters] for name, text in texts.items()})
+
+    longest = max(map(len, texts.values()))
     end = 4 * room  # about as many characters as fit; the search must not tokenise a very long text again and again
-    while end < len(text) and len(prompt(end)) <= room:
+    while end < longest and len(cut(end)) <= room:
         end *= 2
-    fits = bisect_right(range(min(end, len(text)) + 1), room, key=lambda n: len(prompt(n)))
-    return prompt(fits - 1)
+    fits = bisect_right(range(min(end, longest) + 1), room, key=lambda n: len(cut(n)))
+    return cut(fits - 1)
+
+
+def _word_behind_prompt(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, word: str) -> list[int]:
+    context = _prompt(tokenizer, config, {"text": "x", "text_pair": "x"})
+    # After a line break (as chat templates end) a word starts without a space, elsewhere with one.
+    return _continuation(tokenizer, context, word if context.endswith("\n") else f" {word}")
+
+
+def _target(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, word: str) -> list[int]:
+    return list(tokenizer(text_target=word)["input_ids"])
 
 
 # --- prompt and completion, conversations --------------------------------------------------------------------------
 
 
-def _segments(tokenizer: PreTrainedTokenizerBase, row: Row, index: int, chat: bool) -> list[tuple[str, bool]]:
+def _segments(
+    tokenizer: PreTrainedTokenizerBase, config: TaskConfig, row: Row, index: int, chat: bool
+) -> list[tuple[str, bool]]:
     """Split a row's full text into (text, learn it?) pieces."""
     if not chat:
-        return [(row["prompt"], False), (row["completion"] + str(tokenizer.eos_token), True)]
-    turns = row.get("messages") or [
-        {"role": "user", "content": row.get("prompt")},
-        {"role": "assistant", "content": row.get("completion")},
-    ]
+        prompt, space = _filled(config, row["prompt"])
+        return [(prompt, False), (space + row["completion"] + str(tokenizer.eos_token), True)]
     try:
-        return _turns(tokenizer, turns)
+        return _turns(tokenizer, row["messages"] if "messages" in row else _exchange(config, row))
     except UserError as error:
         raise UserError(f"Row {index}: {error}") from error
+
+
+def _exchange(config: TaskConfig, row: Row) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": _filled(config, row["prompt"])[0]},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+
+
+def _filled(config: TaskConfig, prompt: str) -> tuple[str, str]:
+    """The template with the prompt, and the spaces at the template's end, which belong to the completion."""
+    spaces = len(config.template) - len(config.template.rstrip(" "))
+    filled = config.fill({"text": prompt})
+    return filled[: len(filled) - spaces], " " * spaces
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
@@ -240,8 +307,8 @@ def _join(
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -266,10 +333,11 @@ def _row(ids: list[int], labels: int | list[int]) -> Row:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "length": len(ids)}
 
 
-def _features(kind: TaskKind) -> Features:
-    labels = _LABEL if kind == "classification" else _TOKENS
-    columns = {"input_ids": _TOKENS, "attention_mask": List(Value("int8")), "labels": labels, "length": Value("int32")}
-    return Features({**columns, "label": _LABEL} if kind == "causal-classification" else columns)
+def _chunk(kind: TaskKind, rows: list[Row]) -> Dataset:
+    features = {name: feature for name, feature in _COLUMNS.items() if name in rows[0]}
+    if kind == "classification":
+        features["labels"] = _LABEL
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, Features(features))
 
 
 def _collate(pad: Callable[[list[Row]], dict[str, torch.Tensor]], rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -296,11 +364,20 @@ def _check(kind: TaskKind, dataset: Dataset, tokenizer: PreTrainedTokenizerBase,
             raise UserError(f"The data has no column {needed!r}, only {', '.join(sorted(columns))}.")
     if config.chat_template:
         _check_chat_template(tokenizer)
-    limit = len(config.label_words or []) if kind == "causal-classification" else None
+    if kind in LABEL_WORD_KINDS:
+        _check_template(columns, config)
+    limit = len(config.label_words or []) if kind in LABEL_WORD_KINDS else None
     for index, label in enumerate(dataset["label"]):
         if label is None or label < 0 or (limit and label >= limit):
             valid = f"0 to {limit - 1}" if limit else "0 or more"
             raise UserError(f"Row {index}: label {label!r} is out of range; labels are whole numbers, {valid}.")
+
+
+def _check_template(columns: set[str], config: TaskConfig) -> None:
+    if config.takes_pair and "text_pair" not in columns:
+        raise UserError("task.template has {text_pair}, but the data has one text only; set data.text_pair.")
+    if "text_pair" in columns and not config.takes_pair:
+        raise UserError("The data has two texts, but task.template has no {text_pair}; put it where the second goes.")
 
 
 def _check_sft(columns: set[str], tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> None:
@@ -309,6 +386,8 @@ def _check_sft(columns: set[str], tokenizer: PreTrainedTokenizerBase, config: Ta
             "The data needs the columns 'prompt' and 'completion', or 'messages', "
             f"but has only {', '.join(sorted(columns))}."
         )
+    if "messages" in columns and config.template != PLAIN:
+        raise UserError("task.template is for prompts and completions, but the data has messages; leave it out.")
     if tokenizer.eos_token is None:
         raise UserError("The tokenizer has no end-of-text token, so a completion could not be taught to end.")
     if config.chat_template or "messages" in columns:

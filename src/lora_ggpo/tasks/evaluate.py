@@ -77,12 +77,17 @@ def predict(
 ) -> Floats:
     """Class probabilities, float64 of shape (examples, classes), in the order of `dataset`; arguments as `evaluate`.
 
-    For "causal-classification" a class scores the log-probability of its whole label word behind the prompt, and the
-    scores are normalised over the label words.
+    For the kinds with label words a class scores the log-probability of its whole label word given the prompt (from a
+    decoder of its own with the end behind the word), and the scores are normalised over the label words.
     """
-    if kind == "sft":
-        raise UserError("Task 'sft' has no classes to predict.")
-    score = _head_score(model) if kind == "classification" else _word_score(model, label_word_ids(tokenizer, config))
+    scorers: dict[TaskKind, Callable[[], Score]] = {
+        "classification": lambda: _head_score(model),
+        "causal-classification": lambda: _word_score(model, label_word_ids(tokenizer, config)),
+        "seq2seq-classification": lambda: _decoder_word_score(model, label_word_ids(tokenizer, config)),
+    }
+    if kind not in scorers:
+        raise UserError(f"Task {kind!r} has no classes to predict.")
+    score = scorers[kind]()
     with _evaluating(model):
         scores = _scores(kind, model, dataset, tokenizer, score, batch_size, progress, autocast)
     scores -= scores.max(axis=1, keepdims=True)
@@ -111,23 +116,15 @@ def prediction_metrics(probabilities: Floats, labels: Integers) -> dict[str, Met
 
 def _head_score(model: torch.nn.Module) -> Score:
     def score(batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits: torch.Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return logits
 
     return score
 
 
 def _word_score(model: torch.nn.Module, words: list[list[int]]) -> Score:
-    """Summed log-probabilities of the label words behind the prompt, (batch, words).
-
-    A word is scored from the logits behind the prompt and behind each of its tokens but the last. So one forward pass
-    serves all words that share these tokens: one in all where every word is a single token.
-    """
-    beginnings = sorted({tuple(word[:-1]) for word in words}, key=len, reverse=True)
-    passes: dict[tuple[int, ...], list[int]] = {}
-    for beginning in beginnings:
-        longer = next((other for other in passes if other[: len(beginning)] == beginning), beginning)
-        passes.setdefault(longer, []).extend(i for i, word in enumerate(words) if tuple(word[:-1]) == beginning)
+    """Summed log-probabilities of the label words behind the prompt, (batch, words)."""
+    passes = _passes(words)
 
     def score(batch: Batch) -> torch.Tensor:
         prompt_lengths = (batch["labels"] != NO_LOSS).int().argmax(dim=1)
@@ -137,11 +134,54 @@ def _word_score(model: torch.nn.Module, words: list[list[int]]) -> Score:
             steps = torch.arange(len(beginning) + 1, device=ids.device)
             log_probs = _log_probs_at(model, ids, mask, prompt_lengths[:, None] - 1 + steps)
             for member in members:
-                word = torch.tensor(words[member], device=ids.device)
-                scores[:, member] = log_probs[:, steps[: len(word)], word].double().sum(dim=1).cpu()
+                scores[:, member] = _word_log_prob(log_probs, words[member])
         return scores
 
     return score
+
+
+def _decoder_word_score(model: torch.nn.Module, words: list[list[int]]) -> Score:
+    """As `_word_score`, for an encoder-decoder: the encoder reads the prompt, the decoder is scored on the words."""
+    passes = _passes(words)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def score(batch: Batch) -> torch.Tensor:
+        rows, device = len(batch["input_ids"]), batch["input_ids"].device
+        scores = torch.empty(rows, len(words), dtype=torch.float64)
+        prompt: dict[str, Any] = {"input_ids": batch["input_ids"]}
+        for beginning, members in passes.items():
+            word = torch.tensor([*beginning, 0], device=device).expand(rows, -1)  # what comes last is not read
+            decoder_ids = base.prepare_decoder_input_ids_from_labels(labels=word)
+            output = model(
+                **prompt, attention_mask=batch["attention_mask"], decoder_input_ids=decoder_ids, use_cache=False
+            )
+            prompt = {"encoder_outputs": (output.encoder_last_hidden_state,)}  # read once for all words
+            log_probs = output.logits.float().log_softmax(dim=-1)
+            for member in members:
+                scores[:, member] = _word_log_prob(log_probs, words[member])
+        return scores
+
+    return score
+
+
+def _passes(words: list[list[int]]) -> dict[tuple[int, ...], list[int]]:
+    """The forward passes that score the words: the beginning of a word each, and the words that it serves.
+
+    A word is scored from the logits behind the prompt and behind each of its tokens but the last. So one forward pass
+    serves all words that share these tokens: one in all where every word is a single token.
+    """
+    beginnings = sorted({tuple(word[:-1]) for word in words}, key=len, reverse=True)
+    passes: dict[tuple[int, ...], list[int]] = {}
+    for beginning in beginnings:
+        longer = next((other for other in passes if other[: len(beginning)] == beginning), beginning)
+        passes.setdefault(longer, []).extend(i for i, word in enumerate(words) if tuple(word[:-1]) == beginning)
+    return passes
+
+
+def _word_log_prob(log_probs: torch.Tensor, word: list[int]) -> torch.Tensor:
+    """Summed log-probability of the word's tokens, (batch,), from (batch, steps, vocabulary)."""
+    steps, ids = torch.arange(len(word), device=log_probs.device), torch.tensor(word, device=log_probs.device)
+    return log_probs[:, steps, ids].double().sum(dim=1).cpu()
 
 
 def _prompts_with(

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.training.checkpoints import seal
 from lora_ggpo.training.files import read_json_lines, write_json_lines
 from lora_ggpo.training.interrupt import StopRequest
+from lora_ggpo.training.memory import peak, reset_peak
 from lora_ggpo.training.progress import Task
 from lora_ggpo.training.trainer import NonFiniteLossError
 
@@ -51,6 +53,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._task.begin(state.global_step)
+        reset_peak()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_start = time.perf_counter()
@@ -61,7 +64,8 @@ class RunCallback(TrainerCallback):
         self._seconds += time.perf_counter() - self._step_start
         self._task.update(state.global_step, state.max_steps, self._note)
         if self._stop.made:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != SaveStrategy.NO
         if control.should_save:
             control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
         if self._validate_every and state.global_step % self._validate_every == 0:
@@ -83,7 +87,7 @@ class RunCallback(TrainerCallback):
         if not args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
             raise NonFiniteLossError(f"The gradient is not finite at step {state.global_step}")
         self._note = f"loss {logs['loss']:.4f}"
-        self._write({"step": state.global_step, **logs})
+        self._write({"step": state.global_step, **logs, "peak_memory_bytes": peak()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._keep)

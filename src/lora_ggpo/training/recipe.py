@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal
 
 import yaml
-from peft import LoraConfig
+from peft import AdaLoraConfig
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -53,7 +53,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 _BY_TASK = "the task and the model set it"
 _ADAPTER_OWNED = dict.fromkeys(
     ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), _BY_TASK
-) | {"inference_mode": "training needs it off", "runtime_config": "it is not part of an adapter"}
+) | {
+    "inference_mode": "training needs it off",
+    "runtime_config": "it is not part of an adapter",
+    "total_step": "the number of steps of the run sets it",
+    "target_r": "it is adapter.r",
+}
 
 _EVALUATION = "evaluation is done after training, and every validate_every steps if the recipe says so"
 _HUB = "nothing is uploaded; push the adapter folder yourself"
@@ -108,7 +113,9 @@ def _owned(name: str) -> str | None:
     return _TRAINING_OWNED.get(name)
 
 
-def _mirror(name: str, cls: type, owned: typing.Callable[[str], str | None]) -> type[BaseModel]:
+def _mirror(
+    name: str, cls: type, owned: typing.Callable[[str], str | None], **further: tuple[Any, Any]
+) -> type[BaseModel]:
     """A pydantic model with the fields of dataclass `cls`, so that they are checked and described like our own."""
     hints = typing.get_type_hints(cls)
     fields: dict[str, Any] = {}
@@ -118,7 +125,7 @@ def _mirror(name: str, cls: type, owned: typing.Callable[[str], str | None]) -> 
             default = None if missing else field.default
             description = field.metadata.get("help")
             fields[field.name] = (_describable(hints[field.name]) | None, Field(default, description=description))
-    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **fields)
+    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **(fields | further))
 
 
 def _describable(hint: Any) -> Any:
@@ -135,6 +142,9 @@ def _describable(hint: Any) -> Any:
     return hint
 
 
+_INITS = r"^(gaussian|pissa|pissa_niter_[0-9]+|olora|eva|corda|lora_ga|loftq|orthogonal|mica)$"
+_Init = typing.Annotated[str, Field(pattern=_INITS)]
+
 if typing.TYPE_CHECKING:
 
     class AdapterFields(BaseModel): ...
@@ -144,9 +154,44 @@ if typing.TYPE_CHECKING:
     class TrainingFields(BaseModel): ...
 
 else:
-    AdapterFields = _mirror("AdapterFields", LoraConfig, _ADAPTER_OWNED.get)
+    AdapterFields = _mirror(
+        "AdapterFields",
+        AdaLoraConfig,  # LoraConfig and what AdaLoRA adds
+        _ADAPTER_OWNED.get,
+        type=(Literal["lora", "adalora"], Field("lora", description="adalora: r is the average rank in the end.")),
+        # peft's annotation knows neither lora_ga nor a number in pissa_niter_N.
+        init_lora_weights=(_Init | bool, Field(True, description="Starting values; true is LoRA's own.")),
+    )
     GGPOFields = _mirror("GGPOFields", GGPOConfig, lambda _: None)
     TrainingFields = _mirror("TrainingFields", TrainingArguments, _owned)
+
+
+class OptimizerFields(BaseModel):
+    """An optimizer of peft's for LoRA; the learning rate and weight decay are those of ``training``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["lora-plus", "lora-fa"] = Field(description="lora-plus (2402.12354) or lora-fa (2308.03303).")
+    lr_ratio: float = Field(16.0, ge=1, description="lora-plus: learning rate of B in units of that of A.")
+
+
+class SAMFields(BaseModel):
+    """Sharpness-aware minimisation: a second forward and backward pass at a worse point (arXiv 2010.01412)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rho: float = Field(0.05, gt=0, description="Distance of the worse point.")
+    space: Literal["adapter", "weights"] = Field(
+        "adapter", description="What is moved: A and B (all parameters without an adapter), or W0 + s B A."
+    )
+
+
+class MGPOFields(BaseModel):
+    """LoRA-MGPO: the gradient is taken ahead along the optimizer's momentum (arXiv 2502.14538v2)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rho: float = Field(0.05, gt=0, description="Largest distance of that point.")
 
 
 class Recipe(BaseModel):
@@ -164,12 +209,20 @@ class Recipe(BaseModel):
         None,
         description="Fields of GGPOConfig; null is plain LoRA. The noise seed is the run's seed unless it is set here.",
     )
+    sam: SAMFields | None = Field(None, description="Sharpness-aware minimisation; null is none.")
+    mgpo: MGPOFields | None = Field(None, description="LoRA-MGPO; null is none.")
+    optimizer: OptimizerFields | None = Field(None, description="peft's optimizers; null is training.optim.")
+    freeze_body: bool = Field(False, description="With adapter: null, train the new classification head alone.")
     training: TrainingFields = Field(TrainingFields(), description="Fields of transformers.TrainingArguments.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")
     output: str = Field(min_length=1, description="Folder of the runs.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the model's weights.")
     validate_every: int | None = Field(
         None, gt=0, description="Optimizer steps between validations (at most 500 rows) during training; null is never."
+    )
+
+    score_test: bool = Field(
+        True, description="Score the test sets after training; false while settings are still being chosen."
     )
 
     _source: Source | None = PrivateAttr(None)
@@ -192,15 +245,23 @@ class Recipe(BaseModel):
         return fields
 
     @model_validator(mode="after")
-    def _ggpo_needs_adapter(self) -> Recipe:
-        if self.adapter is None and self.ggpo is not None:
-            raise ValueError("ggpo perturbs a LoRA adapter, but adapter is null; set ggpo: null as well, or an adapter")
+    def _compatible(self) -> Recipe:
+        for section, needs in _NEEDS.items():
+            value = getattr(self, section)
+            problem = needs(self, value) if value else None
+            if problem:
+                raise ValueError(f"{section} {problem}")
         return self
 
     @property
     def adapter_fields(self) -> dict[str, Any] | None:
         """The LoraConfig fields that are set, or None for full fine-tuning."""
         return None if self.adapter is None else self.adapter.model_dump(exclude_unset=True)
+
+    @property
+    def adalora(self) -> bool:
+        """Whether the adapter is AdaLoRA's."""
+        return (self.adapter_fields or {}).get("type") == "adalora"
 
     @property
     def training_fields(self) -> dict[str, Any]:
@@ -222,11 +283,16 @@ class Recipe(BaseModel):
             "data": self.data.model_dump(mode="json"),
             "adapter": self.adapter_fields,
             "ggpo": ggpo and ggpo.to_dict(),
+            "sam": self.sam and self.sam.model_dump(),
+            "mgpo": self.mgpo and self.mgpo.model_dump(),
+            "optimizer": self.optimizer and self.optimizer.model_dump(),
+            "freeze_body": self.freeze_body,
             "training": self.training_fields,
             "seeds": [seed],
             "output": self.output,
             "dtype": self.dtype,
             "validate_every": self.validate_every,
+            "score_test": self.score_test,
         }
         # Sets and enums, which a LoraConfig or TrainingArguments field may hold, as lists and strings.
         plain = TypeAdapter(dict[str, Any]).dump_python(values, mode="json")
@@ -241,12 +307,65 @@ class Recipe(BaseModel):
         return UserError(f"{self._source.where(path)}: {message}")
 
 
+def _ggpo_problem(recipe: Recipe, ggpo: GGPOFields) -> str | None:
+    if recipe.adapter is None:
+        return "perturbs a LoRA adapter, but adapter is null; set ggpo: null as well, or an adapter"
+    if recipe.adalora:
+        return "perturbs LoRA layers, which those of AdaLoRA are not; choose adapter.type lora"
+    return None
+
+
+def _sam_problem(recipe: Recipe, sam: SAMFields) -> str | None:
+    if recipe.ggpo:
+        return "and ggpo both decide where the gradient is taken; set one of them to null"
+    if sam.space == "weights" and (recipe.adapter is None or recipe.adalora):
+        return "with space weights moves the full weights of LoRA layers, and there are none; use space adapter"
+    return None
+
+
+def _mgpo_problem(recipe: Recipe, mgpo: MGPOFields) -> str | None:
+    if recipe.ggpo or recipe.sam:
+        other = "ggpo" if recipe.ggpo else "sam"
+        return f"and {other} both decide where the gradient is taken; set one of them to null"
+    if recipe.optimizer and recipe.optimizer.kind == "lora-fa":
+        return "follows Adam's momentum, which LoRA-FA does not keep; set optimizer: null"
+    if "adam" not in str(recipe.training_fields.get("optim", "adamw")):
+        return "follows Adam's momentum; choose an Adam optimizer in training.optim"
+    return None
+
+
+def _optimizer_problem(recipe: Recipe, optimizer: OptimizerFields) -> str | None:
+    if recipe.adapter is None or recipe.adalora:
+        return f"{optimizer.kind} treats A and B of a LoRA adapter differently, and there is none; set it to null"
+    return None
+
+
+def _freeze_problem(recipe: Recipe, freeze_body: bool) -> str | None:
+    if recipe.adapter is not None:
+        return "trains the head alone, but there is an adapter; set adapter: null"
+    if recipe.task.kind != "classification":
+        return "needs task classification: other tasks have no head of their own"
+    return None
+
+
+_NEEDS: dict[str, typing.Callable[[Recipe, Any], str | None]] = {
+    "ggpo": _ggpo_problem,
+    "sam": _sam_problem,
+    "mgpo": _mgpo_problem,
+    "optimizer": _optimizer_problem,
+    "freeze_body": _freeze_problem,
+}
+"""Of a section that is used: what forbids it in this recipe, or None."""
+
 _SECTIONS: dict[KeyPath, type[BaseModel]] = {
     (): Recipe,
     ("task",): TaskConfig,
     ("data",): DataConfig,
     ("adapter",): AdapterFields,
     ("ggpo",): GGPOFields,
+    ("sam",): SAMFields,
+    ("mgpo",): MGPOFields,
+    ("optimizer",): OptimizerFields,
     ("training",): TrainingFields,
 }
 

@@ -83,6 +83,9 @@ def merge_run(path: Path, out: Path) -> tuple[float, float]:
 def _logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     batch = tokenizer(_PROBES, padding=True, return_tensors="pt")
     mask = batch["attention_mask"]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        inputs["decoder_input_ids"] = batch["input_ids"]  # the decoder reads the probes as well
     with torch.no_grad():
-        logits = model.eval()(input_ids=batch["input_ids"], attention_mask=mask).logits.float()
+        logits = model.eval()(**inputs).logits.float()
     return logits * mask[..., None] if logits.dim() == 3 else logits  # what stands on padding does not matter

@@ -13,10 +13,11 @@ OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,18 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.data import DataConfig, Splits, digest, load_classification, load_completion
 from lora_ggpo.errors import UserError
 from lora_ggpo.integrations.trainer import GGPOCallback
-from lora_ggpo.models import add_adapter, load_model
+from lora_ggpo.methods.adalora import AdaLoraCallback
+from lora_ggpo.methods.initialise import save_difference, save_start
+from lora_ggpo.methods.optimizers import OPTIMIZERS
+from lora_ggpo.models import add_adapter, freeze_body, load_model
+from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.report.plots import save_training_plot
-from lora_ggpo.tasks import TaskConfig, collator
+from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.checkpoints import last_whole, remove_broken, step_of
 from lora_ggpo.training.evaluation import Scorer, evaluation_sets, fixed_sample, plain
@@ -58,7 +64,7 @@ from lora_ggpo.training.interrupt import Interrupted, StopRequest, two_stage_int
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import Recipe, dump_yaml, parse_recipe
 from lora_ggpo.training.source import flatten
-from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer
+from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
 
 VALIDATION_ROWS = 500
 _VERSIONS = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
@@ -174,6 +180,14 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
         raise recipe.locate(UserError(f"training is rejected by transformers: {first.strip().rstrip('.')}.")) from error
 
 
+def optimizer_steps(args: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of a run over `rows` training rows in one process."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(rows / args.per_device_train_batch_size)
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
 def summary(recipe: dict[str, Any]) -> str:
     """The recipe of a run in a few lines."""
     data, adapter, ggpo, training = recipe["data"], recipe["adapter"], recipe["ggpo"], recipe["training"]
@@ -245,9 +259,8 @@ def _train_and_score(recipe: Recipe, seed: int, folder: Path, splits: Splits, re
         lambda: reporter.say("Stopping after this step; press Ctrl-C again to stop at once.")
     ) as stop:
         model, tokenizer = _trained(recipe, args, folder, splits, task, stop, reporter)
-    scores = scorer(model, tokenizer, task, args, reporter).score(
-        evaluation_sets(splits), _subfolder(folder, "predictions")
-    )
+    sets = evaluation_sets(splits) if recipe.score_test else {"validation": splits.validation}
+    scores = scorer(model, tokenizer, task, args, reporter).score(sets, _subfolder(folder, "predictions"))
     log = read_json_lines(folder / "log.jsonl")
     save_training_plot(log, folder / "training.png")
     write_json(folder / "metrics.json", {"evaluation": plain(scores), "training": _training_summary(log, model)})
@@ -271,12 +284,12 @@ def _trained(
     checkpoint = last_whole(checkpoints)
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     base, tokenizer = load_model(recipe.model, recipe.task.kind, splits.labels, recipe.dtype)
-    try:
-        model = add_adapter(base, recipe.adapter_fields, recipe.task.kind)
-    except UserError as error:
-        raise recipe.locate(error) from error
+    rows = encode(task.kind, splits.train, tokenizer, task)
+    model = _trainable(recipe, args, base, rows, collator(task.kind, tokenizer))
+    start = folder / "start"
+    moved = model if isinstance(model, PeftModel) and save_start(model, start) else None
     score = scorer(model, tokenizer, task, args, reporter)
-    trainer = _trainer(model, tokenizer, args, task, score.encode(splits.train), recipe.ggpo_config(args.seed))
+    trainer = _trainer(recipe, model, tokenizer, args, rows)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
     if checkpoint and state["global_step"] >= state["max_steps"]:
         trainer._load_from_checkpoint(str(checkpoint))  # all steps are done; train() would not know where to stop
@@ -297,32 +310,71 @@ def _trained(
             )
             _fit(trainer, callback, checkpoint, stop, checkpoints)
     with new_folder(folder / name) as target:
-        model.save_pretrained(str(target))
+        if moved:
+            save_difference(moved, target, start)
+        else:
+            model.save_pretrained(str(target))
         tokenizer.save_pretrained(target)
     return model, tokenizer
 
 
+def _trainable(
+    recipe: Recipe, args: TrainingArguments, base: PreTrainedModel, rows: Dataset, collate: Callable[[Any], Any]
+) -> PreTrainedModel | PeftModel:
+    """`base` with what the recipe trains: an adapter, its head, or all of it."""
+    if recipe.freeze_body:
+        return freeze_body(base)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        size = args.per_device_train_batch_size
+        for begin in range(0, len(rows), size):
+            batch = collate(rows.select(order[begin : begin + size]).to_list())
+            yield {name: tensor.to(args.device) for name, tensor in batch.items()}
+
+    try:
+        base.to(args.device)  # type: ignore[arg-type]
+        steps = optimizer_steps(args, len(rows))
+        return add_adapter(base, recipe.adapter_fields, recipe.task.kind, total_steps=steps, batches=batches)
+    except UserError as error:
+        raise recipe.locate(error) from error
+
+
 def _trainer(
-    model: torch.nn.Module,
+    recipe: Recipe,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
-    task: TaskConfig,
-    encoded: Dataset,
-    ggpo: Any,
+    rows: Dataset,
 ) -> RunTrainer:
+    ggpo, optimizer = recipe.ggpo_config(args.seed), recipe.optimizer
     callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
     args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
+    if recipe.adalora:
+        callbacks.append(AdaLoraCallback())
+        args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
     trainer = RunTrainer(
-        lengths=list(encoded["length"]),
+        lengths=list(rows["length"]),
+        make_optimizer=partial(OPTIMIZERS[optimizer.kind], optimizer.lr_ratio) if optimizer else None,
+        make_ascent=_ascent(recipe),
         model=model,
         args=args,
-        train_dataset=encoded,
-        data_collator=collator(task.kind, tokenizer),
+        train_dataset=rows,
+        data_collator=collator(recipe.task.kind, tokenizer),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _ascent(recipe: Recipe) -> MakeAscent | None:
+    sam, mgpo = recipe.sam, recipe.mgpo
+    if sam:
+        return lambda model, optimizer: SAM(model, sam.rho, sam.space)
+    if mgpo:
+        return lambda model, optimizer: MGPO(model, optimizer, mgpo.rho)
+    return None
 
 
 def _fit(
@@ -394,6 +446,7 @@ def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module) -> dict
         "steps": last["step"],
         "seconds": last["seconds"],
         "seconds_per_step": round(last["seconds"] / max(last["step"], 1), 5),
+        "peak_memory_bytes": max((row.get("peak_memory_bytes") or 0 for row in log), default=0) or None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

@@ -95,7 +95,7 @@ def parse_source(text: str, name: str, overrides: Iterable[str] = ()) -> Source:
     return Source(name, values, lines, _apply(values, overrides))
 
 
-_SHORTHANDS = {"task": "kind", "data": "source"}
+_SHORTHANDS = {"task": "kind", "data": "source", "optimizer": "kind"}
 
 
 def _find_lines(node: yaml.Node | None, path: KeyPath, name: str, lines: dict[KeyPath, int]) -> None:
@@ -121,16 +121,21 @@ def _apply(values: dict[str, Any], overrides: Iterable[str]) -> dict[KeyPath, st
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise UserError(f"Override {override!r} is not of the form key=value, such as training.learning_rate=1e-4.")
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"Override {override!r}: {text!r} is not a YAML value.") from error
-        _set(values, keys, value, override)
+        set_value(values, keys, yaml_value(text, override), override)
         applied[tuple(keys)] = override
     return applied
 
 
-def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def yaml_value(text: str, override: str) -> Any:
+    """The value that `text` is in YAML; `override` is what the user wrote."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"Override {override!r}: {text!r} is not a YAML value.") from error
+
+
+def set_value(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Set the value at `keys`, making the mappings on the way; `override` is what the user wrote."""
     if len(keys) == 1 and keys[0] in _SHORTHANDS and isinstance(value, str):
         value = {_SHORTHANDS[keys[0]]: value}
     inner: Any = values

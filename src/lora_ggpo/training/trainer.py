@@ -1,17 +1,23 @@
-"""transformers' Trainer with a data order that resumes exactly, and a stop at the first loss that is not finite."""
+"""transformers' Trainer with a data order that resumes exactly, a stop at the first loss that is not finite, and the
+optimizers and gradients of other methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.perturbation.ascent import MGPO, SAM
+
+MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
+MakeAscent = Callable[[nn.Module, Any], SAM | MGPO]
 
 _EPOCH_STRIDE = 1_000_003
 
@@ -55,11 +61,21 @@ class RunTrainer(Trainer):
 
     Args:
         lengths: Tokens of each training row.
+        make_optimizer: Makes the optimizer; None is the one that the arguments name.
+        make_ascent: Makes what moves the weights for the gradient; None is nothing.
     """
 
-    def __init__(self, *, lengths: list[int], **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        lengths: list[int],
+        make_optimizer: MakeOptimizer | None = None,
+        make_ascent: MakeAscent | None = None,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
-        self._lengths = lengths
+        self._lengths, self._make_optimizer, self._make_ascent = lengths, make_optimizer, make_ascent
+        self._ascent: SAM | MGPO | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         strategy = self.args.train_sampling_strategy
@@ -68,13 +84,26 @@ class RunTrainer(Trainer):
         rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochSampler(self._lengths, self.args.seed, rows_a_step if strategy == "group_by_length" else None)
 
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """As Trainer's, or what `make_optimizer` makes."""
+        if self.optimizer is None and self._make_optimizer:
+            self.optimizer = self._make_optimizer(model or self.model, self.args)
+        return super().create_optimizer(model)
+
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
-        """As Trainer's.
+        """As Trainer's, with the gradient where the run's method takes it.
 
         Raises:
             NonFiniteLossError: before the optimizer can take a step along such a loss.
         """
-        loss = super().training_step(model, *arguments, **options)
+
+        def backward() -> Tensor:
+            return super(RunTrainer, self).training_step(model, *arguments, **options)
+
+        if self._make_ascent and self._ascent is None:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper holds the real one
+            self._ascent = self._make_ascent(self.accelerator.unwrap_model(model), optimizer)
+        loss = self._ascent.backward(backward) if self._ascent else backward()
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
             raise NonFiniteLossError(f"The loss is {loss.item():g} at step {step}")

@@ -1,0 +1,221 @@
+"""Run a comparison: what is missing of it, and nothing twice."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from typing import Any
+
+from lora_ggpo.comparison.plan import Job, Plan, Values
+from lora_ggpo.comparison.pool import Pool
+from lora_ggpo.comparison.worker import FAILURE, carry_out
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
+from lora_ggpo.training.interrupt import Interrupted
+from lora_ggpo.training.progress import Reporter, Task
+
+LOWER_IS_BETTER = ("log_loss", "loss", "perplexity")
+_VERSIONS = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scipy")
+
+
+def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, reporter: Reporter) -> None:
+    """Carry out what is missing of `plan` and write its results to ``plan.output``.
+
+    ``tuning.jsonl``, ``runs.jsonl``, ``curves.jsonl`` and ``facts.json`` are functions of the run folders alone: they
+    come out the same however often the comparison was stopped on the way.
+
+    Raises:
+        UserError: bad input, a full disk, or a folder that holds another comparison or is in use.
+        KeyboardInterrupt: Ctrl-C; running runs have saved a checkpoint.
+    """
+    with disk_errors(plan.output):
+        plan.output.mkdir(parents=True, exist_ok=True)
+        with locked(plan.output):
+            facts = _claim(plan, command)
+            tuning = plan.tuning()
+            final = len(plan.seeds) * len(plan.settings) * len(plan.methods)
+            with reporter.task("compare") as shown:
+                progress = _Progress(shown, len(tuning) + final)
+                progress.carry_out(tuning, make_pool)
+                chosen = choose(plan, tuning)
+                runs = plan.final(chosen)
+                progress.carry_out(runs, make_pool)
+            write_json_lines(plan.output / "tuning.jsonl", [_trial(job, plan.metric) for job in _sorted(plan, tuning)])
+            write_json_lines(plan.output / "runs.jsonl", [_run(job) for job in _sorted(plan, runs)])
+            write_json_lines(plan.output / "curves.jsonl", [_curve(job) for job in _sorted(plan, runs)])
+            write_json(plan.output / "facts.json", facts)
+
+
+def choose(plan: Plan, tuning: Sequence[Job]) -> dict[tuple[str, str], Values]:
+    """The values of each setting and method that score best on the validation set; the usual ones without tuning.
+
+    Raises:
+        UserError: no trial of a method has a score.
+    """
+    chosen: dict[tuple[str, str], Values] = {}
+    for setting in plan.settings:
+        for method in plan.methods:
+            if not tuning:
+                chosen[setting, method.name] = plan.candidates(method)[0]
+                continue
+            jobs = [job for job in tuning if (job.setting, job.method.name) == (setting, method.name)]
+            scores = [(_order(score(job, plan.metric), plan.metric), -(job.trial or 0), job.values) for job in jobs]
+            best = max(scores, key=lambda entry: entry[:2])
+            if best[0] == -math.inf:
+                raise UserError(
+                    f"{method.title}: the loss of every tuning trial stopped being finite; lower the rates."
+                )
+            chosen[setting, method.name] = best[2]
+    return chosen
+
+
+def score(job: Job, metric: str) -> float | None:
+    """The validation metric of a finished run; None if it failed."""
+    if (job.run_folder / FAILURE).is_file():
+        return None
+    value = read_json(job.run_folder / "metrics.json")["evaluation"]["validation"][metric]["value"]
+    return None if value is None else float(value)
+
+
+def _order(value: float | None, metric: str) -> float:
+    if value is None:
+        return -math.inf
+    return -value if metric in LOWER_IS_BETTER else value
+
+
+class _Progress:
+    def __init__(self, task: Task, total: int) -> None:
+        self._task, self._total, self._done = task, total, 0
+
+    def carry_out(self, jobs: Sequence[Job], make_pool: Callable[[], Pool]) -> None:
+        """Run those of `jobs` that are neither finished nor failed."""
+        missing = [job for job in jobs if not _is_finished(job)]
+        self._done += len(jobs) - len(missing)
+        self._task.begin(self._done)
+        self._task.update(self._done, self._total)
+        if missing:
+            pool = make_pool()
+            try:
+                self._carry_out(missing, pool)
+            finally:
+                _close(pool)
+
+    def _carry_out(self, jobs: Sequence[Job], pool: Pool) -> None:
+        waiting = iter(jobs)
+        running = {_submitted(job, pool): job for job in itertools.islice(waiting, pool.width)}
+        try:
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    future.result()
+                    self._done += 1
+                    self._task.update(self._done, self._total, _name(job))
+                    running |= {_submitted(job, pool): job for job in itertools.islice(waiting, 1)}
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A worker process was killed, perhaps for want of memory; give the same command again, "
+                "with fewer --jobs, to go on from there."
+            ) from error
+        except KeyboardInterrupt as error:
+            pool.stop()
+            raise Interrupted(
+                f"Stopped after {self._done} of {self._total} runs; give the same command again to go on from there."
+            ) from error
+
+
+def _close(pool: Pool) -> None:
+    try:
+        pool.close()
+    except KeyboardInterrupt:  # a second Ctrl-C
+        pool.stop()
+        pool.close()
+        raise
+
+
+def _submitted(job: Job, pool: Pool) -> Future[Any]:
+    return pool.submit(carry_out, "the recipe", job.recipe.resolved(job.seed), job.run_folder)
+
+
+def _is_finished(job: Job) -> bool:
+    return any((job.run_folder / name).is_file() for name in ("metrics.json", FAILURE))
+
+
+def _name(job: Job) -> str:
+    what = f"trial {job.trial}" if job.trial is not None else f"seed {job.seed}"
+    return f"{job.method.name} {what}{f' ({job.setting})' if job.setting else ''}"
+
+
+def _claim(plan: Plan, command: str) -> dict[str, Any]:
+    """Facts of the comparison, as written when it was begun.
+
+    Raises:
+        UserError: the folder holds a comparison of another recipe or with other choices.
+    """
+    fixed = {
+        "recipe": plan.source.values,
+        "trials": plan.trials,
+        "settings": {name: dict(values) for name, values in plan.settings.items()},
+        "metric": plan.metric,
+        "baseline": plan.methods[0].name,
+    }
+    file = plan.output / "comparison.json"
+    facts: dict[str, Any] = {}
+    if file.is_file():
+        facts = read_json(file)
+        changed = [name for name, value in fixed.items() if facts.get(name) != value]
+        if changed:
+            raise UserError(f"{plan.output} holds a comparison with another {changed[0]}; choose another --output.")
+    environment = {"versions": {name: version(name) for name in _VERSIONS}, "cpus": os.cpu_count()}
+    # Methods and seeds may be added to a comparison that is there.
+    grown = {"methods": [method.name for method in plan.methods], "seeds": list(plan.seeds), "command": command}
+    facts = {**environment, **facts, **fixed, **grown}
+    write_json(file, facts)
+    return facts
+
+
+def _sorted(plan: Plan, jobs: Iterable[Job]) -> list[Job]:
+    settings, methods = list(plan.settings), [method.name for method in plan.methods]
+    return sorted(
+        jobs, key=lambda job: (settings.index(job.setting), methods.index(job.method.name), job.seed, job.trial or 0)
+    )
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    return {"setting": job.setting, "method": job.method.name, "title": job.method.title}
+
+
+def _failure(job: Job) -> str | None:
+    file = job.run_folder / FAILURE
+    return read_json(file)["message"] if file.is_file() else None
+
+
+def _trial(job: Job, metric: str) -> dict[str, Any]:
+    found = {"values": dict(job.values), "score": score(job, metric), "metric": metric, "failed": _failure(job)}
+    return {**_identity(job), "trial": job.trial, "seed": job.seed, **found}
+
+
+def _run(job: Job) -> dict[str, Any]:
+    failed = _failure(job)
+    metrics: Mapping[str, Any] = {} if failed else read_json(job.run_folder / "metrics.json")
+    return {
+        **_identity(job),
+        "seed": job.seed,
+        "chosen": dict(job.values),
+        "evaluation": metrics.get("evaluation", {}),
+        "training": metrics.get("training", {}),
+        "failed": failed,
+    }
+
+
+def _curve(job: Job) -> dict[str, Any]:
+    keys = ("step", "loss", "seconds")
+    rows = [
+        {key: value for key, value in row.items() if key in keys or key.startswith("validation/")}
+        for row in read_json_lines(job.run_folder / "log.jsonl")
+    ]
+    return {**_identity(job), "seed": job.seed, "rows": rows}

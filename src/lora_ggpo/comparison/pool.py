@@ -1,0 +1,125 @@
+"""Where runs are carried out: processes of this machine, or a Ray cluster.
+
+Nothing heavy is imported here: a worker must set its number of threads before torch is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, Protocol
+
+from lora_ggpo.errors import UserError
+
+
+class Pool(Protocol):
+    """Carries out calls elsewhere.
+
+    Attributes:
+        width: Number of calls to have under way; None hands all over at once.
+    """
+
+    width: int | None
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call `function` in a worker."""
+        ...
+
+    def stop(self) -> None:
+        """Ask for a clean stop of what is under way, once; a second time, to stop at once."""
+        ...
+
+    def close(self) -> None:
+        """Wait for the workers to end."""
+        ...
+
+
+class LocalPool:
+    """`jobs` fresh processes that share the cores of this machine."""
+
+    def __init__(self, jobs: int) -> None:
+        self.width: int | None = jobs  # a call that waits in the executor's queue could not be withdrawn
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        context = multiprocessing.get_context("spawn")  # a forked torch may hang in its thread pools
+        self._executor = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads, os.getpid()))
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call `function` in a worker."""
+        return self._executor.submit(_interruptible, function, *arguments)
+
+    def stop(self) -> None:
+        """Send each worker what Ctrl-C would."""
+        for process in multiprocessing.active_children():
+            if process.pid:
+                os.kill(process.pid, signal.SIGINT)
+
+    def close(self) -> None:
+        """Wait for the workers to end."""
+        self._executor.shutdown()
+
+
+def _begin(threads: int, parent: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker that outlived its parent would hold the lock of a run that nobody waits for."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _interruptible(function: Callable[..., Any], *arguments: Any) -> Any:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return function(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class RayPool:
+    """Tasks of a Ray cluster, one a run, on a file system that all nodes share.
+
+    Args:
+        address: Of the cluster, as ``ray.init`` takes it (``auto``, ``host:port``, ``ray://host:port``).
+        cpus: Cores that a run takes.
+        gpus: GPUs that a run takes.
+
+    Raises:
+        UserError: Ray is not installed, or the cluster does not answer.
+    """
+
+    width: int | None = None
+
+    def __init__(self, address: str, cpus: int, gpus: float) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError("--ray needs Ray; install it with: pip install 'lora-ggpo[ray]'") from error
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"--ray {address}: the cluster does not answer: {first}") from error
+        self._ray, self._options = ray, {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0}
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call `function` on the cluster."""
+        task: Future[Any] = self._ray.remote(**self._options)(function).remote(*arguments).future()
+        return task
+
+    def stop(self) -> None:
+        """Nothing: closing ends the tasks, and runs resume from their checkpoints."""
+
+    def close(self) -> None:
+        """Leave the cluster; tasks that have not ended are."""
+        self._ray.shutdown()

@@ -1,0 +1,142 @@
+"""The methods that can be compared: each a row of recipe settings. To add one, add a row.
+
+A method is what it sets in a recipe and nothing else, so whatever `lora-ggpo train` can run can be a row.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_ggpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: What ``--methods`` takes.
+        title: What tables say.
+        settings: Recipe settings by dotted key, on top of `PLAIN`.
+        learning_rate: Typical learning rate in units of the recipe's, which is meant for LoRA.
+        tuned: Further settings to tune beside the learning rate, the usual value first.
+        source: Where the method is described.
+    """
+
+    name: str
+    title: str
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1.0
+    tuned: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+PLAIN: Mapping[str, Any] = {
+    "adapter.type": "lora",
+    "adapter.use_dora": False,
+    "adapter.use_rslora": False,
+    "adapter.init_lora_weights": True,
+    "ggpo": None,
+    "sam": None,
+    "mgpo": None,
+    "optimizer": None,
+    "freeze_body": False,
+}
+"""What every method starts from: plain LoRA, whatever the recipe says of these settings."""
+
+RECIPE = "recipe"
+"""The name under which the recipe itself, with none of its settings changed, joins a comparison."""
+
+_SIGMAS = {"ggpo.sigma": (0.1, 0.03, 0.2)}
+_RHOS = (0.05, 0.01, 0.2)
+
+METHODS: tuple[Method, ...] = (
+    Method("lora", "LoRA", "2106.09685"),
+    Method("full", "full fine-tuning", "", {"adapter": None}, learning_rate=0.05),
+    Method("head", "head only", "", {"adapter": None, "freeze_body": True}, learning_rate=4.0),
+    # Starting values and parametrisation
+    Method("rslora", "rsLoRA", "2312.03732", {"adapter.use_rslora": True}, learning_rate=0.5),
+    Method("dora", "DoRA", "2402.09353", {"adapter.use_dora": True}),
+    Method("pissa", "PiSSA", "2404.02948", {"adapter.init_lora_weights": "pissa"}, learning_rate=0.5),
+    Method("olora", "OLoRA", "2406.01775", {"adapter.init_lora_weights": "olora"}, learning_rate=0.5),
+    Method("eva", "EVA", "2410.07170", {"adapter.init_lora_weights": "eva"}),
+    Method("corda", "CorDA", "2406.05223", {"adapter.init_lora_weights": "corda"}, learning_rate=0.5),
+    Method("lora-ga", "LoRA-GA", "2407.05000", {"adapter.init_lora_weights": "lora_ga"}, learning_rate=0.5),
+    Method("adalora", "AdaLoRA", "2303.10512", {"adapter.type": "adalora"}, learning_rate=2.0),
+    # Optimizers
+    Method(
+        "lora-plus",
+        "LoRA+",
+        "2402.12354",
+        {"optimizer.kind": "lora-plus"},
+        learning_rate=0.5,
+        tuned={"optimizer.lr_ratio": (4.0, 16.0, 2.0)},
+    ),
+    Method("lora-fa", "LoRA-FA", "2308.03303", {"optimizer.kind": "lora-fa"}),
+    # Flat minima
+    Method(
+        "flat-lora",
+        "Flat-LoRA",
+        "2409.14396",
+        {"ggpo.rule": "paper", "ggpo.beta": 0.0, "ggpo.schedule": "cosine"},
+        tuned=_SIGMAS,
+    ),
+    Method("ggpo-paper", "GGPO (paper's rule)", "2502.14538v1", {"ggpo.rule": "paper"}, tuned=_SIGMAS),
+    Method(
+        "ggpo",
+        "GGPO (relative rule)",
+        "2502.14538v1",
+        {"ggpo.rule": "relative", "ggpo.beta": 0.5, "ggpo.gradient": "lstsq", "ggpo.ema": 0.9},
+        tuned=_SIGMAS,
+    ),
+    Method("mgpo", "LoRA-MGPO", "2502.14538v2", {"mgpo.rho": 0.05}, tuned={"mgpo.rho": _RHOS}),
+    Method("lora-sam", "LoRA-SAM", "2010.01412", {"sam.space": "adapter"}, tuned={"sam.rho": _RHOS}),
+    Method("sam", "SAM (full weight)", "2010.01412", {"sam.space": "weights"}, tuned={"sam.rho": _RHOS}),
+)
+
+BY_NAME = {method.name: method for method in METHODS}
+
+
+def find_method(name: str) -> Method:
+    """A method by name, or several joined by "+" (``dora+ggpo``).
+
+    Raises:
+        UserError: an unknown name (the nearest is suggested), or methods that set the same thing.
+    """
+    parts = [_row(part) for part in name.split("+")]
+    for index, second in enumerate(parts):
+        for first in parts[:index]:
+            clash = _clash(first, second)
+            if clash:
+                raise UserError(f"Method {name!r}: {first.title} and {second.title} both set {clash}; use one of them.")
+    if len(parts) == 1:
+        return parts[0]
+    rates = [part.learning_rate for part in parts if part.learning_rate != 1.0]
+    return Method(
+        name,
+        " + ".join(part.title for part in parts),
+        ", ".join(part.source for part in parts),
+        {key: value for part in parts for key, value in part.settings.items()},
+        min(rates, default=1.0),
+        {key: values for part in parts for key, values in part.tuned.items()},
+    )
+
+
+def _row(name: str) -> Method:
+    if name in BY_NAME:
+        return BY_NAME[name]
+    near = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the methods are {', '.join(BY_NAME)}."
+    raise UserError(f"There is no method {name!r}; {hint}")
+
+
+def _clash(first: Method, second: Method) -> str | None:
+    """A setting of both: the same key, or one inside the other (``adapter`` and ``adapter.use_dora``)."""
+    for one in first.settings:
+        for other in second.settings:
+            if one == other or one.startswith(f"{other}.") or other.startswith(f"{one}."):
+                return min(one, other, key=len)
+    return None

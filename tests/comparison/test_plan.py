@@ -1,0 +1,84 @@
+"""What a comparison runs, before anything is run."""
+
+import pytest
+
+from lora_ggpo.comparison.plan import RATE, TUNING_SEED, make_plan
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.source import parse_source
+
+RECIPE = """\
+model: minilm
+task: classification
+data: movie-reviews
+adapter: {r: 4, target_modules: [query], use_dora: true}
+ggpo: {sigma: 0.07}
+training: {learning_rate: 1e-3, max_steps: 10}
+output: ignored
+"""
+
+
+def plan_of(tmp_path, methods, seeds=2, trials=3, vary=(), metric=None, text=RECIPE):
+    return make_plan(parse_source(text, "r.yaml"), methods.split(","), seeds, trials, vary, metric, tmp_path)
+
+
+def test_every_method_gets_the_same_budget_and_rates(tmp_path):
+    plan = plan_of(tmp_path, "lora,ggpo,full,dora+lora-plus", trials=5)
+    rates = {}
+    for method in plan.methods:
+        candidates = plan.candidates(method)
+        assert len(candidates) == 5
+        assert len({tuple(values.items()) for values in candidates}) == 5
+        assert candidates == plan.candidates(method)
+        rates[method.name] = [values[RATE] / (1e-3 * method.learning_rate) for values in candidates]
+    assert all(rate == pytest.approx([1, 2, 0.5, 4, 0.25]) for rate in rates.values())
+    assert plan.candidates(plan.methods[1])[0]["ggpo.sigma"] == plan.methods[1].tuned["ggpo.sigma"][0]
+
+
+def test_recipes_of_methods(tmp_path):
+    plan = plan_of(tmp_path, "lora,dora+ggpo,full,head,lora-sam,recipe", seeds=1)
+    chosen = {("", method.name): plan.candidates(method)[0] for method in plan.methods}
+    lora, both, full, head, sam, recipe = [job.recipe for job in plan.final(chosen)]
+    assert (lora.adapter_fields["use_dora"], lora.ggpo) == (False, None)
+    assert lora.adapter_fields["r"] == 4
+    assert both.adapter_fields["use_dora"]
+    assert (both.ggpo_config(0).rule, both.ggpo_config(0).sigma) == ("relative", 0.1)
+    assert (full.adapter, full.freeze_body, full.training_fields["learning_rate"]) == (None, False, 5e-5)
+    assert (head.adapter, head.freeze_body) == (None, True)
+    assert sam.sam.rho == 0.05
+    assert (recipe.ggpo_config(0).sigma, recipe.adapter_fields["use_dora"]) == (0.07, True)
+
+
+def test_tuning_sees_neither_the_test_set_nor_the_seeds(tmp_path):
+    plan = plan_of(tmp_path, "lora,ggpo", vary=["data.label_noise=0,0.3", "data.train_size=500"])
+    tuning = plan.tuning()
+    assert len(tuning) == 3 * 2 * 2
+    assert not any(job.recipe.score_test for job in tuning)
+    assert {job.seed for job in tuning} == {TUNING_SEED}
+    final = plan.final({(s, m.name): plan.candidates(m)[0] for s in plan.settings for m in plan.methods})
+    assert all(job.recipe.score_test and job.seed in (0, 1) for job in final)
+    assert list(plan.settings) == ["label_noise=0, train_size=500", "label_noise=0.3, train_size=500"]
+    assert {job.recipe.data.label_noise for job in final} == {0, 0.3}
+    folders = [job.run_folder for job in [*tuning, *final]]
+    assert len(set(folders)) == len(folders)
+    assert {job.recipe.training_fields["max_steps"] for job in final} == {10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"methods": "lora"}, "at least two different methods"),
+        ({"methods": "lora,lora"}, "at least two different methods"),
+        ({"methods": "lora,full+ggpo"}, "'full\\+ggpo' cannot be run here: .*ggpo perturbs a LoRA adapter"),
+        ({"methods": "lora,adalora+ggpo"}, "ggpo perturbs LoRA layers"),
+        ({"methods": "lora,ggpo+mgpo"}, "mgpo and ggpo both decide where the gradient is taken"),
+        ({"methods": "lora,lora-fa+mgpo"}, "which LoRA-FA does not keep"),
+        ({"methods": "lora,full+lora-plus"}, "lora-plus treats A and B"),
+        ({"methods": "lora,dora", "trials": 6}, "no 6 different settings to try; use --trials 5"),
+        ({"methods": "lora,dora", "vary": ["training.max_steps=1,2"]}, "data.key=value,value"),
+        ({"methods": "lora,dora", "vary": ["data.label_noise=0,2"]}, "data.label_noise must be less than 1"),
+        ({"methods": "lora,dora", "metric": "bleu"}, "choose one of accuracy"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan_of(tmp_path, **arguments)

@@ -1,0 +1,55 @@
+"""The same comparison on a Ray cluster that the test starts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.comparison.test_engine import OVERRIDES
+
+RAY = Path(sys.executable).with_name("ray")
+
+pytest.importorskip("ray")
+
+
+@pytest.fixture
+def cluster():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([RAY, "start", *options], check=True, capture_output=True, env=environment)
+    yield f"127.0.0.1:{port}"
+    subprocess.run([RAY, "stop", "--force"], capture_output=True)
+
+
+def compare(recipe_file, output, *more):
+    base = [sys.executable, "-m", "lora_ggpo.cli", "compare", str(recipe_file), *OVERRIDES, "training.max_steps=2"]
+    options = ["--methods", "lora,ggpo", "--seeds", "1", "--trials", "1", "--output", str(output), *more]
+    return subprocess.run([*base, *options], capture_output=True, text=True)
+
+
+def test_a_cluster_gives_the_results_of_this_machine(cluster, recipe_file, tmp_path):
+    there = compare(recipe_file, tmp_path / "there", "--ray", cluster)
+    assert there.returncode == 0, there.stderr
+    here = compare(recipe_file, tmp_path / "here")
+    assert here.returncode == 0, here.stderr
+    scores = [
+        [json.loads(line)["evaluation"] for line in (tmp_path / place / "runs.jsonl").read_text().splitlines()]
+        for place in ("there", "here")
+    ]
+    assert len(scores[0]) == 2
+    for one, other in zip(*scores, strict=True):
+        assert one["test"]["log_loss"]["value"] == pytest.approx(other["test"]["log_loss"]["value"], rel=1e-3)
+
+
+def test_a_cluster_that_does_not_answer(recipe_file, tmp_path):
+    found = compare(recipe_file, tmp_path / "out", "--ray", "127.0.0.1:1")
+    assert found.returncode == 2
+    assert "does not answer" in found.stderr
+    assert "Traceback" not in found.stderr

@@ -1,0 +1,141 @@
+"""The shapes of MetaMathQA, Code-Feedback and WizardLM, in small files."""
+
+import json
+import warnings
+
+import datasets
+import pytest
+
+from lora_ggpo.data import DataConfig, load_completion
+from lora_ggpo.errors import UserError
+
+QUESTION, ANSWER = "What is {n} plus one?", "It is one more.\nThe answer is: {n}"
+
+
+def chat(n, roles=("user", "assistant"), role="role", content="content"):
+    return [{role: name, content: (ANSWER if i % 2 else QUESTION).format(n=n + i // 2)} for i, name in enumerate(roles)]
+
+
+SHAPES = {
+    "metamath": {"query": QUESTION, "response": ANSWER, "type": "GSM_FOBAR", "original_question": "Is it {n}?"},
+    "code-feedback-filtered": {"query": QUESTION, "answer": ANSWER, "resource": "evolinstruct", "lang": "python"},
+    "wizardlm": {"instruction": QUESTION, "output": ANSWER},
+    "prompt-completion": {"prompt": QUESTION, "completion": ANSWER, "query": "no", "response": "no"},
+}
+
+
+def shaped(name, n):
+    return {key: value.format(n=n) for key, value in SHAPES[name].items()}
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Write rows as "json", "jsonl" or "parquet" and return the path."""
+
+    def write(rows, form="jsonl"):
+        path = tmp_path / f"data.{form}"
+        if form == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(str(path))
+        elif form == "json":
+            path.write_text(json.dumps(rows))
+        else:
+            path.write_text("\n".join(json.dumps(row) for row in rows))
+        return str(path)
+
+    return write
+
+
+def load(source, **settings):
+    splits = load_completion(DataConfig(source=source, **settings))
+    return sorted((row for data in (splits.train, splits.validation, splits.test) for row in data), key=number)
+
+
+def number(row):
+    return int(row["id"].partition(":")[2])
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_columns_are_recognised(name, form, save):
+    rows = load(save([shaped(name, n) for n in range(20)], form))
+    assert [set(row) for row in rows] == [{"id", "prompt", "completion"}] * 20
+    for n, row in enumerate(rows):
+        assert row["prompt"] == QUESTION.format(n=n)
+        assert row["completion"] == ANSWER.format(n=n)
+
+
+def test_columns_that_are_named_win(save):
+    rows = load(save([shaped("metamath", n) for n in range(20)]), prompt="original_question", completion="type")
+    assert [row["prompt"] for row in rows] == [f"Is it {n}?" for n in range(20)]
+    assert {row["completion"] for row in rows} == {"GSM_FOBAR"}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("column", "keys", "roles"),
+    [
+        ("messages", ("role", "content"), ("user", "assistant")),  # Code-Feedback
+        ("conversations", ("from", "value"), ("human", "gpt")),  # WizardLM V2
+    ],
+)
+def test_single_turns_of_conversations(column, keys, roles, form, save):
+    long = [*roles, *roles]
+    rows = [{"id": n, column: chat(n, long if n % 4 == 3 else roles, *keys)} for n in range(20)]
+    path = save([{key: value for key, value in row.items() if key != "id"} for row in rows], form)
+    whole = load(path)
+    assert [len(row["messages"]) for row in whole] == [4 if n % 4 == 3 else 2 for n in range(20)]
+    assert [turn["role"] for turn in whole[3]["messages"]] == ["user", "assistant"] * 2
+    assert whole[3]["messages"][3]["content"] == ANSWER.format(n=4)
+    with pytest.warns(UserWarning, match=r"data\.\w+: 5 of 20 conversations are left out") as caught:
+        single = load(path, single_turn=True)
+    assert len(caught) == 1
+    kept = [n for n in range(20) if n % 4 != 3]
+    assert [number(row) for row in single] == [n + 1 for n in kept]
+    assert [row["prompt"] for row in single] == [QUESTION.format(n=n) for n in kept]
+    assert [row["completion"] for row in single] == [ANSWER.format(n=n) for n in kept]
+
+
+def test_nothing_is_said_where_every_conversation_is_a_single_turn(save):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load(save([{"messages": chat(n)} for n in range(20)]), single_turn=True)) == 20
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "x", "response": ""}, r"data\.jsonl, line 3: column 'response' is empty"),
+        ({"query": None, "response": "y"}, r"data\.jsonl, line 3: column 'query' has no value"),
+        ({"query": ["x"], "response": "y"}, r"data\.jsonl, line 3: column 'query' must hold text, .* list"),
+    ],
+)
+def test_malformed_pairs_are_named(row, message, save):
+    with pytest.raises(UserError, match=message):
+        load(save([shaped("metamath", 0), shaped("metamath", 1), row]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": "hi"}, r"data\.jsonl, line 3: column 'messages' must hold a list of messages"),
+        ({"messages": [{"role": "user"}]}, r'line 3: each message in \'messages\' must have "role" and "content"'),
+        ({"messages": [{"role": "user", "content": "x"}]}, r"line 3: column 'messages' has no assistant message"),
+        ({"messages": chat(0, ("user", "gnat"))}, r"line 3: the role 'gnat' in 'messages' is none of system, user"),
+        (
+            {"messages": [*chat(0), {"role": "user", "content": None}]},
+            r"line 3: column 'messages\.content' has no value",
+        ),
+    ],
+)
+@pytest.mark.parametrize("single_turn", [False, True])
+def test_malformed_conversations_are_named(row, message, single_turn, save):
+    with pytest.raises(UserError, match=message):
+        load(save([{"messages": chat(0)}, {"messages": chat(1)}, row]), single_turn=single_turn)
+
+
+def test_single_turn_needs_conversations_and_one_that_is_single(save):
+    with pytest.raises(UserError, match=r"data\.single_turn is for conversations, but .*data\.jsonl has none"):
+        load(save([shaped("wizardlm", n) for n in range(20)]), single_turn=True)
+    long = [{"messages": chat(n, ("system", "user", "assistant"))} for n in range(20)]
+    with pytest.raises(UserError, match=r"data\.jsonl has no conversation of one user and one assistant message"):
+        load(save(long), single_turn=True)

@@ -1,0 +1,98 @@
+"""Hand-made results folders, in the form that comparisons leave."""
+
+import json
+
+TITLES = {"lora": "LoRA", "dora": "DoRA", "sam": "SAM", "ggpo": "GGPO (relative rule)"}
+
+
+def run(method, seed, values, setting="", sets=("test",), failed=None, seconds=1.0, memory=None, chosen=None):
+    """A line of runs.jsonl; `values` are {metric: value}, the same on all `sets`."""
+    row = {
+        "setting": setting,
+        "method": method,
+        "title": TITLES.get(method, method),
+        "seed": seed,
+        "chosen": chosen or {"training.learning_rate": 0.001},
+        "evaluation": {},
+        "training": {},
+        "failed": failed,
+    }
+    if not failed:
+        scores = {metric: {"value": value, "se": None, "n": 100} for metric, value in values.items()}
+        row["evaluation"] = dict.fromkeys(sets, scores)
+        row["training"] = {
+            "steps": 4,
+            "seconds": 4 * seconds,
+            "seconds_per_step": seconds,
+            "trainable_parameters": 1000,
+            "parameters": 5000,
+            "peak_memory_bytes": memory,
+        }
+    return row
+
+
+def curve(method, seed, losses, setting=""):
+    """A line of curves.jsonl; step i has the i-th of `losses`, the last one is followed by a validation."""
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    rows.append({"step": len(losses), "validation/log_loss": losses[-1] + 0.1})
+    return {"setting": setting, "method": method, "seed": seed, "rows": rows}
+
+
+def trial(method, number, score, setting="", values=None, failed=None):
+    """A line of tuning.jsonl."""
+    return {
+        "setting": setting,
+        "method": method,
+        "title": TITLES.get(method, method),
+        "trial": number,
+        "seed": 1000,
+        "values": values or {"training.learning_rate": 0.001 * (number + 1)},
+        "score": score,
+        "metric": "accuracy",
+        "failed": failed,
+    }
+
+
+def write_results(folder, runs, tuning=(), curves=(), metric="accuracy", baseline="lora", command="lora-ggpo compare"):
+    """Write the four files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("runs", runs), ("tuning", tuning), ("curves", curves)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    facts = {
+        "command": command,
+        "metric": metric,
+        "baseline": baseline,
+        "versions": {"lora-ggpo": "0.1.0", "torch": "2.9"},
+        "cpus": 2,
+        "trials": 2 if tuning else 1,
+        "seeds": sorted({row["seed"] for row in runs}),
+    }
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    return folder
+
+
+def write_full_grid(folder):
+    """Two settings, four methods, three seeds, one set out of domain, failures, tuning and curves."""
+    shift = {"lora": 0.0, "dora": 0.02, "sam": -0.03, "ggpo": 0.004}
+    runs, curves, tuning = [], [], []
+    for index, setting in enumerate(("label_noise=0", "label_noise=0.25")):
+        for method, gain in shift.items():
+            tuning += [trial(method, number, 0.8 + gain - number / 100, setting) for number in range(2)]
+            for seed in range(3):
+                wobble = 0.003 * ((seed * 7 + len(method) * 5) % 4)
+                accuracy = 0.9 - 0.1 * index + gain + wobble
+                runs.append(
+                    run(
+                        method,
+                        seed,
+                        {"accuracy": accuracy, "log_loss": 1 - accuracy},
+                        setting,
+                        sets=("validation", "test", "amazon-reviews", "train-noisy"),
+                        failed="The loss is nan at step 3" if (method, index, seed) == ("sam", 1, 2) else None,
+                        seconds=1 + 10 * abs(gain),
+                        memory=1000 + len(method),
+                    )
+                )
+                losses = [0.7 - (0.1 + gain) * step + wobble for step in range(1, 5)]
+                curves.append(curve(method, seed, losses, setting))
+    return write_results(folder, runs, tuning, curves)

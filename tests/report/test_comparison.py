@@ -1,0 +1,156 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.report.comparison import write_report
+from tests.report.grids import curve, run, trial, write_full_grid, write_results
+
+OUTPUTS = ["table.md", "table.tex", "report.html"] + [
+    f"figures/{name}.{kind}" for name in ("differences", "curves", "tradeoffs") for kind in ("png", "svg")
+]
+HOSTILE = "<script>alert(1)</script> & \"q\" 'a' {{ 7 * 7 }} $x_$ | [bold]"
+
+
+class _Page(HTMLParser):
+    """Collects tags with their attributes, and checks that they are closed in order."""
+
+    VOID = ("meta", "path", "use", "rect", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = write_full_grid(tmp_path_factory.mktemp("grid"))
+    return folder, write_report(folder)
+
+
+def test_all_files_are_written_and_nothing_else(report):
+    folder, _ = report
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {*OUTPUTS, "runs.jsonl", "tuning.jsonl", "curves.jsonl", "facts.json"}
+
+
+def test_a_second_report_is_the_same_to_the_byte(report, tmp_path):
+    folder, _ = report
+    write_report(write_full_grid(tmp_path))
+    first = {name: (folder / name).read_bytes() for name in OUTPUTS}
+    assert {name: (tmp_path / name).read_bytes() for name in OUTPUTS} == first
+    write_report(folder)
+    assert {name: (folder / name).read_bytes() for name in OUTPUTS} == first
+
+
+def test_what_the_command_prints(report):
+    _, comparison = report
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(comparison.table)
+    assert re.search(r"SAM +87\.60 ± 0\.75 +-2\.90 ± 1\.72 +worse than LoRA", capture.get())
+    assert "label_noise=0.25" in capture.get()
+    assert len(comparison.verdicts) == 4
+    assert comparison.verdicts[0].startswith(
+        "label_noise=0, test: worse than LoRA: SAM (-2.90 points); this grid could"
+    )
+
+
+def test_markdown_and_latex_have_the_numbers(report):
+    folder, _ = report
+    markdown, latex = (folder / "table.md").read_text(), (folder / "table.tex").read_text()
+    assert "| SAM | 87.60 ± 0.75 | -2.90 ± 1.72 | 0.018 | worse than LoRA | 0.1240 ± 0.0075 |" in markdown
+    assert r"SAM & 87.60 \ensuremath{\pm} 0.75 & -2.90 \ensuremath{\pm} 1.72 & 0.018 & worse than LoRA &" in latex
+    assert "| SAM | 1,000 | 1.30× |" in markdown
+    assert "The loss is nan at step 3" in markdown
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\toprule") == 7
+
+
+def test_page_is_whole_and_asks_nothing_of_the_network(report):
+    folder, _ = report
+    text = (folder / "report.html").read_text()
+    page = _Page(text)
+    assert page.open == []
+    named = {name: value for _, attributes in page.tags for name, value in attributes.items()}
+    assert not {"src", "href", "srcset", "action", "data"} & set(named)
+    links = [a["xlink:href"] for _, a in page.tags if "xlink:href" in a]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    namespaces = re.compile(r'xmlns(:\w+)?="http://www\.w3\.org/[^"]*"')
+    assert "//" not in re.sub(r"^\s*//.*$", "", namespaces.sub("", text), flags=re.M)
+    assert "@import" not in text
+    assert re.findall(r"url\((.)", text) == ["#"] * text.count("url(")
+    assert "default-src 'none'" in text
+
+
+def test_page_says_what_it_should(report):
+    folder, _ = report
+    page = _Page((folder / "report.html").read_text())
+    text = " ".join(" ".join(page.words).split())
+    for words in ("lora-ggpo compare", "The loss is nan at step 3", "Holm", "2.9", "0, 1, 2", "16 tuning runs"):
+        assert words in text
+    assert [tag for tag, _ in page.tags].count("svg") == 3
+    assert text.index("worse than LoRA: SAM") < text.index("label_noise=0 test method")
+
+
+def test_hostile_names_stay_text(tmp_path):
+    runs = [
+        run(method, seed, {"accuracy": 0.5 + seed / 10 + (method == HOSTILE) * seed / 5}, HOSTILE, ("test", HOSTILE))
+        for method in ("lora", HOSTILE)
+        for seed in range(2)
+    ]
+    runs.append(run(HOSTILE, 2, {}, HOSTILE, failed=HOSTILE))
+    curves = [curve(method, seed, [0.5, 0.4], HOSTILE) for method in ("lora", HOSTILE) for seed in range(2)]
+    tuning = [trial(HOSTILE, 0, 0.5, HOSTILE, values={HOSTILE: HOSTILE}, failed=HOSTILE)]
+    comparison = write_report(write_results(tmp_path, runs, tuning, curves, command=HOSTILE))
+    html = (tmp_path / "report.html").read_text()
+    page = _Page(html)
+    assert page.open == []
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert HOSTILE in page.words
+    assert "49" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.S)
+    assert "<script>" not in (tmp_path / "table.md").read_text()
+    assert r"\$x\_\$" in (tmp_path / "table.tex").read_text()
+    console = Console(width=400)
+    with console.capture() as capture:
+        console.print(comparison.table)
+    assert capture.get().count("[bold]") == 2  # the setting and the method
+
+
+@pytest.mark.parametrize("failed", [None, "The loss is nan at step 1"])
+def test_a_single_run_is_a_report(tmp_path, failed):
+    comparison = write_report(write_results(tmp_path, [run("lora", 0, {"loss": 2.5}, failed=failed)], metric="loss"))
+    assert comparison.verdicts == ["test: nothing can be compared: no method has a seed in common with LoRA"]
+    assert ("failed: The loss is nan" if failed else "2.5000") in (tmp_path / "table.md").read_text()
+    assert "no tuning run" in (tmp_path / "report.html").read_text()
+
+
+def test_lower_is_better_is_marked(tmp_path):
+    runs = [run(m, s, {"loss": v + s / 7}) for m, v in (("lora", 2.0), ("dora", 3.0)) for s in range(2)]
+    write_report(write_results(tmp_path, runs, metric="loss"))
+    assert "loss ↓" in (tmp_path / "table.md").read_text()
+    assert "left is better" in (tmp_path / "figures" / "differences.svg").read_text()
+
+
+def test_no_results(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        write_report(tmp_path)
