@@ -14,6 +14,7 @@ import ctypes
 import gc
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -32,6 +33,7 @@ from lora_ggpo.models import add_adapter, load_model
 from lora_ggpo.perturbation.config import NoiseKind
 
 Step = Callable[[], None]
+PLAIN = "plain LoRA"
 SIGMA = 0.03
 RHO = 0.05
 
@@ -145,7 +147,7 @@ def sam(bench: Bench) -> Iterator[Step]:
 
 
 WAYS: dict[str, Callable[[Bench], contextmanager]] = {
-    "plain LoRA": plain,
+    PLAIN: plain,
     **{f"GGPO, {kind} noise": ggpo(kind) for kind in get_args(NoiseKind)},
     "sd-scripts (output noise)": sd_scripts,
     "Flat-LoRA (in place)": in_place,
@@ -153,12 +155,12 @@ WAYS: dict[str, Callable[[Bench], contextmanager]] = {
 }
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    peaks: dict[str, list[float]] = {name: [] for name in WAYS}
+def measure(bench: Bench, rounds: int, ways: list[str]) -> dict[str, dict[str, float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        for name, way in WAYS.items():
-            with way(bench) as step:
+        for name in ways:
+            with WAYS[name](bench) as step:
                 step()  # settles caches and, for GGPO, supplies the gradient norms
                 with peak_memory() as peak:
                     began = time.perf_counter()
@@ -170,7 +172,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
                 seconds[name].append(elapsed)
                 peaks[name].append(peak[0])
         print(f"  round {turn}/{rounds}", file=sys.stderr)
-    base, base_peak = seconds["plain LoRA"], statistics.median(peaks["plain LoRA"])
+    base, base_peak = seconds[PLAIN], statistics.median(peaks[PLAIN])
     rows = {}
     for name, times in seconds.items():
         low, ratio, high = statistics.quantiles([t / b for t, b in zip(times, base, strict=True)], n=4)
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--ways", nargs="+", choices=[name for name in WAYS if name != PLAIN], help="default: all")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -216,14 +219,15 @@ def main() -> None:
     model, _ = load_model("smollm2", "sft", None)
     model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, "sft").to(device).train()
     result: dict[str, object] = {
-        "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lora-ggpo")},
     }
+    ways = args.ways or [name for name in WAYS if name != PLAIN]
     for tokens in args.tokens:
         shape = f"{args.batch} x {tokens} tokens"
         print(shape, file=sys.stderr)
-        rows = measure(Bench(model, tokens, args.batch, device), args.rounds)
+        rows = measure(Bench(model, tokens, args.batch, device), args.rounds, [PLAIN, *ways])
         result[shape] = rows
         print(f"\n| {shape} | s/step | ratio | quartiles | peak MiB | peak ratio |\n|---|---|---|---|---|---|")
         for name, row in rows.items():

@@ -23,9 +23,11 @@ def cluster():
         port = free.getsockname()[1]
     options = ["--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([RAY, "start", *options], check=True, capture_output=True, env=environment)
+    # Its daemons keep the streams they are given open.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 90, "env": environment}
+    subprocess.run([RAY, "start", *options], check=True, **quiet)
     yield f"127.0.0.1:{port}"
-    subprocess.run([RAY, "stop", "--force"], capture_output=True)
+    subprocess.run([RAY, "stop", "--force"], **quiet)
 
 
 def compare(recipe_file, output, *more):

@@ -15,11 +15,11 @@ from lora_ggpo.comparison.plan import Job, Plan, Values
 from lora_ggpo.comparison.pool import Pool
 from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
+from lora_ggpo.report.analysis import METRICS
 from lora_ggpo.training.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
 from lora_ggpo.training.interrupt import Interrupted
 from lora_ggpo.training.progress import Reporter, Task
 
-LOWER_IS_BETTER = ("log_loss", "loss", "perplexity")
 _VERSIONS = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scipy")
 
 
@@ -36,7 +36,7 @@ def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, repo
     with disk_errors(plan.output):
         plan.output.mkdir(parents=True, exist_ok=True)
         with locked(plan.output):
-            facts = _claim(plan, command)
+            _claim(plan, command)
             tuning = plan.tuning()
             final = len(plan.seeds) * len(plan.settings) * len(plan.methods)
             with reporter.task("compare") as shown:
@@ -48,7 +48,6 @@ def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, repo
             write_json_lines(plan.output / "tuning.jsonl", [_trial(job, plan.metric) for job in _sorted(plan, tuning)])
             write_json_lines(plan.output / "runs.jsonl", [_run(job) for job in _sorted(plan, runs)])
             write_json_lines(plan.output / "curves.jsonl", [_curve(job) for job in _sorted(plan, runs)])
-            write_json(plan.output / "facts.json", facts)
 
 
 def choose(plan: Plan, tuning: Sequence[Job]) -> dict[tuple[str, str], Values]:
@@ -85,7 +84,7 @@ def score(job: Job, metric: str) -> float | None:
 def _order(value: float | None, metric: str) -> float:
     if value is None:
         return -math.inf
-    return -value if metric in LOWER_IS_BETTER else value
+    return value if METRICS[metric].higher_is_better else -value
 
 
 class _Progress:
@@ -150,8 +149,8 @@ def _name(job: Job) -> str:
     return f"{job.method.name} {what}{f' ({job.setting})' if job.setting else ''}"
 
 
-def _claim(plan: Plan, command: str) -> dict[str, Any]:
-    """Facts of the comparison, as written when it was begun.
+def _claim(plan: Plan, command: str) -> None:
+    """Write down what is compared, or check that it is what the folder holds.
 
     Raises:
         UserError: the folder holds a comparison of another recipe or with other choices.
@@ -163,7 +162,7 @@ def _claim(plan: Plan, command: str) -> dict[str, Any]:
         "metric": plan.metric,
         "baseline": plan.methods[0].name,
     }
-    file = plan.output / "comparison.json"
+    file = plan.output / "facts.json"
     facts: dict[str, Any] = {}
     if file.is_file():
         facts = read_json(file)
@@ -173,9 +172,7 @@ def _claim(plan: Plan, command: str) -> dict[str, Any]:
     environment = {"versions": {name: version(name) for name in _VERSIONS}, "cpus": os.cpu_count()}
     # Methods and seeds may be added to a comparison that is there.
     grown = {"methods": [method.name for method in plan.methods], "seeds": list(plan.seeds), "command": command}
-    facts = {**environment, **facts, **fixed, **grown}
-    write_json(file, facts)
-    return facts
+    write_json(file, {**environment, **facts, **fixed, **grown})
 
 
 def _sorted(plan: Plan, jobs: Iterable[Job]) -> list[Job]:

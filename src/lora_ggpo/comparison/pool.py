@@ -5,9 +5,12 @@ Nothing heavy is imported here: a worker must set its number of threads before t
 
 from __future__ import annotations
 
+import importlib
+import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -102,12 +105,13 @@ class RayPool:
 
     def __init__(self, address: str, cpus: int, gpus: float) -> None:
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError as error:
             raise UserError("--ray needs Ray; install it with: pip install 'lora-ggpo[ray]'") from error
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(f"--ray {address}: the cluster does not answer: {first}") from error
         self._ray, self._options = ray, {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0}
@@ -123,3 +127,10 @@ class RayPool:
     def close(self) -> None:
         """Leave the cluster; tasks that have not ended are."""
         self._ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nothing listens: Ray would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=10).close()

@@ -1,6 +1,6 @@
 r"""Unit-variance noise that can be made again from a seed, a block of rows at a time.
 
-The method needs eps with independent rows, E eps = 0 and Var eps_ij = tau_i^2: to second order in eps nothing else
+The method needs eps with uncorrelated rows, E eps = 0 and Var eps_ij = tau_i^2: to second order in eps nothing else
 enters the objective, E L(W + eps) = L(W) + 1/2 tr(H diag(tau^2)) + ... . Three sources of unit noise z are offered, and
 eps = tau z:
 

@@ -67,6 +67,7 @@ from lora_ggpo.training.source import flatten
 from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
 
 VALIDATION_ROWS = 500
+_OTHERS = ("sam", "mgpo", "optimizer")
 _VERSIONS = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 
 
@@ -196,10 +197,11 @@ def summary(recipe: dict[str, Any]) -> str:
         "task": recipe["task"]["kind"],
         "data": _short(data, ("source", "train_size", "label_noise", "out_of_domain")),
         "adapter": _short(adapter, tuple(adapter)) if adapter else "none (full fine-tuning)",
-        "ggpo": _short(ggpo, tuple(ggpo)) if ggpo else "none (plain LoRA)" if adapter else "none",
+        "ggpo": _short(ggpo, tuple(ggpo)) if ggpo else "none",
+        **{name: _short(recipe[name], tuple(recipe[name])) for name in _OTHERS if recipe.get(name)},
         "training": _short(training, tuple(training)),
     }
-    return "\n".join(f"{name:9}{value}" for name, value in lines.items())
+    return "\n".join(f"{name:10}{value}" for name, value in lines.items())
 
 
 def _short(values: dict[str, Any], keys: tuple[str, ...]) -> str:
