@@ -10,9 +10,8 @@ The rivals get their noise sizes for nothing: only the perturbation itself is ti
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from lora_ggpo import GGPO, GGPOConfig
 from lora_ggpo.models import add_adapter, load_model
 from lora_ggpo.perturbation.config import NoiseKind
+from lora_ggpo.training.memory import peak, reset_peak
 
 Step = Callable[[], None]
 PLAIN = "plain LoRA"
@@ -162,48 +162,30 @@ def measure(bench: Bench, rounds: int, ways: list[str]) -> dict[str, dict[str, f
         for name in ways:
             with WAYS[name](bench) as step:
                 step()  # settles caches and, for GGPO, supplies the gradient norms
-                with peak_memory() as peak:
-                    began = time.perf_counter()
-                    step()
-                    if torch.cuda.is_available():
-                        torch.cuda.synchronize()
-                    elapsed = time.perf_counter() - began
+                reset_peak()
+                began = time.perf_counter()
+                step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                elapsed, memory = time.perf_counter() - began, peak()
             if turn:  # round 0 warms up
                 seconds[name].append(elapsed)
-                peaks[name].append(peak[0])
+                peaks[name].append(math.nan if memory is None else memory / 2**20)
         print(f"  round {turn}/{rounds}", file=sys.stderr)
     base, base_peak = seconds[PLAIN], statistics.median(peaks[PLAIN])
     rows = {}
     for name, times in seconds.items():
         low, ratio, high = statistics.quantiles([t / b for t, b in zip(times, base, strict=True)], n=4)
-        peak = statistics.median(peaks[name])
+        highest = statistics.median(peaks[name])
         rows[name] = {
             "seconds": statistics.median(times),
             "ratio": ratio,
             "ratio_q1": low,
             "ratio_q3": high,
-            "peak_mib": peak,
-            "peak_ratio": peak / base_peak,
+            "peak_mib": highest,
+            "peak_ratio": highest / base_peak,
         }
     return rows
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[float]]:
-    """Highest memory in use within the block, MiB: allocated on CUDA, resident on Linux (its high-water mark reset)."""
-    result = [float("nan")]
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    yield result
-    if torch.cuda.is_available():
-        result[0] = torch.cuda.max_memory_allocated() / 2**20
-    elif sys.platform == "linux":
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-        result[0] = int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -232,8 +214,8 @@ def main() -> None:
         print(f"\n| {shape} | s/step | ratio | quartiles | peak MiB | peak ratio |\n|---|---|---|---|---|---|")
         for name, row in rows.items():
             quartiles = f"{row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}"
-            peak = f"{row['peak_mib']:.0f} | {row['peak_ratio']:.3f}"
-            print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.3f} | {quartiles} | {peak} |")
+            memory = f"{row['peak_mib']:.0f} | {row['peak_ratio']:.3f}"
+            print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.3f} | {quartiles} | {memory} |")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

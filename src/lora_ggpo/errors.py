@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that a user can do something about."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with code 2; library callers may catch it.
     """
+
+
+class DivergedError(UserError):
+    """Training went to values that are not finite: the settings of this one run are at fault."""

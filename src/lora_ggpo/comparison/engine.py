@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import version
 from typing import Any
 
 from lora_ggpo.comparison.plan import Job, Plan, Values
@@ -19,8 +18,7 @@ from lora_ggpo.report.analysis import METRICS
 from lora_ggpo.training.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
 from lora_ggpo.training.interrupt import Interrupted
 from lora_ggpo.training.progress import Reporter, Task
-
-_VERSIONS = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scipy")
+from lora_ggpo.training.run import versions
 
 
 def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, reporter: Reporter) -> None:
@@ -169,7 +167,7 @@ def _claim(plan: Plan, command: str) -> None:
         changed = [name for name, value in fixed.items() if facts.get(name) != value]
         if changed:
             raise UserError(f"{plan.output} holds a comparison with another {changed[0]}; choose another --output.")
-    environment = {"versions": {name: version(name) for name in _VERSIONS}, "cpus": os.cpu_count()}
+    environment = {"versions": versions(), "cpus": os.cpu_count()}
     # Methods and seeds may be added to a comparison that is there.
     grown = {"methods": [method.name for method in plan.methods], "seeds": list(plan.seeds), "command": command}
     write_json(file, {**environment, **facts, **fixed, **grown})

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import DivergedError, UserError
 
 FAILURE = "failed.json"
 
@@ -27,16 +27,14 @@ def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
     from lora_ggpo.training.recipe import check_recipe
     from lora_ggpo.training.run import train
     from lora_ggpo.training.source import Source
-    from lora_ggpo.training.trainer import NonFiniteLossError
 
     warnings.simplefilter("ignore")
     try:
         train(check_recipe(Source(name, values, {}, {})), Reporter(quiet=True))
-    except UserError as error:
-        diverged = isinstance(error.__cause__, NonFiniteLossError) or "not finite" in str(error)
-        if not diverged:
-            raise UserError(f"{folder}: {error}") from error
+    except DivergedError as error:
         write_json(folder / FAILURE, {"message": str(error)})
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

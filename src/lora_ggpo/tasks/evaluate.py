@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.models import TaskKind
 from lora_ggpo.tasks.config import Metric, TaskConfig
 from lora_ggpo.tasks.encode import NO_LOSS, collator, label_word_ids
@@ -263,7 +263,7 @@ def _scores(
     scores[order] = np.concatenate(parts)
     broken = int((~np.isfinite(scores).all(axis=1)).sum())
     if broken:
-        raise UserError(
+        raise DivergedError(
             f"The model's outputs are not finite on {broken} of {len(scores)} examples: training has diverged; "
             "lower the learning rate or use dtype float32."
         )

@@ -13,10 +13,10 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 def reset_peak() -> None:
     """Start measuring anew."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR.exists():
-        gc.collect()
         _release_freed_memory()
         _CLEAR.write_text("5")  # sets the high-water mark to what is resident now
 

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.data import DataConfig, Splits, digest, load_classification, load_completion
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.initialise import save_difference, save_start
@@ -68,7 +68,7 @@ from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTraine
 
 VALIDATION_ROWS = 500
 _OTHERS = ("sam", "mgpo", "optimizer")
-_VERSIONS = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+_LIBRARIES = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,11 @@ def summary(recipe: dict[str, Any]) -> str:
 
 def _short(values: dict[str, Any], keys: tuple[str, ...]) -> str:
     return ", ".join(f"{key} {values[key]}" for key in keys if values[key] not in (None, [], 0.0))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a run computes."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
 def quiet_libraries() -> None:
@@ -388,7 +393,7 @@ def _fit(
     except NonFiniteLossError as error:
         good = last_whole(checkpoints)
         kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-        raise UserError(
+        raise DivergedError(
             f"{error}; {kept}. Try a lower learning rate, gradient clipping (training.max_grad_norm), or dtype float32."
         ) from error
     except BaseException:
@@ -424,10 +429,8 @@ def _subfolder(folder: Path, name: str) -> Path:
 
 
 def _record_versions(folder: Path) -> None:
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
-    write_json(
-        folder / "versions.json", versions | {"platform": platform.platform(), "threads": torch.get_num_threads()}
-    )
+    machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
+    write_json(folder / "versions.json", {**versions(), **machine})
 
 
 def _record_data(folder: Path, splits: Splits) -> None:

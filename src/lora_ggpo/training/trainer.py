@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import DivergedError
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
@@ -22,7 +22,7 @@ MakeAscent = Callable[[nn.Module, Any], SAM | MGPO]
 _EPOCH_STRIDE = 1_000_003
 
 
-class NonFiniteLossError(UserError):
+class NonFiniteLossError(DivergedError):
     """The loss stopped being a finite number."""
 
 
