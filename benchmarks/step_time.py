@@ -5,16 +5,18 @@
 One process holds one SmolLM2-135M with LoRA on all linear layers (r = 8, AdamW, 8 sequences a batch). Each round runs
 one step of every way in turn and divides its time by that round's plain step, so a machine that slows down slows all.
 The rivals get their noise sizes for nothing: only the perturbation itself is timed, so their ratios are lower bounds.
+Peak memory is taken of a fresh process for each way, since what one way leaves behind would count for the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -156,36 +158,51 @@ WAYS: dict[str, Callable[[Bench], contextmanager]] = {
 
 
 def measure(bench: Bench, rounds: int, ways: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds of a step of each way, and its ratio to the plain step of the same round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    peaks: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name in ways:
             with WAYS[name](bench) as step:
                 step()  # settles caches and, for GGPO, supplies the gradient norms
-                reset_peak()
                 began = time.perf_counter()
                 step()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                elapsed, memory = time.perf_counter() - began, peak()
-            if turn:  # round 0 warms up
-                seconds[name].append(elapsed)
-                peaks[name].append(math.nan if memory is None else memory / 2**20)
+                if turn:  # round 0 warms up
+                    seconds[name].append(time.perf_counter() - began)
         print(f"  round {turn}/{rounds}", file=sys.stderr)
-    base, base_peak = seconds[PLAIN], statistics.median(peaks[PLAIN])
     rows = {}
     for name, times in seconds.items():
-        low, ratio, high = statistics.quantiles([t / b for t, b in zip(times, base, strict=True)], n=4)
-        highest = statistics.median(peaks[name])
-        rows[name] = {
-            "seconds": statistics.median(times),
-            "ratio": ratio,
-            "ratio_q1": low,
-            "ratio_q3": high,
-            "peak_mib": highest,
-            "peak_ratio": highest / base_peak,
-        }
+        ratios = [t / plain for t, plain in zip(times, seconds[PLAIN], strict=True)]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
+        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "ratio_q1": low, "ratio_q3": high}
     return rows
+
+
+def own_peak(bench: Bench, way: str) -> float:
+    """Peak memory of a step of `way` in MiB, in this process."""
+    peaks = []
+    with WAYS[way](bench) as step:
+        for _ in range(4):
+            reset_peak()
+            step()
+            peaks.append((peak() or 0) / 2**20)
+    return statistics.median(peaks[1:])  # the first step has no gradient norms and no optimizer state
+
+
+def peak_elsewhere(way: str, tokens: int, batch: int) -> float:
+    """`own_peak` in a fresh process whose freed blocks go back to the system, so that its peak is what it uses."""
+    command = [sys.executable, __file__, "--peak-of", way, "--tokens", str(tokens), "--batch", str(batch)]
+    done = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}, stdout=subprocess.PIPE)
+    done.check_returncode()
+    return float(done.stdout)
+
+
+def make_bench(tokens: int, batch: int, device: torch.device) -> Bench:
+    torch.manual_seed(0)
+    model, _ = load_model("smollm2", "sft", None)
+    model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, "sft")
+    return Bench(model.to(device).train(), tokens, batch, device)
 
 
 def main() -> None:
@@ -195,21 +212,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ways", nargs="+", choices=[name for name in WAYS if name != PLAIN], help="default: all")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--peak-of", choices=list(WAYS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    model, _ = load_model("smollm2", "sft", None)
-    model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, "sft").to(device).train()
+    if args.peak_of:
+        print(own_peak(make_bench(args.tokens[0], args.batch, device), args.peak_of))
+        return
     result: dict[str, object] = {
         "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lora-ggpo")},
     }
-    ways = args.ways or [name for name in WAYS if name != PLAIN]
+    ways = [PLAIN, *(args.ways or [name for name in WAYS if name != PLAIN])]
     for tokens in args.tokens:
         shape = f"{args.batch} x {tokens} tokens"
         print(shape, file=sys.stderr)
-        rows = measure(Bench(model, tokens, args.batch, device), args.rounds, [PLAIN, *ways])
+        peaks = {name: peak_elsewhere(name, tokens, args.batch) for name in ways}
+        rows = measure(make_bench(tokens, args.batch, device), args.rounds, ways)
+        for name, mib in peaks.items():
+            rows[name] |= {"peak_mib": mib, "peak_ratio": mib / peaks[PLAIN]}
         result[shape] = rows
         print(f"\n| {shape} | s/step | ratio | quartiles | peak MiB | peak ratio |\n|---|---|---|---|---|---|")
         for name, row in rows.items():

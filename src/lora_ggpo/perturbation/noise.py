@@ -7,7 +7,7 @@ eps = tau z:
 ``"gaussian"``
     Fresh N(0, 1) draws. The law of the paper, and the slowest on a CPU.
 ``"table"``
-    One standardised table of 2^22 (CPU) or 2^24 (elsewhere) Gaussian draws, shared by all layers and read at a random
+    One standardised table of 2^21 (CPU) or 2^23 (elsewhere) Gaussian draws, shared by all layers and read at a random
     offset for each block (as OpenAI's evolution strategies do, arXiv 1703.03864), with a fresh random sign for each
     row. Each row begins 64 entries behind the one before, so a block's noise stays in the processor's cache; rows
     overlap, and it is the signs that make any two rows, of one layer or of two, exactly uncorrelated. Within a row
@@ -45,8 +45,8 @@ def mix(*parts: int) -> int:
 
 
 def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Split rows into blocks of at most a quarter of the noise table: the only m x n storage the method ever uses."""
-    step = max(1, _table_entries(device) // 4 // columns)
+    """Split rows into blocks of at most half the noise table: the only m x n storage the method ever uses."""
+    step = max(1, _table_entries(device) // 2 // columns)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -58,7 +58,7 @@ def unit_rows(kind: NoiseKind, seed: int, start: int, rows: int, columns: int, d
         A float32 tensor (rows, columns) on ``device``. Treat it as read-only: it may be a view of the shared table.
 
     Raises:
-        ValueError: a row is longer than the noise table (2^22 entries on a CPU) and ``kind`` is ``"table"``.
+        ValueError: a row is longer than the noise table (2^21 entries on a CPU) and ``kind`` is ``"table"``.
     """
     entries = rows * columns
     if kind == "table":
@@ -92,7 +92,7 @@ def noise_table(device: torch.device) -> Tensor:
 
 
 def _table_entries(device: torch.device) -> int:
-    return 1 << (22 if device.type == "cpu" else 24)
+    return 1 << (21 if device.type == "cpu" else 23)
 
 
 @lru_cache(maxsize=8)
