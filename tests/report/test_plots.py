@@ -9,8 +9,10 @@ from lora_ggpo.report.plots import (
     COLOURS,
     Tradeoff,
     curve,
+    draw_curves,
     draw_forest,
     draw_learning_curves,
+    draw_planes,
     draw_tradeoffs,
     inline_svg,
     render,
@@ -101,3 +103,23 @@ def test_pareto_front_is_drawn():
 
 def test_memory_that_was_not_measured_has_no_panel():
     assert len(_tradeoffs().axes) == 2 * len(_tradeoffs(memory=None).axes)
+
+
+def test_curves_show_means_and_bands_on_the_axes_asked_for():
+    curves = {"lora": ([0.1, 1.0], np.array([[1.0, 2.0], [3.0, 4.0]])), "ggpo": ([0.1, 1.0], np.ones((1, 2)))}
+    figure = draw_curves({"one": curves, "two": curves}, "sigma", "rise", log_x=True)
+    first = figure.axes[0]
+    assert first.get_xscale() == "log"
+    assert first.lines[0].get_ydata().tolist() == [2.0, 3.0]
+    band = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (1.0, 4.0)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lora", "ggpo"]
+
+
+def test_planes_share_one_scale():
+    planes = {
+        name: {"at": [-1, 0, 1], "loss": (scale * (1 + np.eye(3))).tolist()} for name, scale in (("a", 1), ("b", 5))
+    }
+    figure = draw_planes(planes)
+    filled = [axes.collections[0] for axes in figure.axes[:2]]
+    assert all(one.norm.vmin == pytest.approx(1) and one.norm.vmax == pytest.approx(10) for one in filled)

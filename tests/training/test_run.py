@@ -208,3 +208,37 @@ def test_a_sample_of_sorted_rows_holds_all_labels():
     assert 35 < sum(sample["label"]) < 65
     assert sample["label"] == fixed_sample(rows, 100)["label"]
     assert len(fixed_sample(rows, 2000)) == 1000
+
+
+def test_training_ends_at_the_loss_that_is_enough_also_when_it_resumes(recipe_file, monkeypatch):
+    """The level is one that a run without it passes midway; then a power cut right behind the last checkpoint."""
+    settings = ("ggpo=null", "adapter.lora_dropout=0", "validate_every=3", "data.label_noise=0")
+
+    def output(name):
+        return f"output={recipe_file.parent / name}"
+
+    whole = _train(recipe_file, *settings, "stop_loss=1e-9", output("whole"))
+    losses = {row["step"]: row["train/log_loss"] for row in whole.log if "train/log_loss" in row}
+    assert list(losses) == [3, 6, 9, 12]
+    level = (losses[3] + min(losses[6], losses[9])) / 2
+    end = next(step for step, loss in losses.items() if loss <= level)
+    assert end in (6, 9)
+    stopped = _train(recipe_file, *settings, f"stop_loss={level}", output("stopped"))
+    assert stopped.metrics["training"]["steps"] == end
+    assert _losses(stopped) == _losses(whole)[: len(_losses(stopped))]
+
+    def cut(*_):
+        raise SystemError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_ggpo.training.run.new_folder", cut)
+        with pytest.raises(SystemError):
+            _train(recipe_file, *settings, f"stop_loss={level}", output("cut"))
+    resumed = _train(recipe_file, *settings, f"stop_loss={level}", output("cut"))
+    assert resumed.metrics["training"]["steps"] == end
+    assert resumed.metrics["evaluation"] == stopped.metrics["evaluation"]
+
+
+def test_a_loss_to_stop_at_needs_validations(recipe_file):
+    with pytest.raises(UserError, match="stop_loss is looked at every validate_every steps"):
+        _train(recipe_file, "validate_every=null", "stop_loss=0.5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lora_ggpo.report.statistics import Interval, pareto_front, seed_curves
 
@@ -150,6 +152,66 @@ def draw_tradeoffs(
             panel.set_xlabel(title, fontsize=8)
         row[0].set_ylabel(axis, fontsize=8)
     _legend(figure, panels[0, 0], order=highlighted)
+    return figure
+
+
+Curves = Mapping[str, tuple[Sequence[float], NDArray[np.float64]]]
+"""For each label the places on the x axis, and the values there of each seed: (seeds, places)."""
+
+
+@rc_context(_STYLE)
+def draw_curves(
+    panels: Mapping[str, Curves], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
+) -> Figure:
+    """One panel for each title: means over seeds, with bands from the lowest to the highest.
+
+    Args:
+        log_x: Logarithmic x axis.
+        log_y: Logarithmic y axis, from a millionth of the highest value on.
+    """
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(0.6 + 3.6 * columns, 0.6 + 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, (title, curves) in zip(axes, panels.items(), strict=False):
+        for colour, (label, (places, values)) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
+            panel.plot(places, values.mean(axis=0), color=colour, label=label, linewidth=1.6)
+            panel.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+        if log_x:
+            panel.set_xscale("log")
+        if log_y:
+            panel.set_yscale("log")
+            panel.set_ylim(bottom=1e-6 * max((float(values.max()) for _, values in curves.values()), default=1.0))
+        _finish(panel, title, legend=False)
+        panel.set_xlabel(x_label, fontsize=8)
+        panel.set_ylabel(y_label, fontsize=8)
+    for unused in list(axes):
+        unused.set_axis_off()
+    _legend(figure, figure.axes[0])
+    return figure
+
+
+@rc_context(_STYLE)
+def draw_planes(planes: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Two-dimensional slices of the loss as contours, one panel each, with the colours of all in one scale.
+
+    Args:
+        planes: {title: {"at": places on both axes, "loss": one row for each place on the second}}.
+    """
+    columns = min(len(planes), 4)
+    rows = -(-len(planes) // columns)
+    figure = Figure(figsize=(0.8 + 3.0 * columns, 0.4 + 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    losses = [np.asarray(one["loss"], dtype=np.float64) for one in planes.values()]
+    levels = np.geomspace(min(loss.min() for loss in losses), max(loss.max() for loss in losses), 16)
+    for panel, (title, one), loss in zip(axes, planes.items(), losses, strict=False):
+        filled = panel.contourf(one["at"], one["at"], loss, levels=levels, norm="log", cmap="viridis")
+        panel.contour(one["at"], one["at"], loss, levels=levels, colors="white", linewidths=0.3)
+        panel.set_aspect("equal")
+        _finish(panel, title, legend=False)
+    for unused in list(axes):
+        unused.set_axis_off()
+    figure.colorbar(filled, ax=figure.axes, label="loss", shrink=0.8, format="%.2g")
     return figure
 
 

@@ -28,7 +28,8 @@ class RunCallback(TrainerCallback):
         first_step: That step.
         task: Shows progress.
         stop: Asks for a clean stop.
-        validate: Returns what to log as ``validation/*``, every `validate_every` steps.
+        validate: Returns what to log every `validate_every` steps: ``validation/*``, ``train/*``.
+        enough: Whether what was logged ends the training.
         keep: Number of checkpoints to keep; None is all.
     """
 
@@ -41,10 +42,11 @@ class RunCallback(TrainerCallback):
         stop: StopRequest,
         validate: Callable[[], dict[str, float]],
         validate_every: int | None,
+        enough: Callable[[dict[str, float]], bool],
         keep: int | None,
     ) -> None:
         self._log, self._task, self._stop, self._keep = log, task, stop, keep
-        self._validate, self._validate_every = validate, validate_every
+        self._validate, self._validate_every, self._enough = validate, validate_every, enough
         kept = [row for row in read_json_lines(log) if row["step"] <= first_step]
         write_json_lines(log, kept)
         self._seconds = max((row["seconds"] for row in kept), default=0.0)
@@ -69,8 +71,10 @@ class RunCallback(TrainerCallback):
         if control.should_save:
             control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
         if self._validate_every and state.global_step % self._validate_every == 0:
-            measured = {f"validation/{name}": value for name, value in self._validate().items()}
-            self._write({"step": state.global_step, "epoch": state.epoch, **measured})
+            measured = self._validate()
+            if measured:
+                self._write({"step": state.global_step, "epoch": state.epoch, **measured})
+            control.should_training_stop |= self._enough(measured)
         return control
 
     def on_log(

@@ -22,9 +22,14 @@ _NO_SPACE_WORDS = ("No space left on device", "os error 28", "PytorchStreamWrite
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, which holds either its old content or all of the new one at any time."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, as `write_text` does."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

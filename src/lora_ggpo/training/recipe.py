@@ -221,6 +221,14 @@ class Recipe(BaseModel):
         None, gt=0, description="Optimizer steps between validations (at most 500 rows) during training; null is never."
     )
 
+    stop_loss: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "End the training at the first validation that finds the mean loss of the training rows (at most 500, "
+            "labels as given, without noise or dropout) at or below this; null trains all steps."
+        ),
+    )
     score_test: bool = Field(
         True, description="Score the test sets after training; false while settings are still being chosen."
     )
@@ -292,6 +300,7 @@ class Recipe(BaseModel):
             "output": self.output,
             "dtype": self.dtype,
             "validate_every": self.validate_every,
+            "stop_loss": self.stop_loss,
             "score_test": self.score_test,
         }
         # Sets and enums, which a LoraConfig or TrainingArguments field may hold, as lists and strings.
@@ -354,6 +363,7 @@ _NEEDS: dict[str, typing.Callable[[Recipe, Any], str | None]] = {
     "mgpo": _mgpo_problem,
     "optimizer": _optimizer_problem,
     "freeze_body": _freeze_problem,
+    "stop_loss": lambda recipe, _: None if recipe.validate_every else "is looked at every validate_every steps: set it",
 }
 """Of a section that is used: what forbids it in this recipe, or None."""
 

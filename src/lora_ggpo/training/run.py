@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -298,11 +298,14 @@ def _trained(
     score = scorer(model, tokenizer, task, args, reporter)
     trainer = _trainer(recipe, model, tokenizer, args, rows)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
-    if checkpoint and state["global_step"] >= state["max_steps"]:
+    enough = partial(_enough, recipe)
+    log = read_json_lines(folder / "log.jsonl")
+    if checkpoint and (
+        state["global_step"] >= state["max_steps"]
+        or any(enough(row) for row in log if row["step"] == state["global_step"])
+    ):
         trainer._load_from_checkpoint(str(checkpoint))  # all steps are done; train() would not know where to stop
     else:
-        validation = fixed_sample(splits.validation, VALIDATION_ROWS)
-        encoded = score.encode(validation) if recipe.validate_every and len(validation) else None
         if checkpoint:
             reporter.say(f"{folder}: going on from step {step_of(checkpoint)}.")
         with reporter.task(f"train {folder}") as shown:
@@ -311,8 +314,9 @@ def _trained(
                 first_step=step_of(checkpoint) if checkpoint else 0,
                 task=shown,
                 stop=stop,
-                validate=lambda: score.quick(encoded),
-                validate_every=recipe.validate_every if encoded is not None else None,
+                validate=_validation(recipe, splits, score),
+                validate_every=recipe.validate_every,
+                enough=enough,
                 keep=recipe.training_fields["save_total_limit"],
             )
             _fit(trainer, callback, checkpoint, stop, checkpoints)
@@ -323,6 +327,25 @@ def _trained(
             model.save_pretrained(str(target))
         tokenizer.save_pretrained(target)
     return model, tokenizer
+
+
+def _validation(recipe: Recipe, splits: Splits, score: Scorer) -> Callable[[], dict[str, float]]:
+    """What measures the model during training, at most `VALIDATION_ROWS` rows of each set."""
+    sets = {"validation": splits.validation} | ({"train": splits.train} if recipe.stop_loss else {})
+    samples = {name: fixed_sample(rows, VALIDATION_ROWS) for name, rows in sets.items() if len(rows)}
+    encoded = {name: score.encode(rows) for name, rows in samples.items() if recipe.validate_every}
+
+    def validate() -> dict[str, float]:
+        measured = {name: score.quick(rows) for name, rows in encoded.items()}
+        return {f"{name}/{metric}": value for name, of in measured.items() for metric, value in of.items()}
+
+    return validate
+
+
+def _enough(recipe: Recipe, logged: Mapping[str, float]) -> bool:
+    """Whether the training loss that was logged is down at the recipe's stop_loss."""
+    loss = logged.get("train/loss", logged.get("train/log_loss"))
+    return recipe.stop_loss is not None and loss is not None and loss <= recipe.stop_loss
 
 
 def _trainable(

@@ -1,0 +1,238 @@
+"""Measure finished runs: one file of results a run, kept, so that nothing is measured twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from lora_ggpo.analysis.landscape import between, filter_direction, line, plane
+from lora_ggpo.analysis.point import Point, Space, load_point
+from lora_ggpo.analysis.sharpness import (
+    Estimate,
+    Hessian,
+    NoiseLaw,
+    expected_sharpness,
+    flat,
+    noise_sizes,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+    worst_sharpness,
+)
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.files import disk_errors, locked, read_json, write_json
+from lora_ggpo.training.progress import Reporter, Task
+from lora_ggpo.training.run import Run, find_runs, quiet_libraries, versions
+
+STARTS = 3
+"""Random starts of the spectral density."""
+
+_PASSES = {"loss": 1, "gradient": 3, "product": 8}
+"""Cost of what is computed on the sample, in forward passes, for the time left."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        split: Set of the run that the loss is measured on.
+        rows: Rows of it, at most.
+        spaces: Parameter spaces.
+        sigmas: Sizes of the noise of expected sharpness, relative to the weights.
+        draws: Pairs of opposite draws of that noise, and draws of the trace.
+        rhos: Radii of worst-case sharpness: root mean square of the relative change.
+        eigenvalues: Number of top eigenvalues; 0 leaves out all that needs the Hessian.
+        products: Hessian-vector products for the eigenvalues, about, and as many for the spectral density.
+        points: Of a slice of the loss, from -1 to 1 (a change of every row by its own length).
+        plane: Points a side of a two-dimensional slice; 0 draws none.
+    """
+
+    split: str = "train"
+    rows: int = 128
+    spaces: tuple[Space, ...] = get_args(Space)
+    sigmas: tuple[float, ...] = (0.03, 0.1, 0.2)
+    draws: int = 10
+    rhos: tuple[float, ...] = (0.0003, 0.001)
+    eigenvalues: int = 3
+    products: int = 60
+    points: int = 21
+    plane: int = 0
+
+
+def measure_runs(paths: Sequence[Path], settings: Settings, output: Path, reporter: Reporter) -> None:
+    """Measure the runs at `paths` (each one run, or a folder of seeds) and write ``output/points/*.json``.
+
+    What is there with the same settings is not measured again.
+
+    Raises:
+        UserError: a path is no finished run, two runs have the same name, or the folder holds other settings.
+    """
+    quiet_libraries()
+    with disk_errors(output):
+        (output / "points").mkdir(parents=True, exist_ok=True)
+        with locked(output):
+            _claim(output, settings)
+            runs = named_runs(paths)
+            for order, (name, run) in enumerate(runs.items()):
+                file = output / "points" / f"{name}.json".replace("/", "-")
+                if file.is_file():
+                    reporter.say(f"{name} is measured already.")
+                    continue
+                with reporter.task(f"measure {name}") as task:
+                    label, _, seed = name.rpartition("/")
+                    began = time.monotonic()
+                    found = measure(run.folder, settings, task)
+                    identity = {"order": order, "label": label, "seed": int(seed.removeprefix("seed-"))}
+                    write_json(file, {**identity, "seconds": round(time.monotonic() - began, 1), **found})
+            _join(runs, settings, output, reporter)
+
+
+def named_runs(paths: Sequence[Path]) -> dict[str, Run]:
+    """The runs by ``label/seed-N``; labels are the shortest ends of the paths that tell them apart.
+
+    Raises:
+        UserError: a path is given twice, or is no run.
+    """
+    whole = [path.resolve() for path in paths]
+    whole = [path.parent if (path / "recipe.yaml").is_file() else path for path in whole]
+    if len(set(map(Path.resolve, paths))) < len(paths):
+        raise UserError("A run is given twice; name each once.")
+    depth = 1
+    folders = list(dict.fromkeys(whole))
+    while len({path.parts[-depth:] for path in folders}) < len(folders):
+        depth += 1
+    runs = {}
+    for given, folder in zip(paths, whole, strict=True):
+        for run in find_runs(given):
+            runs[f"{'/'.join(folder.parts[-depth:])}/{run.folder.name}"] = run
+    return runs
+
+
+def measure(folder: Path, settings: Settings, task: Task) -> dict[str, Any]:
+    """Everything of `settings` about the run in `folder`, as JSON holds it."""
+    progress = _Progress(task, settings)
+    found: dict[str, Any] = {"measures": [], "spectra": {}, "slices": {}, "planes": {}}
+    for space in settings.spaces:
+        point = load_point(folder, space, settings.split, settings.rows)
+        loss = Estimate(point.loss(point.parameters), 0.0)
+        found["measures"] += [
+            {"space": space, "measure": measure, "noise": noise, "size": size, **estimate.to_dict()}
+            for measure, noise, size, estimate in [
+                ("loss", None, None, loss),
+                *_expected(point, space, settings, progress),
+                *_worst(point, settings, progress),
+            ]
+        ]
+        if settings.eigenvalues:
+            rows, found["spectra"][space] = _curvature(point, settings, progress)
+            found["measures"] += [{"space": space, **row} for row in rows]
+        found["slices"][space], found["planes"][space] = _slices(point, settings, progress)
+    return found
+
+
+class _Progress:
+    def __init__(self, task: Task, settings: Settings) -> None:
+        laws = sum(len(_laws(space)) for space in settings.spaces)
+        noises = laws * len(settings.sigmas) * settings.draws * 2 * _PASSES["loss"]
+        ascents = len(settings.spaces) * len(settings.rhos) * 20 * (_PASSES["loss"] + _PASSES["gradient"])
+        products = len(settings.spaces) * 2 * (settings.products + settings.draws) * _PASSES["product"]
+        slices = len(settings.spaces) * (settings.points + settings.plane**2) * _PASSES["loss"]
+        self._task, self._done = task, 0
+        self._total = noises + ascents + (products if settings.eigenvalues else 0) + slices
+
+    def add(self, kind: str, times: int = 1) -> None:
+        self._done = min(self._done + times * _PASSES[kind], self._total)
+        self._task.update(self._done, self._total)
+
+
+def _laws(space: Space) -> tuple[NoiseLaw, ...]:
+    laws: tuple[NoiseLaw, ...] = get_args(NoiseLaw)
+    return laws if space == "weights" else tuple(law for law in laws if law != "guided")
+
+
+def _expected(
+    point: Point, space: Space, settings: Settings, progress: _Progress
+) -> Iterator[tuple[str, str, float, Estimate]]:
+    for law in _laws(space):
+        sizes = noise_sizes(point, law, point.gradient(point.parameters) if law == "guided" else None)
+        for sigma in settings.sigmas:
+            add = lambda: progress.add("loss", 2)  # noqa: E731
+            yield "expected", law, sigma, expected_sharpness(point, sizes, sigma, settings.draws, progress=add)
+
+
+def _worst(point: Point, settings: Settings, progress: _Progress) -> Iterator[tuple[str, None, float, Estimate]]:
+    for rho in settings.rhos:
+
+        def add() -> None:
+            progress.add("gradient")
+            progress.add("loss")
+
+        value, spread = worst_sharpness(point, rho, progress=add)
+        yield "worst", None, rho, Estimate(value, spread)
+
+
+def _curvature(
+    point: Point, settings: Settings, progress: _Progress
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    hessian = Hessian(point, lambda: progress.add("product"))
+    top = top_eigenvalues(hessian, settings.eigenvalues, products=settings.products)
+    sizes = flat(noise_sizes(point, "rows"), point.parameters)
+    rows: list[tuple[str, str | None, float | None, Estimate]] = [
+        *(("eigenvalue", None, float(index + 1), estimate) for index, estimate in enumerate(top)),
+        ("trace", None, None, trace(hessian, settings.draws)),
+        ("trace", "rows", None, trace(hessian, settings.draws, sizes=sizes)),
+    ]
+    grid, density, se = spectral_density(hessian, settings.products // STARTS, STARTS)
+    spectrum = {"eigenvalue": grid.tolist(), "density": density.tolist(), "se": se.tolist()}
+    names = ("measure", "noise", "size")
+    return [{**dict(zip(names, row[:3], strict=True)), **row[3].to_dict()} for row in rows], spectrum
+
+
+def _slices(point: Point, settings: Settings, progress: _Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    def add() -> None:
+        progress.add("loss")
+
+    at = np.linspace(-1, 1, settings.points).tolist()
+    first = filter_direction(point, seed=0)
+    slice_ = {"at": at, "loss": line(point, first, at, add).tolist()}
+    if not settings.plane:
+        return slice_, {}
+    sides = np.linspace(-1, 1, settings.plane).tolist()
+    values = plane(point, first, filter_direction(point, seed=1), sides, sides, add)
+    return slice_, {"at": sides, "loss": values.tolist()}
+
+
+def _join(runs: dict[str, Run], settings: Settings, output: Path, reporter: Reporter) -> None:
+    """Loss on the line from the first label's model of a seed to every other label's model of the same seed."""
+    labels = list(dict.fromkeys(name.rpartition("/")[0] for name in runs))
+    at = np.linspace(0, 1, 11).tolist()
+    for other in labels[1:]:
+        for name, run in runs.items():
+            label, _, seed = name.rpartition("/")
+            first = runs.get(f"{labels[0]}/{seed}")
+            file = output / "points" / f"line-{other}-{seed}.json".replace("/", "-")
+            if label != other or first is None or file.is_file():
+                continue
+            start, end = (load_point(one.folder, "weights", settings.split, settings.rows) for one in (first, run))
+            with reporter.task(f"line {labels[0]} to {other}, {seed}"):
+                values = between(start, end, at)
+            write_json(file, {"from": labels[0], "to": other, "seed": seed, "at": at, "loss": values.tolist()})
+
+
+def _claim(output: Path, settings: Settings) -> None:
+    file, asked = output / "settings.json", dataclasses.asdict(settings)
+    if file.is_file():
+        there = read_json(file)["settings"]
+        changed = [
+            key for key, value in asked.items() if there.get(key) != (list(value) if type(value) is tuple else value)
+        ]
+        if changed:
+            raise UserError(f"{output} holds measurements with another {changed[0]}; choose another --output.")
+    write_json(file, {"settings": asked, "versions": versions()})

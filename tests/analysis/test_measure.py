@@ -1,0 +1,133 @@
+"""Points of real runs, and the files of `lora-ggpo sharpness`."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lora_ggpo.analysis import measure as module
+from lora_ggpo.analysis.measure import Settings, measure_runs, named_runs
+from lora_ggpo.analysis.point import load_point
+from lora_ggpo.cli import app
+from lora_ggpo.errors import UserError
+from lora_ggpo.report.sharpness import write_sharpness_report
+from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.recipe import load_recipe
+from lora_ggpo.training.run import load_trained, train
+
+QUIET = Reporter(quiet=True)
+FEW = Settings(
+    rows=6, spaces=("weights",), sigmas=(0.1,), draws=2, rhos=(0.001,), eigenvalues=1, products=24, points=3, plane=2
+)
+
+
+@pytest.fixture(scope="module")
+def plain(finished, tmp_path_factory):
+    """A folder of runs: the finished recipe as plain LoRA."""
+    output = tmp_path_factory.mktemp("plain") / "lora"
+    overrides = ["ggpo=null", "training.max_steps=4", "training.save_steps=4", f"output={output}"]
+    train(load_recipe(finished[0], overrides), QUIET)
+    return output
+
+
+@pytest.mark.parametrize("space", ["weights", "adapter"])
+def test_the_loss_of_a_point_is_the_run_s_own_score(finished, space):
+    _, run = finished
+    point = load_point(run.folder, space, "train", rows=1000, batch_size=7)
+    sets = [run.metrics["evaluation"][name]["log_loss"] for name in ("train-clean", "train-noisy")]
+    expected = sum(one["value"] * one["n"] for one in sets) / sum(one["n"] for one in sets)
+    assert point.loss(point.parameters) == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_are_those_of_the_adapted_layers_with_the_adapter_in_them(finished):
+    _, run = finished
+    point = load_point(run.folder, "weights", "train", rows=8)
+    assert len(point.parameters) == 12  # query and value of six layers
+    model, *_ = load_trained(run.folder)
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    b, a = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    expected = layer.base_layer.weight + layer.scaling["default"] * b @ a
+    torch.testing.assert_close(point.parameters["bert.encoder.layer.0.attention.self.query.weight"], expected.detach())
+
+
+def test_adapter_space_is_a_and_b(finished):
+    _, run = finished
+    point = load_point(run.folder, "adapter", "train", rows=8)
+    assert sorted({tuple(p.shape) for p in point.parameters.values()}) == [(4, 384), (384, 4)]
+    assert len(point.parameters) == 24
+
+
+def test_full_fine_tuning_has_every_linear_layer_but_the_head_and_no_adapter(finished, tmp_path):
+    overrides = ["adapter=null", "ggpo=null", "training.max_steps=1", "training.learning_rate=1e-4"]
+    (run,) = train(load_recipe(finished[0], [*overrides, f"output={tmp_path / 'full'}"]), QUIET)
+    point = load_point(run.folder, "weights", "train", rows=8)
+    assert len(point.parameters) == 37  # six in each of six layers, and the pooler
+    assert not any("classifier" in name for name in point.parameters)
+    with pytest.raises(UserError, match="has no adapter"):
+        load_point(run.folder, "adapter", "train", rows=8)
+
+
+def test_a_language_model_s_loss_is_a_mean_over_completion_tokens(tiny_llama, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"Say {word}", "completion": f" {word} " * n} for n, word in enumerate(("yes", "no", "why"), 1)]
+    data.write_text("\n".join(map(json.dumps, rows * 4)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_llama}\ntask: sft\ndata: {{source: {data}, validation_fraction: 0.2, test_fraction: 0.2}}\n"
+        "adapter: {r: 2, target_modules: all-linear}\n"
+        f"training: {{max_steps: 2, per_device_train_batch_size: 2, use_cpu: true}}\noutput: {tmp_path / 'runs'}\n"
+    )
+    (run,) = train(load_recipe(recipe), QUIET)
+    point = load_point(run.folder, "weights", "train", rows=100, batch_size=3)
+    expected = run.metrics["evaluation"]["train"]["loss"]["value"]
+    assert point.loss(point.parameters) == pytest.approx(expected, rel=1e-4)
+
+
+def test_runs_are_named_by_the_shortest_ends_that_differ(finished, tmp_path):
+    source = finished[1].folder
+    for name in ("a/lora", "b/lora", "b/ggpo"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "seed-0").symlink_to(source)
+    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/ggpo"])) == ["lora/seed-0", "ggpo/seed-0"]
+    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/lora"])) == ["a/lora/seed-0", "b/lora/seed-0"]
+    with pytest.raises(UserError, match="given twice"):
+        named_runs([tmp_path / "a/lora", tmp_path / "a/lora"])
+
+
+def test_measuring_and_reporting_two_runs(finished, plain, tmp_path, monkeypatch):
+    paths = [plain, finished[1].folder.parent]
+    measure_runs(paths, FEW, tmp_path, QUIET)
+    report = write_sharpness_report(tmp_path)
+    assert report.verdicts == ["runs against lora: one seed cannot tell: 7 measures"]
+    text = (tmp_path / "sharpness.md").read_text()
+    assert "| weights: expected rise, guided noise, sigma 0.1 |" in text
+    assert {file.name for file in (tmp_path / "figures").glob("*.png")} == {
+        f"{name}.png" for name in ("expected", "slices", "spectrum", "lines", "planes")
+    }
+    line = json.loads((tmp_path / "points" / "line-runs-seed-0.json").read_text())
+    ends = [json.loads((tmp_path / "points" / f"{name}-seed-0.json").read_text()) for name in ("lora", "runs")]
+    losses = [one["measures"][0]["value"] for one in ends]
+    assert [line["loss"][0], line["loss"][-1]] == pytest.approx(losses, rel=1e-4)
+    assert ends[0]["slices"]["weights"]["loss"][1] == pytest.approx(losses[0])
+
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured twice"))
+    measure_runs(paths, FEW, tmp_path, QUIET)
+    assert (tmp_path / "sharpness.md").read_text() == text
+    with pytest.raises(UserError, match="another rows"):
+        measure_runs(paths, Settings(rows=8), tmp_path, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("absent",), "There is no run in absent"),
+        (("absent", "--sigma", "0,1"), "--sigma '0,1' is not a list of numbers above 0"),
+        (("absent", "--rho", "big"), "--rho 'big' is not a list"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path):
+    result = CliRunner().invoke(app, ["sharpness", *arguments, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
