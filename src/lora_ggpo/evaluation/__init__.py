@@ -1,0 +1,1 @@
+"""What a model generates, and what it scores: maths, code, chat."""
