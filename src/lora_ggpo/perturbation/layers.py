@@ -16,6 +16,9 @@ from .config import NoiseKind
 from .linear import perturbed_linear
 from .noise import mix, row_blocks, row_signs
 
+_QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
+"""PEFT's LoRA layers on bitsandbytes' and torchao's weights; named, since to import them needs these libraries."""
+
 
 class PerturbedLayer:
     """A LoRA layer W' = W0 + s B A with W0 (m, n), B (m, r), A (r, n).
@@ -29,8 +32,9 @@ class PerturbedLayer:
         self.name, self.index, self.module, self.noise = name, index, module, noise
         self.base: Any = module.get_base_layer()
         self.fan_in_fan_out = type(self.base) is Conv1D
-        weight = cast(Tensor, self.base.weight)
-        self.m, self.n = weight.shape[::-1] if self.fan_in_fan_out else weight.shape
+        self.quantised = type(module).__name__ in _QUANTISED
+        weight = self._w0()
+        self.m, self.n = weight.shape
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.w0_norms = self._w0_norms()
         self.tau: Tensor | None = None  # (m,) noise size of each row of the base weight; None is no noise
@@ -47,8 +51,12 @@ class PerturbedLayer:
     # TorchDynamo cannot trace noise seeded from Python: a compiled model breaks its graph here and goes on behind it.
     @torch.compiler.disable
     def _perturbed(self, x: Tensor, scale: Tensor) -> Tensor:
-        base = self.base
-        return perturbed_linear(x, base.weight, base.bias, scale, self.noise, self.draw_seed, self.fan_in_fan_out)
+        base, noise = self.base, (scale, self.noise, self.draw_seed)
+        if self.quantised:
+            assert self.original is not None
+            y = self.original(x)
+            return y + perturbed_linear(x, None, None, *noise).to(y.dtype)
+        return perturbed_linear(x, base.weight, base.bias, *noise, self.fan_in_fan_out)
 
     def redraw(self, seed: int, number: int) -> None:
         """Take up draw ``number`` of the noise of ``seed``, at the sizes ``tau`` has now."""
@@ -106,17 +114,20 @@ class PerturbedLayer:
 
     def w0_at(self, a: Tensor, out: Tensor) -> None:
         """Write W0 A^T (m, r) to ``out``."""
+        w0 = self._w0()
         for start, stop in row_blocks(self.m, self.n, a.device):
-            torch.mm(self._w0_rows(start, stop), a.t(), out=out[start:stop])
+            torch.mm(w0[start:stop].to(self.dtype), a.t(), out=out[start:stop])
 
     def _w0_norms(self) -> Tensor:
         """||W0_i||^2 (m,)."""
-        blocks = row_blocks(self.m, self.n, self.base.weight.device)
-        return torch.cat([torch.linalg.vector_norm(self._w0_rows(*rows), dim=1).square() for rows in blocks])
+        w0 = self._w0()
+        blocks = (w0[start:stop] for start, stop in row_blocks(self.m, self.n, w0.device))
+        return torch.cat([torch.linalg.vector_norm(rows.to(self.dtype), dim=1).square() for rows in blocks])
 
-    def _w0_rows(self, start: int, stop: int) -> Tensor:
-        weight: Tensor = self.base.weight.detach()
-        return (weight[:, start:stop].t() if self.fan_in_fan_out else weight[start:stop]).to(self.dtype)
+    def _w0(self) -> Tensor:
+        """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
+        weight: Tensor = _dequantised(self.base) if self.quantised else self.base.weight
+        return weight.detach().t() if self.fan_in_fan_out else weight.detach()
 
     def _weight(self, factor: str, adapter: str) -> Tensor:
         return cast(Tensor, getattr(self.module, factor)[adapter].weight)
@@ -144,12 +155,34 @@ def find_layers(model: nn.Module, noise: NoiseKind) -> tuple[list[PerturbedLayer
 
 def _unsupported(module: LoraLayer) -> str | None:
     base: Any = module.get_base_layer()
+    if type(module).__name__ in _QUANTISED:
+        return _unsupported_variant(module)
     if type(module) is not LoraLinear or type(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
         return f"LoRA on {type(base).__name__}"
     if not base.weight.is_floating_point() or base.weight.is_meta:
         return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
+    return _unsupported_variant(module)
+
+
+def _unsupported_variant(module: LoraLayer) -> str | None:
     variants = {type(variant).__name__ for variant in module.lora_variant.values()} - {"DoraLinearVariant"}
     return f"the {min(variants)} of LoRA" if variants else None
+
+
+# peft's own dequantize_module_weight() leaves an 8-bit layer on a CPU without its scales.
+def _dequantised(base: Any) -> Tensor:
+    """The weight (m, n) that a layer of bitsandbytes or torchao stands for."""
+    kind = type(base.weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return cast(Tensor, dequantize_4bit(base.weight.data, base.weight.quant_state))
+    if kind == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = base.weight.SCB if base.weight.SCB is not None else base.state.SCB  # the first forward pass moves them
+        return cast(Tensor, int8_vectorwise_dequant(base.weight.data, scales))
+    return cast(Tensor, base.weight.dequantize())
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .noise import row_blocks, unit_rows
 
 def perturbed_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor,
     noise: NoiseKind,
@@ -33,7 +33,8 @@ def perturbed_linear(
 
     Args:
         x: Input (..., n).
-        weight: W0 (m, n), or (n, m) if ``fan_in_fan_out`` (transformers' Conv1D).
+        weight: W0 (m, n), or (n, m) if ``fan_in_fan_out`` (transformers' Conv1D). None is zero: what is returned then
+            is x (diag(scale) z)^T, which a quantised layer adds to its own output.
         bias: (m,) or None.
         scale: Factor of each row's noise (m,): tau, with a random sign for ``noise="table"``; float32 or float64.
         noise: Kind of noise.
@@ -53,7 +54,7 @@ class _PerturbedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         scale: Tensor,
         noise: NoiseKind,
@@ -61,12 +62,12 @@ class _PerturbedLinear(torch.autograd.Function):
         fan_in_fan_out: bool,
     ) -> Tensor:
         # x is needed for dL/dW0 only, and W0 is frozen in every LoRA run: then nothing the size of x is kept.
-        ctx.save_for_backward(weight, scale, x if weight.requires_grad else None)
-        ctx.noise, ctx.seed, ctx.fan_in_fan_out = noise, seed, fan_in_fan_out
+        ctx.save_for_backward(weight, scale, x if weight is not None and weight.requires_grad else None)
+        ctx.noise, ctx.seed, ctx.fan_in_fan_out, ctx.n = noise, seed, fan_in_fan_out, x.shape[-1]
         tokens = x.reshape(-1, x.shape[-1])
         y = x.new_empty(tokens.shape[0], scale.shape[0])
         with _no_autocast(x.device.type):
-            for rows, block in _perturbed_blocks(weight, scale, noise, seed, fan_in_fan_out, x.dtype):
+            for rows, block in _perturbed_blocks(weight, scale, ctx, x.dtype):
                 if bias is None:
                     torch.mm(tokens, block.t(), out=y[:, rows])
                 else:
@@ -81,8 +82,7 @@ class _PerturbedLinear(torch.autograd.Function):
         dx = dweight = dbias = None
         with _no_autocast(dy.device.type):
             if ctx.needs_input_grad[0]:
-                n = weight.shape[0 if ctx.fan_in_fan_out else 1]
-                dx = _input_gradient(out, weight, scale, ctx).view(*dy.shape[:-1], n)
+                dx = _input_gradient(out, weight, scale, ctx).view(*dy.shape[:-1], ctx.n)
             if ctx.needs_input_grad[1]:
                 tokens = x.reshape(-1, x.shape[-1])
                 dweight = (tokens.t() @ out if ctx.fan_in_fan_out else out.t() @ tokens).to(weight.dtype)
@@ -91,9 +91,9 @@ class _PerturbedLinear(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None
 
 
-def _input_gradient(dy: Tensor, weight: Tensor, scale: Tensor, ctx: Any) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Tensor | None, scale: Tensor, ctx: Any) -> Tensor:
     dx: Tensor | None = None
-    for rows, block in _perturbed_blocks(weight, scale, ctx.noise, ctx.seed, ctx.fan_in_fan_out, dy.dtype):
+    for rows, block in _perturbed_blocks(weight, scale, ctx, dy.dtype):
         dx = dy[:, rows] @ block if dx is None else dx.addmm_(dy[:, rows], block)
     assert dx is not None  # a linear layer has at least one row
     return dx
@@ -102,20 +102,23 @@ def _input_gradient(dy: Tensor, weight: Tensor, scale: Tensor, ctx: Any) -> Tens
 # Between two large products caches are cold, and every small operation costs tens of microseconds: this loop, which
 # runs twice a layer and step, is kept to as few of them as it can do with.
 def _perturbed_blocks(
-    weight: Tensor, scale: Tensor, noise: NoiseKind, seed: int, fan_in_fan_out: bool, dtype: torch.dtype
+    weight: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of W0 + diag(scale) z. Each lies in a scratch buffer that the next block overwrites."""
-    w0 = weight.detach().t() if fan_in_fan_out else weight.detach()
-    m, n = w0.shape
+    w0 = None if weight is None else weight.detach().t() if ctx.fan_in_fan_out else weight.detach()
+    n, device = ctx.n, scale.device
     column = scale.unsqueeze(1)
-    buffer = _scratch(w0.device, scale.dtype)
-    for start, stop in row_blocks(m, n, w0.device):
+    buffer = _scratch(device, scale.dtype)
+    for start, stop in row_blocks(len(scale), n, device):
         rows = slice(start, stop)
-        z = unit_rows(noise, seed, start, stop - start, n, w0.device).to(scale.dtype)
+        z = unit_rows(ctx.noise, ctx.seed, start, stop - start, n, device).to(scale.dtype)
         if buffer.numel() < z.numel():
             buffer.resize_(z.numel())
         block = buffer.as_strided((stop - start, n), (n, 1))
-        torch.addcmul(w0[rows].to(scale.dtype), column[rows], z, out=block)
+        if w0 is None:
+            torch.mul(column[rows], z, out=block)
+        else:
+            torch.addcmul(w0[rows].to(scale.dtype), column[rows], z, out=block)
         yield rows, block.to(dtype)
 
 
