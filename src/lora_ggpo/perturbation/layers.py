@@ -176,13 +176,13 @@ def _dequantised(base: Any) -> Tensor:
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        return cast(Tensor, dequantize_4bit(base.weight.data, base.weight.quant_state))
+        return dequantize_4bit(base.weight.data, base.weight.quant_state)
     if kind == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
         scales = base.weight.SCB if base.weight.SCB is not None else base.state.SCB  # the first forward pass moves them
-        return cast(Tensor, int8_vectorwise_dequant(base.weight.data, scales))
-    return cast(Tensor, base.weight.dequantize())
+        return int8_vectorwise_dequant(base.weight.data, scales)
+    return base.weight.dequantize()
 
 
 def _gradient(parameter: Tensor) -> Tensor:
