@@ -11,6 +11,7 @@ Rule = Literal["paper", "relative", "sd-scripts"]
 NoiseKind = Literal["table", "gaussian", "rademacher"]
 Schedule = Literal["constant", "cosine", "linear"]
 Redraw = Literal["micro-batch", "optimizer-step"]
+Ranks = Literal["differ", "agree"]
 GradientEstimator = Literal["lora", "lstsq"]
 
 
@@ -30,6 +31,9 @@ class GGPOConfig:
             (1 - cos(pi t / T)) / 2, ``"linear"`` is t / T, with t the optimizer step and T the number of them.
         redraw: New noise for each forward pass (``"micro-batch"``) or one draw for all micro-batches of an
             optimizer step.
+        ranks: Whether the processes of a distributed run draw noise of their own (``"differ"``: two processes with a
+            micro-batch each are one process with two) or all the same; processes that share one batch, as in tensor
+            parallelism, must agree.
         seed: Seed of the noise; the noise is a function of (seed, draw, layer) alone and never touches torch's
             global generators.
         gradient: Estimator of the gradient's row norms; see
@@ -48,6 +52,7 @@ class GGPOConfig:
     noise: NoiseKind = "table"
     schedule: Schedule = "constant"
     redraw: Redraw = "micro-batch"
+    ranks: Ranks = "differ"
     seed: int = 0
     gradient: GradientEstimator = "lora"
     ema: float = 0.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves
 
 from .config import GGPOConfig
@@ -152,7 +152,14 @@ class GGPO:
             for group in self._groups:
                 group.refresh(self.config, factor)
             self._stale = False
-        self._redraw(self._steps if self.config.redraw == "optimizer-step" else self._forwards)
+        by_step = self.config.redraw == "optimizer-step"
+        self._redraw(self._own(self._steps) if by_step else self._own(self._forwards - 1) + 1)
+
+    def _own(self, draw: int) -> int:
+        """This process's number of the draw that is the run's ``draw``-th."""
+        if self.config.ranks == "agree" or not (distributed.is_available() and distributed.is_initialized()):
+            return draw
+        return draw * distributed.get_world_size() + distributed.get_rank()
 
     @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:

@@ -9,6 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -31,8 +33,8 @@ class PerturbedLayer:
     def __init__(self, name: str, index: int, module: LoraLinear, noise: NoiseKind) -> None:
         self.name, self.index, self.module, self.noise = name, index, module, noise
         self.base: Any = module.get_base_layer()
-        self.fan_in_fan_out = type(self.base) is Conv1D
-        self.quantised = type(module).__name__ in _QUANTISED
+        self.fan_in_fan_out = _class(self.base) is Conv1D
+        self.quantised = _class(module).__name__ in _QUANTISED
         weight = self._w0()
         self.m, self.n = weight.shape
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -89,8 +91,8 @@ class PerturbedLayer:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (m, r) and A (r, n) of the active adapters, side by side."""
-        b = [self._weight("lora_B", name).detach() for name in self.adapters()]
-        a = [self._weight("lora_A", name).detach() for name in self.adapters()]
+        b = [_whole(self._weight("lora_B", name).detach()) for name in self.adapters()]
+        a = [_whole(self._weight("lora_A", name).detach()) for name in self.adapters()]
         return _joined(b, 1), _joined(a, 0)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,7 @@ class PerturbedLayer:
     def magnitude(self) -> Tensor | None:
         """DoRA's trained row norms (m,), which are ||W'_i||; None for plain LoRA."""
         found = [self.module.lora_magnitude_vector[name] for name in self.adapters() if name in self.dora]
-        return cast(Tensor, found[0].weight).detach() if found else None
+        return _whole(cast(Tensor, found[0].weight).detach()) if found else None
 
     @property
     def dora(self) -> list[str]:
@@ -114,15 +116,27 @@ class PerturbedLayer:
 
     def w0_at(self, a: Tensor, out: Tensor) -> None:
         """Write W0 A^T (m, r) to ``out``."""
-        w0 = self._w0()
-        for start, stop in row_blocks(self.m, self.n, a.device):
-            torch.mm(w0[start:stop].to(self.dtype), a.t(), out=out[start:stop])
+        out.copy_(self._over_rows(lambda rows: rows @ a.t()))
 
     def _w0_norms(self) -> Tensor:
         """||W0_i||^2 (m,)."""
+        return self._over_rows(lambda rows: torch.linalg.vector_norm(rows, dim=1).square())
+
+    def _over_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of all rows of W0, a block at a time; of a sharded W0 each process takes the rows it holds."""
         w0 = self._w0()
-        blocks = (w0[start:stop] for start, stop in row_blocks(self.m, self.n, w0.device))
-        return torch.cat([torch.linalg.vector_norm(rows.to(self.dtype), dim=1).square() for rows in blocks])
+        sharded = w0 if isinstance(w0, DTensor) and w0.placements == (Shard(0),) else None
+        w0 = _whole(w0) if sharded is None else sharded.to_local()
+        blocks = [w0[start:stop] for start, stop in row_blocks(max(len(w0), 1), self.n, w0.device)]
+        results = [function(rows.to(self.dtype)) for rows in blocks]
+        result = results[0] if len(results) == 1 else torch.cat(results)
+        if sharded is None:
+            return result
+        shape = torch.Size([self.m, *result.shape[1:]])
+        # Shards may be of unequal length, so that the whole's shape and strides must be told.
+        stride = tuple(torch.empty(shape, device="meta").stride())
+        gathered = DTensor.from_local(result, sharded.device_mesh, sharded.placements, shape=shape, stride=stride)
+        return gathered.full_tensor()
 
     def _w0(self) -> Tensor:
         """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
@@ -155,13 +169,19 @@ def find_layers(model: nn.Module, noise: NoiseKind) -> tuple[list[PerturbedLayer
 
 def _unsupported(module: LoraLayer) -> str | None:
     base: Any = module.get_base_layer()
-    if type(module).__name__ in _QUANTISED:
+    kind = _class(cast(nn.Module, module))
+    if kind.__name__ in _QUANTISED:
         return _unsupported_variant(module)
-    if type(module) is not LoraLinear or type(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
+    if kind is not LoraLinear or _class(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
         return f"LoRA on {type(base).__name__}"
     if not base.weight.is_floating_point() or base.weight.is_meta:
         return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
     return _unsupported_variant(module)
+
+
+def _class(module: nn.Module) -> type:
+    """The module's class, or the one it had before FSDP put its own in front."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def _unsupported_variant(module: LoraLayer) -> str | None:
@@ -186,7 +206,12 @@ def _dequantised(base: Any) -> Tensor:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return _whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has sharded, put together; for thin factors, mostly."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -1,0 +1,70 @@
+"""What each process of a distributed run of `test_distributed` does."""
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_ggpo import GGPO, GGPOConfig
+
+from .nets import adapted, batch, loss_of, net
+
+STEPS, LR = 4, 0.05
+ROWS = 8
+
+
+def data(step: int) -> torch.Tensor:
+    """The global batch of a step."""
+    return batch(step, rows=ROWS)
+
+
+def parts(adapter):
+    model = adapted(net(), adapter) if adapter else adapted(net())
+    return model.float()
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+
+
+def run(rank: int, world: int, cases: dict, folder: str) -> None:
+    """Carry out each case, (kind, config, adapter) by name, and save what this process has at its end."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    for name, case in cases.items():
+        torch.save(train(rank, world, *case), f"{folder}/{name}-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def train(rank: int, world: int, kind: str, config: dict, adapter) -> dict:
+    """Train on this process's part of every global batch."""
+    model = parts(adapter)
+    trained = model
+    if kind == "ddp":
+        trained = DistributedDataParallel(model)
+    elif kind == "fsdp":
+        mesh = init_device_mesh("cpu", (world,))
+        for name in ("inp", "up", "down", "head"):
+            fully_shard(getattr(model, name), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = sgd(model)
+    ggpo = GGPO(model, GGPOConfig(**config))
+    losses = []
+    for step in range(STEPS):
+        loss = loss_of(trained(data(step).float().chunk(world)[rank]))
+        loss.backward()
+        optimizer.step()
+        ggpo.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        distributed.all_reduce(mean)
+        losses.append(float(mean) / world)
+    state = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    norms = {name: value.clone() for name, value in ggpo.state_dict().items()}
+    largest = max(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+    return {"losses": losses, "state": state, "ggpo": norms, "largest": largest}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,77 @@
+"""Two processes on gloo against one process on the same global batches."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import distributed, multiprocessing
+
+from lora_ggpo import GGPO, GGPOConfig
+
+from .distributed_run import ROWS, STEPS, data, parts, run, sgd
+from .nets import TARGETS, loss_of
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+
+CONFIG = {"sigma": 0.2, "rule": "relative", "beta": 0.6, "gradient": "lstsq", "ema": 0.5}
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+def one_process(config, adapter, parts_of_a_batch):
+    """The same training in this process, each batch as `parts_of_a_batch` micro-batches."""
+    model = parts(adapter)
+    optimizer, ggpo, losses = sgd(model), GGPO(model, GGPOConfig(**config)), []
+    for step in range(STEPS):
+        losses.append(0.0)
+        for micro in data(step).float().chunk(parts_of_a_batch):
+            loss = loss_of(model(micro)) / parts_of_a_batch
+            loss.backward()
+            losses[-1] += float(loss.detach())
+        optimizer.step()
+        ggpo.step()
+        optimizer.zero_grad()
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"losses": losses, "state": state, "ggpo": ggpo.state_dict()}
+
+
+DORA = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True)
+CASES = {
+    f"{name}-{ranks}": (kind, {**CONFIG, "ranks": ranks}, adapter)
+    for name, kind, adapter in [("ddp", "ddp", None), ("fsdp", "fsdp", None), ("fsdp-dora", "fsdp", DORA)]
+    for ranks in ("agree", "differ")
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes has at the end of every case."""
+    folder = tmp_path_factory.mktemp("distributed")
+    multiprocessing.spawn(run, (2, CASES, str(folder)), nprocs=2)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one_process_on_the_global_batch(name, two_processes):
+    """Noise that agrees is one draw for the global batch; noise that differs is one for each of two micro-batches."""
+    kind, config, adapter = CASES[name]
+    expected = one_process(config, adapter, 1 if config["ranks"] == "agree" else 2)
+    for one in two_processes[name]:
+        assert one["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+        assert one["state"].keys() == expected["state"].keys()
+        for key, value in expected["state"].items():
+            torch.testing.assert_close(one["state"][key], value, **CLOSE, msg=key)
+        norms = {key: value for key, value in expected["ggpo"].items() if "norms" in key}
+        assert len(norms) == 4
+        for key, value in norms.items():
+            torch.testing.assert_close(one["ggpo"][key], value, rtol=1e-4, atol=1e-7, msg=key)
+    if kind == "fsdp":
+        whole = max(p.numel() for p in parts(adapter).parameters())
+        assert all(one["largest"] <= whole // 2 for one in two_processes[name])  # what was compared was sharded indeed
+
+
+def test_the_noise_matters():
+    """Without noise the two runs above would agree whatever became of it."""
+    noisy, plain = (one_process({**CONFIG, "sigma": sigma}, None, 1)["losses"] for sigma in (0.2, 0.0))
+    assert abs(noisy[-1] - plain[-1]) > 1e-3 * abs(plain[-1])
+    differ = one_process({**CONFIG}, None, 2)["losses"]
+    assert abs(noisy[-1] - differ[-1]) > 1e-4 * abs(noisy[-1])
+    assert ROWS % 2 == 0
