@@ -16,6 +16,7 @@ from rich.console import Console
 from lora_ggpo.errors import UserError
 
 if TYPE_CHECKING:
+    from lora_ggpo.comparison.plan import Plan
     from lora_ggpo.training.run import Run
 
 app = typer.Typer(
@@ -33,6 +34,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, such as training.max_steps=50 or 'seeds=[0,1,2]'.")
 ]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder: an output folder, or seed-N in it.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")]
+Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster to run on instead.")]
+RayCpus = Annotated[int, typer.Option(min=0, help="Cores of a run on the cluster.")]
+RayGpus = Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluster.")]
 
 
 def main() -> None:
@@ -160,10 +165,10 @@ def compare(
     ] = None,
     metric: Annotated[str | None, typer.Option(help="What is compared and tuned for.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/compare"),
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")] = 1,
-    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to run on instead.")] = None,
-    ray_cpus: Annotated[int, typer.Option(min=0, help="Cores of a run on the cluster.")] = 1,
-    ray_gpus: Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluster.")] = 0,
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
+    ray_gpus: RayGpus = 0,
     debug: Debug = False,
 ) -> None:
     """Compare methods: equal tuning, several seeds, paired statistics, one report; resumes what is unfinished."""
@@ -171,19 +176,51 @@ def compare(
         from lora_ggpo.training.source import read_source
 
         source = read_source(recipe, overrides or ())
-        from lora_ggpo.comparison.engine import run_comparison
         from lora_ggpo.comparison.plan import make_plan
-        from lora_ggpo.comparison.pool import LocalPool, RayPool
         from lora_ggpo.report.comparison import write_report
-        from lora_ggpo.training.progress import Reporter
 
-        names = [name.strip() for name in methods.split(",") if name.strip()]
-        plan = make_plan(source, names, seeds, trials, vary or (), metric, output)
-        command = shlex.join(["lora-ggpo", *_without_placement(sys.argv[1:])])
-        run_comparison(plan, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
+        plan = make_plan(source, _names(methods), seeds, trials, vary or (), metric, output)
+        _carry_out(plan, jobs, ray, ray_cpus, ray_gpus)
         comparison = write_report(output)
         _stdout().print(comparison.table)
         print("\n".join(comparison.verdicts))
+        print(f"Report: {output / 'report.html'}")
+
+
+@app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; methods change its adapter, ggpo and optimizer.")],
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, such as lora,ggpo, or recipe; `lora-ggpo methods` lists them.")
+    ] = "lora,ggpo",
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A setting and its values, such as adapter.r=1,4,16,64 or data.label_noise=0,0.3; repeatable."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method in each setting.")] = 5,
+    output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/study"),
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
+    ray_gpus: RayGpus = 0,
+    debug: Debug = False,
+) -> None:
+    """Find double descent over ranks, training steps, training rows or any setting; resumes what is unfinished."""
+    with _errors(debug):
+        from lora_ggpo.training.source import read_source
+
+        source = read_source(recipe, overrides or ())
+        from lora_ggpo.comparison.plan import make_study
+        from lora_ggpo.report.study import write_study_report
+
+        plan = make_study(source, _names(methods), seeds, axis or (), output)
+        _carry_out(plan, jobs, ray, ray_cpus, ray_gpus)
+        found = write_study_report(output)
+        _stdout().print(found.table)
+        print("\n".join(found.verdicts))
         print(f"Report: {output / 'report.html'}")
 
 
@@ -249,6 +286,19 @@ def list_methods() -> None:
         for method in METHODS
     ]
     _stdout().print(rows_table(["name", "method", "arXiv", "settings"], rows))
+
+
+def _names(methods: str) -> list[str]:
+    return [name.strip() for name in methods.split(",") if name.strip()]
+
+
+def _carry_out(plan: Plan, jobs: int, ray: str | None, ray_cpus: int, ray_gpus: float) -> None:
+    from lora_ggpo.comparison.engine import run_comparison
+    from lora_ggpo.comparison.pool import LocalPool, RayPool
+    from lora_ggpo.training.progress import Reporter
+
+    command = shlex.join(["lora-ggpo", *_without_placement(sys.argv[1:])])
+    run_comparison(plan, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
 
 
 def _without_placement(arguments: list[str]) -> list[str]:

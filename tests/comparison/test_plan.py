@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_ggpo.comparison.plan import RATE, TUNING_SEED, make_plan
+from lora_ggpo.comparison.plan import RATE, TUNING_SEED, make_plan, make_study
 from lora_ggpo.errors import UserError
 from lora_ggpo.training.source import parse_source
 
@@ -19,6 +19,12 @@ output: ignored
 
 def plan_of(tmp_path, methods, seeds=2, trials=3, vary=(), metric=None, text=RECIPE):
     return make_plan(parse_source(text, "r.yaml"), methods.split(","), seeds, trials, vary, metric, tmp_path)
+
+
+def study_of(tmp_path, methods, axes=(), seeds=2, text=RECIPE):
+    plan = make_study(parse_source(text, "r.yaml"), methods.split(","), seeds, axes, tmp_path)
+    assert plan.tuning() == []
+    return plan.final({(s, m.name): plan.candidates(m)[0] for s in plan.settings for m in plan.methods})
 
 
 def test_every_method_gets_the_same_budget_and_rates(tmp_path):
@@ -82,3 +88,45 @@ def test_tuning_sees_neither_the_test_set_nor_the_seeds(tmp_path):
 def test_what_cannot_be_compared(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         plan_of(tmp_path, **arguments)
+
+
+def test_a_study_runs_all_combinations_of_any_settings(tmp_path):
+    jobs = study_of(tmp_path, "lora,ggpo", ["adapter.r=1,64", "data.label_noise=0,0.3", "training.max_steps=5"])
+    assert len(jobs) == len({job.run_folder for job in jobs}) == 2 * 2 * 2 * 2
+    for job in jobs:
+        r, noise = job.recipe.adapter_fields["r"], job.recipe.data.label_noise
+        assert job.setting == f"r={r}, label_noise={noise:g}, max_steps=5"
+        assert job.recipe.training_fields["max_steps"] == 5
+        assert job.recipe.training_fields["learning_rate"] == 1e-3
+        assert job.recipe.score_test
+    assert {job.recipe.adapter_fields["r"] for job in jobs} == {1, 64}
+
+
+def test_an_axis_goes_before_what_a_method_usually_takes(tmp_path):
+    rates = study_of(tmp_path, "ggpo,rslora", ["training.learning_rate=1e-4,1e-2"], seeds=1)
+    assert [job.recipe.training_fields["learning_rate"] for job in rates] == [1e-4, 1e-4, 1e-2, 1e-2]
+    sigmas = study_of(tmp_path, "ggpo", ["ggpo.sigma=0.01,0.5"], seeds=1)
+    assert [job.recipe.ggpo_config(0).sigma for job in sigmas] == [0.01, 0.5]
+    assert [job.values["ggpo.sigma"] for job in sigmas] == [0.01, 0.5]
+    assert [job.values[RATE] for job in rates] == [1e-4, 1e-4, 1e-2, 1e-2]
+
+
+def test_a_study_leaves_the_test_set_alone_where_its_recipe_does(tmp_path):
+    jobs = study_of(tmp_path, "recipe", ["ggpo.rule=paper,relative"], text=RECIPE + "score_test: false\n")
+    assert [job.recipe.ggpo_config(0).rule for job in jobs] == ["paper", "relative"] * 2
+    assert not any(job.recipe.score_test for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("methods", "axes", "message"),
+    [
+        ("", (), "There is no method ''"),
+        ("lora,lora", (), "one method or several different ones"),
+        ("lora,ggpo", ["ggpo.sigma=0.1"], "--axis ggpo.sigma cannot vary with method lora"),
+        ("lora", ["adapter.rank=4"], "adapter.rank is not a setting; did you mean r"),
+        ("lora", ["data.label_noise=2"], "data.label_noise must be less than 1"),
+    ],
+)
+def test_what_cannot_be_studied(tmp_path, methods, axes, message):
+    with pytest.raises(UserError, match=message):
+        study_of(tmp_path, methods, axes)

@@ -8,7 +8,8 @@ import subprocess
 import pytest
 
 from lora_ggpo.report.comparison import write_report
-from tests.report.grids import write_full_grid
+from lora_ggpo.report.study import write_study_report
+from tests.report.grids import write_full_grid, write_study
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
@@ -46,6 +47,13 @@ def page(tmp_path_factory):
     return folder / "report.html"
 
 
+@pytest.fixture(scope="module")
+def study_page(tmp_path_factory):
+    folder = write_study(tmp_path_factory.mktemp("study"), ranks=(1, 4, 16, 64), seeds=3)
+    write_study_report(folder)
+    return folder / "report.html"
+
+
 def _browse(page, tmp_path, *flags):
     command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -75,10 +83,11 @@ def test_a_click_on_a_header_sorts(page, tmp_path):
 
 
 @pytest.mark.parametrize("width", [500, 1280])  # a window cannot be narrower
-def test_nothing_but_tables_and_figures_scrolls_sideways(page, tmp_path, width):
-    seen = _probe(page, tmp_path, f"--window-size={width},900")
+@pytest.mark.parametrize(("made", "figures"), [("page", 3), ("study_page", 5)])
+def test_nothing_but_tables_and_figures_scrolls_sideways(request, tmp_path, made, figures, width):
+    seen = _probe(request.getfixturevalue(made), tmp_path, f"--window-size={width},900")
     assert seen["pageWidth"] == 0
-    assert seen["figures"] == [True] * 3
+    assert seen["figures"] == [True] * figures
 
 
 def test_dark_and_light(page, tmp_path):
@@ -88,7 +97,8 @@ def test_dark_and_light(page, tmp_path):
     assert colours == ["rgb(22, 25, 29)", "rgb(255, 255, 255)"]
 
 
-def test_it_is_drawn(page, tmp_path):
+@pytest.mark.parametrize("made", ["page", "study_page"])
+def test_it_is_drawn(request, tmp_path, made):
     image = tmp_path / "page.png"
-    _browse(page, tmp_path, "--window-size=1280,2000", f"--screenshot={image}")
+    _browse(request.getfixturevalue(made), tmp_path, "--window-size=1280,2000", f"--screenshot={image}")
     assert image.stat().st_size > 50_000

@@ -4,13 +4,18 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from scipy import stats
 
 from lora_ggpo.report.plots import (
     COLOURS,
+    HeatMap,
+    Line,
     Tradeoff,
     curve,
+    draw_bands,
     draw_curves,
     draw_forest,
+    draw_heat_maps,
     draw_learning_curves,
     draw_planes,
     draw_tradeoffs,
@@ -123,3 +128,35 @@ def test_planes_share_one_scale():
     figure = draw_planes(planes)
     filled = [axes.collections[0] for axes in figure.axes[:2]]
     assert all(one.norm.vmin == pytest.approx(1) and one.norm.vmax == pytest.approx(10) for one in filled)
+
+
+def test_bands_are_t_intervals_on_the_axis_asked_for():
+    values = np.array([[1.0, 4.0, 2.0], [2.0, 4.5, 2.0], [1.2, 3.8, 2.3]])
+    lines = {
+        "LoRA": Line((1, 16, 256), values, dashed=(16,), dotted=(1, 256)),
+        "one seed": Line((1, 16), values[:1, :2]),
+    }
+    figure = draw_bands({"loss": lines, "error": {}}, "r", columns=1, ticks=(1, 16, 256))
+    panel = figure.axes[0]
+    (band,) = panel.collections
+    low, high = stats.t.interval(0.95, 2, loc=values.mean(axis=0), scale=stats.sem(values))
+    corners = band.get_paths()[0].vertices
+    for place, bottom, top in zip((1, 16, 256), low, high, strict=True):
+        at = corners[corners[:, 0] == place, 1]
+        assert (at.min(), at.max()) == pytest.approx((bottom, top))
+    assert panel.get_xscale() == "log"
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "16", "256"]
+    near = draw_bands({"loss": lines}, "train size", columns=1, ticks=(0, 256))
+    assert near.axes[0].get_xscale() == "linear"
+
+
+def test_heat_maps_leave_out_what_is_missing_and_need_no_image():
+    values = np.array([[1.0, np.nan], [3.0, 2.0]])
+    one = HeatMap((1, 4), (10, 20), values, values > 2)
+    figure = draw_heat_maps({HOSTILE: one, "b": one}, "step", "r", "error, %")
+    (mesh,) = figure.axes[0].collections
+    assert mesh.get_array().mask.tolist() == [[False, True], [False, False]]
+    assert mesh.get_clim() == (1, 3)
+    (dots,) = figure.axes[0].get_lines()
+    assert (dots.get_xdata().tolist(), dots.get_ydata().tolist()) == ([0.5], [1.5])
+    assert b"<image" not in render(figure, "svg")

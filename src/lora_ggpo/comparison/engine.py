@@ -1,4 +1,4 @@
-"""Run a comparison: what is missing of it, and nothing twice."""
+"""Run a comparison or a study: what is missing of it, and nothing twice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from lora_ggpo.comparison.plan import Job, Plan, Values
+from lora_ggpo.comparison.axes import Values
+from lora_ggpo.comparison.plan import Job, Plan
 from lora_ggpo.comparison.pool import Pool
 from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
@@ -37,7 +38,7 @@ def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, repo
             _claim(plan, command)
             tuning = plan.tuning()
             final = len(plan.seeds) * len(plan.settings) * len(plan.methods)
-            with reporter.task("compare") as shown:
+            with reporter.task("study" if plan.study else "compare") as shown:
                 progress = _Progress(shown, len(tuning) + final)
                 progress.carry_out(tuning, make_pool)
                 chosen = choose(plan, tuning)
@@ -156,20 +157,21 @@ def _claim(plan: Plan, command: str) -> None:
     fixed = {
         "recipe": plan.source.values,
         "trials": plan.trials,
-        "settings": {name: dict(values) for name, values in plan.settings.items()},
         "metric": plan.metric,
         "baseline": plan.methods[0].name,
     }
+    # Methods and seeds may be added to what is there, and settings to a study.
+    grown = {"methods": [method.name for method in plan.methods], "seeds": list(plan.seeds), "command": command}
+    (grown if plan.study else fixed)["settings"] = {name: dict(values) for name, values in plan.settings.items()}
     file = plan.output / "facts.json"
     facts: dict[str, Any] = {}
     if file.is_file():
         facts = read_json(file)
         changed = [name for name, value in fixed.items() if facts.get(name) != value]
         if changed:
-            raise UserError(f"{plan.output} holds a comparison with another {changed[0]}; choose another --output.")
+            held = "study" if plan.study else "comparison"
+            raise UserError(f"{plan.output} holds a {held} with another {changed[0]}; choose another --output.")
     environment = {"versions": versions(), "cpus": os.cpu_count()}
-    # Methods and seeds may be added to a comparison that is there.
-    grown = {"methods": [method.name for method in plan.methods], "seeds": list(plan.seeds), "command": command}
     write_json(file, {**environment, **facts, **fixed, **grown})
 
 
@@ -208,7 +210,7 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _curve(job: Job) -> dict[str, Any]:
-    keys = ("step", "loss", "seconds")
+    keys = ("step", "epoch", "loss", "seconds")
     rows = [
         {key: value for key, value in row.items() if key in keys or key.startswith("validation/")}
         for row in read_json_lines(job.run_folder / "log.jsonl")

@@ -1,4 +1,4 @@
-"""What a comparison runs: settings of the data, methods, tuning trials and seeds, as recipes."""
+"""What a comparison or a study runs: settings, methods, tuning trials and seeds, as recipes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_ggpo.comparison.axes import Values, parse_axes, refuse_fixed, settings_of
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import PLAIN, RECIPE, Method, find_method
 from lora_ggpo.training.recipe import ADAPTER_DEFAULT, TRAINING_DEFAULTS, Recipe, check_recipe
-from lora_ggpo.training.source import Source, set_value, yaml_value
+from lora_ggpo.training.source import Source, set_value
 
 RATE = "training.learning_rate"
 
@@ -24,15 +25,13 @@ RATE_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 TUNING_SEED = 1000
 """Seed of tuning runs: not one of the seeds that are reported."""
 
-Values = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Job:
     """One run: a recipe with one seed, in a folder of its own.
 
     Attributes:
-        setting: Values of the varied data settings; "" where none is varied.
+        setting: Name of its values of the varied settings; "" where none is varied.
         seed: Its seed.
         values: What is tuned, by dotted key.
         trial: Number of the tuning trial; None is a final run.
@@ -55,16 +54,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison.
+    """A comparison, or a study: methods in all settings, for what the settings do rather than for a winner.
 
     Attributes:
         source: The recipe that all runs share.
         methods: The first is the baseline.
         seeds: Seeds of the final runs.
         trials: Tuning trials of each method in each setting; 1 takes the usual values untested.
-        settings: Varied data settings, by the name that tables give them.
+        settings: Values of the varied settings, by the name that tables give them.
         metric: Of the test set, what methods are compared by; of the validation set, what trials are chosen by.
         output: Folder of everything.
+        study: A study leaves the test sets alone where its recipe does; its settings do not depend on each other, so
+            more may be added later.
     """
 
     source: Source
@@ -74,6 +75,7 @@ class Plan:
     settings: Mapping[str, Values]
     metric: str
     output: Path
+    study: bool = False
 
     def tuning(self) -> list[Job]:
         """The tuning runs; none where there is nothing to choose from."""
@@ -131,8 +133,11 @@ class Plan:
     def _job(self, setting: str, method: Method, seed: int, values: Values, trial: int | None) -> Job:
         place = ["tuning", method.name, f"trial-{trial}"] if trial is not None else ["runs", method.name]
         folder = self.output / "/".join(filter(None, [folder_name(setting), *place]))
-        fixed = {"seeds": [seed], "output": folder.as_posix(), "score_test": trial is None}
-        recipe = self._recipe(method, {**self.settings[setting], **values, **fixed})
+        varied = self.settings[setting]
+        values = {key: varied.get(key, value) for key, value in values.items()}
+        fixed: Values = {"seeds": [seed], "output": folder.as_posix()}
+        tested: Values = {} if self.study else {"score_test": trial is None}
+        recipe = self._recipe(method, {**varied, **values, **fixed, **tested})
         return Job(setting, method, seed, values, trial, folder, recipe)
 
     def _recipe(self, method: Method, values: Values) -> Recipe:
@@ -176,28 +181,51 @@ def make_plan(
     """
     if len(set(methods)) < max(len(methods), 2):
         raise UserError("A comparison needs at least two different methods, the baseline first.")
-    rows = tuple(Method(RECIPE, "the recipe", "") if name == RECIPE else find_method(name) for name in methods)
+    settings = settings_of(parse_axes(vary, "--vary", within="data."))
+    rows, metric = _methods(methods), _metric(source, metric)
+    return _checked(Plan(source, rows, tuple(range(seeds)), trials, settings, metric, output))
+
+
+def make_study(source: Source, methods: Sequence[str], seeds: int, axes: Iterable[str], output: Path) -> Plan:
+    """Check what was asked for.
+
+    Args:
+        methods: As `make_plan` takes them; one is enough.
+        seeds: Number of runs of each method and setting, with seeds 0, 1, ...
+        axes: ``key=value,value`` of any settings of the recipe; all combinations are run.
+
+    Raises:
+        UserError: as `make_plan`; or a method leaves no choice of a setting that is to vary.
+    """
+    if not methods or len(set(methods)) < len(methods):
+        raise UserError("A study needs one method or several different ones.")
+    rows, values = _methods(methods), parse_axes(axes, "--axis")
+    for method in rows:
+        refuse_fixed(method, values, "--axis")
+    metric = _metric(source, None)
+    return _checked(Plan(source, rows, tuple(range(seeds)), 1, settings_of(values), metric, output, study=True))
+
+
+def _methods(names: Iterable[str]) -> tuple[Method, ...]:
+    return tuple(Method(RECIPE, "the recipe", "") if name == RECIPE else find_method(name) for name in names)
+
+
+def _metric(source: Source, metric: str | None) -> str:
+    """`metric` if the task has it; for None the task's own."""
     kind = check_recipe(source).task.kind
     known = ("loss", "perplexity") if kind == "sft" else ("accuracy", "f1", "mcc", "log_loss")
     if metric is not None and metric not in known:
         raise UserError(f"--metric {metric} is not measured for task {kind}; choose one of {', '.join(known)}.")
-    plan = Plan(source, rows, tuple(range(seeds)), trials, _settings(vary), metric or known[0], output)
-    plan.tuning()  # every recipe is checked before the first one runs
-    plan.final({(s, m.name): plan.candidates(m)[0] for s in plan.settings for m in rows})
+    return metric or known[0]
+
+
+def _checked(plan: Plan) -> Plan:
+    """`plan`, after a check of every recipe, so that none fails when others have run."""
+    plan.tuning()
+    plan.final({(s, m.name): plan.candidates(m)[0] for s in plan.settings for m in plan.methods})
     return plan
 
 
 def folder_name(setting: str) -> str:
     """A setting's name as a folder."""
     return re.sub(r"[^\w.=-]+", "_", setting)
-
-
-def _settings(vary: Iterable[str]) -> Mapping[str, Values]:
-    axes: list[list[tuple[str, Any]]] = []
-    for text in vary:
-        key, equals, values = text.partition("=")
-        if not equals or not key.startswith("data."):
-            raise UserError(f"--vary {text!r} is not of the form data.key=value,value, such as data.label_noise=0,0.3.")
-        axes.append([(key, yaml_value(value, text)) for value in values.split(",")])
-    combinations = itertools.product(*axes)
-    return {", ".join(f"{k.removeprefix('data.')}={v}" for k, v in chosen): dict(chosen) for chosen in combinations}

@@ -55,7 +55,7 @@ METRICS: Mapping[str, Metric] = {
     "perplexity": Metric("perplexity", "perplexity", False, 1.0, "", 3, None),
 }
 _TEST = "test"
-_NOT_COMPARED = ("validation", "train", "train-clean", "train-noisy")
+NOT_COMPARED = ("validation", "train", "train-clean", "train-noisy")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _setting(name: str, results: Results) -> SettingResult:
     reference = groups.get(baseline, [])
     title = reference[0]["title"] if reference else baseline
     found = dict.fromkeys(name for runs in groups.values() for run in runs for name in run["evaluation"])
-    sets = [_TEST, *(name for name in found if name not in (_TEST, *_NOT_COMPARED))]
+    sets = [_TEST, *(name for name in found if name not in (_TEST, *NOT_COMPARED))]
     shown = [metric] + [beside for beside in [METRICS[metric].beside] if beside]
     values = {
         (name, one): {method: _values(runs, name, one) for method, runs in groups.items()}

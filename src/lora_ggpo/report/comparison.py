@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
@@ -26,34 +22,17 @@ from lora_ggpo.report.analysis import (
     rank_methods,
     read_results,
 )
+from lora_ggpo.report.page import NOTHING, Grid, render_page, write_figures
 from lora_ggpo.report.plots import (
     COLOURS,
     Tradeoff,
     draw_forest,
     draw_learning_curves,
     draw_tradeoffs,
-    inline_svg,
-    render,
 )
 from lora_ggpo.report.statistics import Interval
-from lora_ggpo.report.tables import escape_markdown, format_interval, latex_table, markdown_table, rows_table
-
-NOTHING = "–"
-_WORDS = ("method", "verdict", "values", "setting", "why", "chosen")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of ready-made cells."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    @property
-    def words(self) -> tuple[int, ...]:
-        """Columns of words; the others hold numbers."""
-        return tuple(index for index, name in enumerate(self.header) if name in _WORDS)
+from lora_ggpo.report.tables import escape_markdown, format_interval, rows_table
+from lora_ggpo.training.files import write_text
 
 
 @dataclass(frozen=True)
@@ -91,20 +70,11 @@ def write_report(folder: Path) -> Comparison:
     ]
     comparison = Comparison(settings, ranks, verdicts, _terminal_table(settings, metric))
     figures = _figures(comparison, results)
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            _write(folder / "figures" / f"{name}.{kind}", render(figure, kind))
-    _write(folder / "table.md", _markdown(comparison, results).encode())
-    _write(folder / "table.tex", _latex(comparison, metric).encode())
-    _write(folder / "report.html", _page(comparison, results, figures).encode())
+    write_figures(folder, figures)
+    write_text(folder / "table.md", _markdown(comparison, results))
+    write_text(folder / "table.tex", _latex(comparison, metric))
+    write_text(folder / "report.html", _page(comparison, results, figures))
     return comparison
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _score_grid(setting: SettingResult, name: str, metric: str) -> Grid:
@@ -224,27 +194,18 @@ def _grids(setting: SettingResult, metric: str) -> list[Grid]:
 
 
 def _markdown(comparison: Comparison, results: Results) -> str:
-    def table(grid: Grid, level: str) -> str:
-        rows = [[escape_markdown(cell) for cell in row] for row in grid.rows]
-        return f"{level} {escape_markdown(grid.title)}\n\n{markdown_table(grid.header, rows, grid.words)}\n"
-
     parts = ["# Comparison\n\n", *(f"- {escape_markdown(line)}\n" for line in comparison.verdicts), "\n"]
     for setting in comparison.settings:
         parts += [f"## {escape_markdown(setting.name)}\n\n"] if setting.name else []
-        parts += [table(grid, "###") for grid in _grids(setting, results.facts["metric"])]
+        parts += [grid.markdown("###") for grid in _grids(setting, results.facts["metric"])]
     failures = _failure_grid(comparison.settings)
-    parts += [table(grid, "##") for grid in (_rank_grid(comparison), failures) if grid.rows]
+    parts += [grid.markdown("##") for grid in (_rank_grid(comparison), failures) if grid.rows]
     return "".join(parts) + _NOTES + "\n"
 
 
 def _latex(comparison: Comparison, metric: str) -> str:
-    tables = [
-        latex_table(grid.header, grid.rows, f"{setting.name}: {grid.title}" if setting.name else grid.title, grid.words)
-        for setting in comparison.settings
-        for grid in _grids(setting, metric)
-    ]
-    ranks = _rank_grid(comparison)
-    tables.append(latex_table(ranks.header, ranks.rows, ranks.title, ranks.words))
+    tables = [grid.latex(setting.name) for setting in comparison.settings for grid in _grids(setting, metric)]
+    tables.append(_rank_grid(comparison).latex())
     return "% \\usepackage{booktabs}\n" + "\n".join(tables)
 
 
@@ -314,12 +275,13 @@ _CAPTIONS = {
 
 
 def _page(comparison: Comparison, results: Results, figures: Mapping[str, Figure]) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = (files("lora_ggpo.report") / "comparison.html.j2").read_text(encoding="utf-8")
     metric = results.facts["metric"]
     titles = {method.name: method.title for setting in comparison.settings for method in setting.methods}
     baseline = results.facts["baseline"]
-    return environment.from_string(source).render(
+    return render_page(
+        "comparison.html.j2",
+        figures,
+        _CAPTIONS,
         comparison=comparison,
         facts=results.facts,
         metric=METRICS[metric],
@@ -329,5 +291,4 @@ def _page(comparison: Comparison, results: Results, figures: Mapping[str, Figure
         ranks=_rank_grid(comparison),
         tuning=_tuning_grid(comparison, results),
         failures=_failure_grid(comparison.settings),
-        figures=[(name, Markup(inline_svg(figure)), _CAPTIONS[name]) for name, figure in figures.items()],
     )

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lora_ggpo.report.statistics import Interval, pareto_front, seed_curves
+from lora_ggpo.report.statistics import Interval, mean_interval, pareto_front, seed_curves
 
 Log = Sequence[Mapping[str, Any]]
 """Lines of log.jsonl."""
@@ -28,6 +28,7 @@ _VALIDATION_KEYS = (VALIDATION, "validation/loss")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#9a9a9a"
+_LINES = tuple(itertools.product(("-", "--", ":"), COLOURS))
 # Names are anybody's text, so "$" starts no formula; SVG names its parts by a hash that must not change.
 _STYLE: Any = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "lora-ggpo"}
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -169,11 +170,8 @@ def draw_curves(
         log_x: Logarithmic x axis.
         log_y: Logarithmic y axis, from a millionth of the highest value on.
     """
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(0.6 + 3.6 * columns, 0.6 + 2.8 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (title, curves) in zip(axes, panels.items(), strict=False):
+    figure, axes = _panels(len(panels), 3, (3.6, 2.8))
+    for panel, (title, curves) in zip(axes, panels.items(), strict=True):
         for colour, (label, (places, values)) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
             panel.plot(places, values.mean(axis=0), color=colour, label=label, linewidth=1.6)
             panel.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
@@ -185,9 +183,85 @@ def draw_curves(
         _finish(panel, title, legend=False)
         panel.set_xlabel(x_label, fontsize=8)
         panel.set_ylabel(y_label, fontsize=8)
-    for unused in list(axes):
-        unused.set_axis_off()
-    _legend(figure, figure.axes[0])
+    _legend(figure, axes[0])
+    return figure
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of several seeds, (seeds, places), and places to mark by dashed and by dotted vertical lines."""
+
+    places: Sequence[float]
+    values: NDArray[np.float64]
+    dashed: Sequence[float] = ()
+    dotted: Sequence[float] = ()
+
+
+@rc_context(_STYLE)
+def draw_bands(
+    panels: Mapping[str, Mapping[str, Line]], x_label: str, *, columns: int, ticks: Sequence[float] = ()
+) -> Figure:
+    """One panel for each title: means over seeds with their 95 % t intervals.
+
+    Args:
+        panels: {title: {label: ...}}.
+        columns: Panels side by side.
+        ticks: Values of the x axis; those of very different sizes are put on a logarithmic one.
+    """
+    figure, axes = _panels(len(panels), columns, (4.4, 2.7))
+    for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+        for (dashes, colour), (label, line) in zip(_LINES, lines.items(), strict=False):
+            means = line.values.mean(axis=0)
+            style: Any = {"lw": 1.6, "marker": "o" if len(means) < 30 else "", "ms": 3}
+            panel.plot(line.places, means, color=colour, linestyle=dashes, label=label, **style)
+            if len(line.values) > 1:
+                halves = np.array([mean_interval(of_place.tolist()).half for of_place in line.values.T])
+                panel.fill_between(line.places, means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
+            for dashes, marks in (("--", line.dashed), (":", line.dotted)):
+                for place in marks:
+                    panel.axvline(place, color=colour, linestyle=dashes, linewidth=1.0)
+        if ticks and min(ticks) > 0 and max(ticks) >= 8 * min(ticks):
+            panel.set_xscale("log")
+        if ticks:
+            panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+            panel.set_xticks([], minor=True)
+        _finish(panel, title, legend=False)
+        panel.set_xlabel(x_label, fontsize=8)
+    _legend(figure, axes[0])
+    return figure
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Values by row and column, nan where there is none; `fitted` are the cells to mark by a dot."""
+
+    rows: Sequence[float]
+    columns: Sequence[float]
+    values: NDArray[np.float64]
+    fitted: NDArray[np.bool_]
+
+
+@rc_context(_STYLE)
+def draw_heat_maps(maps: Mapping[str, HeatMap], x_label: str, y_label: str, colour_label: str) -> Figure:
+    """One heat map for each title, with the colours of all on one scale; cells are of one size, whatever the values."""
+    columns, rows = (max(len(getattr(one, side)) for one in maps.values()) for side in ("columns", "rows"))
+    size = (min(max(3.4, 0.6 + 0.3 * columns), 9.0), min(max(2.0, 0.9 + 0.3 * rows), 6.0))
+    figure, axes = _panels(len(maps), max(1, round(9.0 / size[0])), size)
+    finite = np.concatenate([one.values[np.isfinite(one.values)] for one in maps.values()])
+    for panel, (title, one) in zip(axes, maps.items(), strict=True):
+        mesh = panel.pcolormesh(np.ma.masked_invalid(one.values), cmap="viridis", vmin=finite.min(), vmax=finite.max())
+        dots = np.argwhere(one.fitted)
+        panel.plot(dots[:, 1] + 0.5, dots[:, 0] + 0.5, "o", color="white", mec="black", mew=0.5, ms=3)
+        every = -(-len(one.columns) // 12)
+        panel.set_xticks(np.arange(len(one.columns))[::every] + 0.5, [f"{value:g}" for value in one.columns[::every]])
+        panel.set_yticks(np.arange(len(one.rows)) + 0.5, [f"{value:g}" for value in one.rows])
+        _finish(panel, title, legend=False)
+        panel.grid(visible=False)
+        panel.set_xlabel(x_label, fontsize=8)
+        panel.set_ylabel(y_label, fontsize=8)
+    bar = figure.colorbar(mesh, ax=axes, label=colour_label, shrink=0.9)
+    for solid in bar.ax.collections:  # an image in an SVG would be an address, which pages forbid
+        solid.set(rasterized=False, edgecolor="face")
     return figure
 
 
@@ -198,20 +272,15 @@ def draw_planes(planes: Mapping[str, Mapping[str, Any]]) -> Figure:
     Args:
         planes: {title: {"at": places on both axes, "loss": one row for each place on the second}}.
     """
-    columns = min(len(planes), 4)
-    rows = -(-len(planes) // columns)
-    figure = Figure(figsize=(0.8 + 3.0 * columns, 0.4 + 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    figure, axes = _panels(len(planes), 4, (3.0, 2.9))
     losses = [np.asarray(one["loss"], dtype=np.float64) for one in planes.values()]
     levels = np.geomspace(min(loss.min() for loss in losses), max(loss.max() for loss in losses), 16)
-    for panel, (title, one), loss in zip(axes, planes.items(), losses, strict=False):
+    for panel, (title, one), loss in zip(axes, planes.items(), losses, strict=True):
         filled = panel.contourf(one["at"], one["at"], loss, levels=levels, norm="log", cmap="viridis")
         panel.contour(one["at"], one["at"], loss, levels=levels, colors="white", linewidths=0.3)
         panel.set_aspect("equal")
         _finish(panel, title, legend=False)
-    for unused in list(axes):
-        unused.set_axis_off()
-    figure.colorbar(filled, ax=figure.axes, label="loss", shrink=0.8, format="%.2g")
+    figure.colorbar(filled, ax=axes, label="loss", shrink=0.8, format="%.2g")
     return figure
 
 
@@ -240,6 +309,17 @@ def _figure(panels: int, width: float) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(width if panels != 2 else 1.6 * width, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(np.atleast_1d(figure.subplots(1, panels)))
+
+
+def _panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """`count` panels of a size in inches, at most `columns` side by side."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(0.6 + size[0] * columns, 0.6 + size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, axes[:count]
 
 
 def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str | None) -> None:

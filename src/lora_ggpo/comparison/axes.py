@@ -1,0 +1,94 @@
+"""The axes of a grid: recipe settings and the values that they take."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.methods.table import PLAIN, RECIPE, Method
+from lora_ggpo.training.source import yaml_value
+
+Values = Mapping[str, Any]
+"""Recipe settings by dotted key."""
+
+_NO_AXES = {
+    "seeds": "use --seeds",
+    "output": "use --output",
+    "score_test": "give score_test=false behind the recipe",
+}
+
+
+def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str, tuple[Any, ...]]:
+    """The values of each axis, by its key.
+
+    Args:
+        texts: ``key=value,value``, values in YAML.
+        option: Name of the option that they were given with.
+        within: What keys must begin with.
+
+    Raises:
+        UserError: one of them is not of this form, or has a key that is there already or that cannot vary.
+    """
+    axes: dict[str, tuple[Any, ...]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        written = [value.strip() for value in values.split(",")]
+        if not equals or not key or not key.startswith(within) or not all(written):
+            example = f"{within}key=value,value, such as {'data.label_noise=0,0.3' if within else 'adapter.r=1,4,16'}"
+            raise UserError(f"{option} {text!r} is not of the form {example}.")
+        if key in axes:
+            raise UserError(f"{option} {key} is given twice; give all its values at once, with commas between them.")
+        if key in _NO_AXES:
+            raise UserError(f"{option} {key} is no setting that can vary; {_NO_AXES[key]}.")
+        axes[key] = tuple(yaml_value(value, text) for value in written)
+    return axes
+
+
+def settings_of(axes: Mapping[str, tuple[Any, ...]]) -> dict[str, Values]:
+    """All combinations of the values, by the names that tables give them; one named "" without axes."""
+    combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return {setting_name(values, axes): values for values in combinations}
+
+
+def axes_of(settings: Iterable[Values]) -> dict[str, list[Any]]:
+    """The values of each axis, in order, of such combinations."""
+    axes: dict[str, list[Any]] = {}
+    for key, value in (item for values in settings for item in values.items()):
+        found = axes.setdefault(key, [])
+        if value not in found:
+            found.append(value)
+    return axes
+
+
+def setting_name(values: Values, keys: Iterable[str]) -> str:
+    """``r=4, label_noise=0.3``: the values of a setting, of which `keys` are all the axes."""
+    names = short_names(keys)
+    return ", ".join(f"{names[key]}={value}" for key, value in values.items())
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each key where that is enough to tell them apart, else the whole key."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    return {key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()}
+
+
+def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
+    """Check that `method` leaves the axes to vary: what it is tuned by may, what makes it may not.
+
+    Raises:
+        UserError: it sets one of them, or sets the section of one to null.
+    """
+    if method.name == RECIPE:
+        return
+    used = {key.partition(".")[0] for key in method.settings if "." in key}
+    fixed = {key: value for key, value in {**PLAIN, **method.settings}.items() if key not in {*method.tuned, *used}}
+    for key in keys:
+        for other, value in fixed.items():
+            if key == other or other.startswith(f"{key}.") or (value is None and key.startswith(f"{other}.")):
+                shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+                raise UserError(
+                    f"{option} {key} cannot vary with method {method.name}, which sets {other} to {shown}; "
+                    f"leave the method out, or use {RECIPE} for the recipe as it stands."
+                )

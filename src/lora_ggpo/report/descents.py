@@ -1,0 +1,308 @@
+"""What the results of a study say: curves over its axes and over training steps, and the double descent of each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_ggpo.analysis.descent import FITTED_LOSS, Descent, double_descent, interpolation_threshold, phases
+from lora_ggpo.comparison.axes import axes_of, setting_name, short_names
+from lora_ggpo.report.analysis import METRICS, NOT_COMPARED, Metric, Results, Row
+from lora_ggpo.report.statistics import LEVEL, holm, seed_curves
+
+STEP = "step"
+"""The axis that needs no runs of its own."""
+
+TRAIN, VALIDATION = "train", "validation"
+
+QUANTITIES: Mapping[str, Metric] = {
+    "error": Metric("error", "error, %", False, 100.0, " points", 2, None),
+    "loss": METRICS["loss"],
+}
+"""What curves show, and how."""
+
+Array = NDArray[np.float64]
+Group = tuple[str, str]
+"""Setting and title of a method."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity of one method over one axis, all else being the same.
+
+    Attributes:
+        axis: Dotted key of a setting, or `STEP`.
+        method: Title.
+        fixed: The values of the other axes.
+        others: These as a name.
+        data: Name of the set; `TRAIN` over steps is the loss that training logged, in windows.
+        quantity: ``loss``, or ``error``: the share of rows with a wrong prediction.
+        places: Values of the axis, growing.
+        seeds: Those that have a value at all places.
+        values: (seeds, places).
+        threshold: Where the training data begins, or ceases, to be fitted; None where it never is, or is not known.
+        descent: None for the scores of training rows, which are no curve to look for one in.
+        p: The descent's p-value, Holm-adjusted over the curves of its axis, set and quantity; nan where there is none.
+    """
+
+    axis: str
+    method: str
+    fixed: Mapping[str, Any]
+    others: str
+    data: str
+    quantity: str
+    places: tuple[float, ...]
+    seeds: tuple[int, ...]
+    values: Array
+    threshold: float | None = None
+    descent: Descent | None = None
+    p: float = math.nan
+
+    @property
+    def rises(self) -> tuple[float, float] | None:
+        """From which place to which the mean rises between two descents; None where it does not."""
+        if self.descent is None or self.descent.positions is None:
+            return None
+        _, start, end, _ = self.descent.positions
+        return self.places[start], self.places[end]
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a double descent: the mean has one, and the seeds confirm it."""
+        return self.rises is not None and self.p < LEVEL
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study.
+
+    Attributes:
+        axes: The values of each axis, as they were given, by its key.
+        numeric: The axes of two numbers or more, which have curves.
+        settings: Names of all combinations of the values.
+        methods: Titles.
+        sets: What methods are scored on: the test sets, or the validation set where these were left alone.
+        quantities: The metric of run folders behind each of `QUANTITIES`; ``error`` where the task has labels.
+        curves: Over `numeric` and `STEP`.
+        scores: Values over the seeds of each (setting, method), by (set, metric), `TRAIN` being all of its rows.
+        failed: {seed: why} of the runs that failed, by (setting, method).
+        steps_per_epoch: None where settings differ in it.
+    """
+
+    axes: Mapping[str, Sequence[Any]]
+    numeric: tuple[str, ...]
+    settings: Mapping[str, Mapping[str, Any]]
+    methods: tuple[str, ...]
+    sets: tuple[str, ...]
+    quantities: Mapping[str, str]
+    curves: tuple[Curve, ...]
+    scores: Mapping[Group, Mapping[tuple[str, str], list[float]]]
+    failed: Mapping[Group, Mapping[int, str]]
+    steps_per_epoch: float | None
+
+    @property
+    def best(self) -> str:
+        """The quantity to show where there is room for one."""
+        return next(iter(self.quantities))
+
+    def axis_name(self, axis: str) -> str:
+        """An axis as reports name it."""
+        return "training steps" if axis == STEP else short_names(self.axes)[axis]
+
+
+def set_name(data: str) -> str:
+    """A set as reports name it."""
+    return "training" if data == TRAIN else data
+
+
+def study_results(results: Results) -> StudyResult:
+    """Find the curves of a study and score them."""
+    settings: Mapping[str, Mapping[str, Any]] = results.facts["settings"]
+    axes = axes_of(settings.values())
+    numeric = tuple(key for key, values in axes.items() if len(values) > 1 and all(map(_is_number, values)))
+    quantities = {"loss": "loss"} if results.facts["metric"] == "loss" else {"error": "accuracy", "loss": "log_loss"}
+    runs, logs = _grouped(results.runs), _logs(results)
+    methods = tuple(dict.fromkeys(title for _, title in runs))
+    found = dict.fromkeys(name for run in results.runs for name in run["evaluation"])
+    sets = tuple(name for name in found if name not in NOT_COMPARED) or (VALIDATION,)
+    curves = [
+        *(
+            curve
+            for key in numeric
+            for others in _others(settings, key)
+            for method in methods
+            for curve in _over_axis(key, others, method, settings, runs, sets, quantities)
+        ),
+        *(
+            curve
+            for group, of_seeds in logs.items()
+            for curve in _over_steps(group, settings[group[0]], of_seeds, quantities)
+        ),
+    ]
+    scored = [name for name in (*sets, TRAIN) if any(_present(run, name) for run in results.runs)]
+    return StudyResult(
+        axes=axes,
+        numeric=numeric,
+        settings=settings,
+        methods=methods,
+        sets=sets,
+        quantities=quantities,
+        curves=tuple(_adjusted(curves)),
+        scores={
+            group: {
+                (name, metric): list(_by_seed(of_group, name, metric).values())
+                for name in scored
+                for metric in quantities.values()
+            }
+            for group, of_group in runs.items()
+        },
+        failed={group: {run["seed"]: run["failed"] for run in of if run["failed"]} for group, of in runs.items()},
+        steps_per_epoch=_steps_per_epoch(results.curves),
+    )
+
+
+def _grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["setting"], row["title"]), []).append(row)
+    return groups
+
+
+def _logs(results: Results) -> dict[Group, dict[int, Sequence[Row]]]:
+    """Logs by seed of the runs that did not fail: the log of one that did ends where it failed."""
+    finished = {(run["setting"], run["title"], run["seed"]) for run in _finished(results.runs)}
+    return {
+        group: {row["seed"]: row["rows"] for row in rows if (*group, row["seed"]) in finished}
+        for group, rows in _grouped(results.curves).items()
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _finished(runs: Iterable[Row]) -> list[Row]:
+    return [run for run in runs if not run["failed"]]
+
+
+def _others(settings: Mapping[str, Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The different combinations of the values of all axes but `key`."""
+    found = [{other: value for other, value in values.items() if other != key} for values in settings.values()]
+    return [values for index, values in enumerate(found) if values not in found[:index]]
+
+
+def _over_axis(
+    key: str,
+    others: Mapping[str, Any],
+    method: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[Group, Sequence[Row]],
+    sets: Sequence[str],
+    quantities: Mapping[str, str],
+) -> list[Curve]:
+    """The final scores of one method over one axis; they share the interpolation threshold of the training error."""
+    chosen = {name: values for name, values in settings.items() if {**values, **others} == values}
+    columns = {values[key]: runs.get((name, method), ()) for name, values in chosen.items()}
+    places = sorted(columns)
+    name = setting_name(others, next(iter(settings.values())))
+    found = []
+    for data, (quantity, metric) in itertools.product((TRAIN, *sets), quantities.items()):
+        of_seeds = [_by_seed(columns[place], data, metric) for place in places]
+        kept, seeds, values = _rectangle(of_seeds)
+        if not kept:
+            continue
+        values = 1 - values if quantity == "error" else values
+        descent = None if data == TRAIN else double_descent(values)
+        at = tuple(float(places[index]) for index in kept)
+        found.append(Curve(key, method, others, name, data, quantity, at, seeds, values, descent=descent))
+    fitted = [curve for curve in found if curve.data == TRAIN]
+    threshold = _threshold(fitted[0]) if fitted else None  # the error where there is one
+    return [replace(curve, threshold=threshold) for curve in found]
+
+
+def _over_steps(
+    group: Group,
+    fixed: Mapping[str, Any],
+    logs: Mapping[int, Sequence[Row]],
+    quantities: Mapping[str, str],
+) -> list[Curve]:
+    """Training loss and validation scores of one method in one setting, at the steps that all seeds logged."""
+    name, method = group
+    keys = {(TRAIN, "loss"): "loss"} | {(VALIDATION, of): f"validation/{metric}" for of, metric in quantities.items()}
+    found = []
+    for (data, quantity), key in keys.items():
+        steps, values = seed_curves([_with_number(rows, key) for rows in logs.values()], key)
+        if not steps:
+            continue
+        if data == TRAIN:
+            in_phases = phases(steps, values)
+            places, values, descent = in_phases.steps, in_phases.losses, in_phases.descent
+        else:
+            values = 1 - values if quantity == "error" else values
+            places, descent = tuple(map(float, steps)), double_descent(values)
+        found.append(Curve(STEP, method, fixed, name, data, quantity, places, tuple(logs), values, descent=descent))
+    threshold = _threshold(found[0]) if found and found[0].data == TRAIN else None
+    return [replace(curve, threshold=threshold) for curve in found]
+
+
+def _threshold(fitted: Curve) -> float | None:
+    if fitted.quantity == "error":
+        return interpolation_threshold(fitted.places, fitted.values)
+    return interpolation_threshold(fitted.places, fitted.values, FITTED_LOSS)
+
+
+def _with_number(rows: Sequence[Row], key: str) -> list[Row]:
+    return [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+
+
+def _present(run: Row, name: str) -> bool:
+    return any(part in run["evaluation"] for part in _parts(name))
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return (TRAIN, "train-clean", "train-noisy") if name == TRAIN else (name,)
+
+
+def _by_seed(runs: Sequence[Row], name: str, metric: str) -> dict[int, float]:
+    """Values of a metric that is a mean over rows; for `TRAIN`, over clean and noisy ones together."""
+    found = {}
+    for run in _finished(runs):
+        parts = [run["evaluation"].get(part, {}).get(metric) for part in _parts(name)]
+        parts = [part for part in parts if part and part["value"] is not None]
+        rows = sum(part["n"] for part in parts)
+        value = sum(part["value"] * part["n"] for part in parts) / rows if rows else math.nan
+        if math.isfinite(value):
+            found[run["seed"]] = value
+    return found
+
+
+def _rectangle(columns: Sequence[Mapping[int, float]]) -> tuple[list[int], tuple[int, ...], Array]:
+    """The columns that are not empty, the seeds that all of these have, and their values: (seeds, columns)."""
+    kept = [index for index, column in enumerate(columns) if column]
+    seeds = sorted(set.intersection(*(set(columns[index]) for index in kept))) if kept else []
+    if not seeds:
+        return [], (), np.empty((0, 0))
+    return kept, tuple(seeds), np.array([[columns[index][seed] for index in kept] for seed in seeds])
+
+
+def _adjusted(curves: Sequence[Curve]) -> list[Curve]:
+    families = [(curve.axis, curve.data, curve.quantity) for curve in curves]
+    p_values = [curve.descent.p if curve.descent and curve.descent.p is not None else math.nan for curve in curves]
+    adjusted = list(curves)
+    for family in dict.fromkeys(families):
+        members = [index for index, one in enumerate(families) if one == family]
+        for index, p in zip(members, holm([p_values[index] for index in members]), strict=True):
+            adjusted[index] = replace(curves[index], p=p)
+    return adjusted
+
+
+def _steps_per_epoch(curves: Sequence[Row]) -> float | None:
+    last = [max(row["rows"], key=lambda logged: logged["step"]) for row in curves if row["rows"]]
+    found = {round(row["step"] / row["epoch"], 1) for row in last if row.get("epoch")}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,167 @@
+"""The figures of a study: curves over its axes and over training steps, and heat maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lora_ggpo.analysis.descent import FITTED_ERROR, FITTED_LOSS
+from lora_ggpo.comparison.axes import setting_name
+from lora_ggpo.report.descents import QUANTITIES, STEP, TRAIN, VALIDATION, Curve, StudyResult, set_name
+from lora_ggpo.report.plots import COLOURS, HeatMap, Line, draw_bands, draw_heat_maps
+
+_LINES = len(COLOURS) + 2
+"""Lines that a panel can hold and still be read."""
+
+
+def study_figures(found: StudyResult) -> dict[str, Figure]:
+    """The figures by name: curves over each axis and over training steps, and heat maps."""
+    figures = {}
+    for axis in (*found.numeric, STEP):
+        curves = [curve for curve in found.curves if curve.axis == axis]
+        if curves:
+            figures[_figure_name(axis, found)] = _draw_curves(axis, curves, found)
+    for name, maps, axes in (
+        ("heat-steps", _step_maps(found), (*found.numeric[:1], STEP)),
+        ("heat-axes", _axis_maps(found), found.numeric[:2]),
+    ):
+        if maps:
+            rows, columns = (_axis_label(axis, found) for axis in axes)
+            data = VALIDATION if name == "heat-steps" else found.sets[0]
+            shown = f"{data} {QUANTITIES[found.best].shown_as}"
+            figures[name] = draw_heat_maps(maps, columns, rows, shown)
+    return figures
+
+
+def _figure_name(axis: str, found: StudyResult) -> str:
+    return "steps" if axis == STEP else f"axis-{found.axis_name(axis)}"
+
+
+def _axis_label(axis: str, found: StudyResult) -> str:
+    if axis != STEP:
+        return found.axis_name(axis)
+    epochs = f" ({found.steps_per_epoch:g} to an epoch)" if found.steps_per_epoch else ""
+    return f"optimizer step{epochs}"
+
+
+def _draw_curves(axis: str, curves: Sequence[Curve], found: StudyResult) -> Figure:
+    """A row of panels for each group of lines and, over an axis of settings, each quantity."""
+    kinds = list(dict.fromkeys((curve.data, curve.quantity) for curve in curves))
+    if axis != STEP:
+        kinds.sort(key=lambda kind: kind[1])  # a row for each quantity, one set beside the other
+    columns = len(kinds) if axis == STEP else len({data for data, _ in kinds})
+    panels: dict[str, dict[str, Line]] = {}
+    for group, lines in _groups(curves, found).items():
+        for data, quantity in kinds:
+            of_kind = {label: one for label, one in lines if (one.data, one.quantity) == (data, quantity)}
+            title = f"{set_name(data)} {QUANTITIES[quantity].shown_as}{f', {group}' if group else ''}"
+            panels[title] = {label: _line(one) for label, one in of_kind.items()}
+    ticks = () if axis == STEP else tuple(sorted({place for curve in curves for place in curve.places}))
+    return draw_bands(panels, _axis_label(axis, found), columns=columns, ticks=ticks)
+
+
+def _line(curve: Curve) -> Line:
+    fitted = () if curve.threshold is None else (curve.threshold,)
+    turns = curve.rises if curve.found and curve.rises else ()
+    return Line(curve.places, curve.values * QUANTITIES[curve.quantity].scale, fitted, turns)
+
+
+def _groups(curves: Sequence[Curve], found: StudyResult) -> dict[str, list[tuple[str, Curve]]]:
+    """Labelled lines by the panels they share: all of them if they are few.
+
+    Otherwise what tells the lines of a panel apart is the method or one axis: the one of the most values that a panel
+    can hold.
+    """
+    factors = [{"": curve.method, **curve.fixed} for curve in curves]
+    counts = {key: len({factor[key] for factor in factors}) for key in factors[0]}
+    varied = [key for key, count in counts.items() if count > 1]
+    of_lines = varied
+    if math.prod(counts.values()) > _LINES:
+        fitting = [key for key in varied if counts[key] <= _LINES]
+        of_lines = [max(fitting, key=counts.__getitem__) if fitting else min(varied, key=counts.__getitem__)]
+
+    def name(factor: Mapping[str, Any], keys: Sequence[str]) -> str:
+        rest = {key: factor[key] for key in keys if key}
+        return ", ".join(filter(None, [factor[""] if "" in keys else "", setting_name(rest, found.axes)]))
+
+    groups: dict[str, list[tuple[str, Curve]]] = {}
+    for curve, factor in zip(curves, factors, strict=True):
+        label = name(factor, of_lines or [""])
+        groups.setdefault(name(factor, [key for key in varied if key not in of_lines]), []).append((label, curve))
+    return groups
+
+
+def _step_maps(found: StudyResult) -> dict[str, HeatMap]:
+    """The first numeric axis over training steps, one map for each method and the values of the other axes."""
+    if not found.numeric:
+        return {}
+    axis, quantity = found.numeric[0], found.best
+    groups: dict[str, dict[float, Curve]] = {}
+    for curve in found.curves:
+        if (curve.axis, curve.data, curve.quantity) == (STEP, VALIDATION, quantity):
+            groups.setdefault(_map_title(curve.method, curve.fixed, (axis,), found), {})[curve.fixed[axis]] = curve
+    maps = {}
+    for title, curves in groups.items():
+        rows, steps = sorted(curves), sorted({place for curve in curves.values() for place in curve.places})
+        values = np.full((len(rows), len(steps)), np.nan)
+        fitted = np.zeros(values.shape, dtype=bool)
+        for row, curve in enumerate(curves[value] for value in rows):
+            at = [steps.index(place) for place in curve.places]
+            values[row, at] = curve.values.mean(axis=0) * QUANTITIES[quantity].scale
+            fitted[row, at] = [curve.threshold is not None and place >= curve.threshold for place in curve.places]
+        maps[title] = HeatMap(rows, steps, values, fitted)
+    return maps
+
+
+def _axis_maps(found: StudyResult) -> dict[str, HeatMap]:
+    """The final scores over the first two numeric axes."""
+    if len(found.numeric) < 2:
+        return {}
+    first, second = found.numeric[:2]
+    rows, columns = sorted(found.axes[first]), sorted(found.axes[second])
+    maps: dict[str, HeatMap] = {}
+    for (setting, method), scores in found.scores.items():
+        chosen = found.settings[setting]
+        value, train = (_mean_quantity(scores, data, found) for data in (found.sets[0], TRAIN))
+        if value is None:
+            continue
+        blank = np.full((len(rows), len(columns)), np.nan)
+        title = _map_title(method, chosen, (first, second), found)
+        one = maps.setdefault(title, HeatMap(rows, columns, blank, np.zeros(blank.shape, dtype=bool)))
+        cell = rows.index(chosen[first]), columns.index(chosen[second])
+        one.values[cell] = value * QUANTITIES[found.best].scale
+        limit = FITTED_ERROR if found.best == "error" else FITTED_LOSS
+        one.fitted[cell] = train is not None and train <= limit
+    return maps
+
+
+def _mean_quantity(scores: Mapping[tuple[str, str], list[float]], data: str, found: StudyResult) -> float | None:
+    quantity = found.best
+    values = scores.get((data, found.quantities[quantity]))
+    if not values:
+        return None
+    mean = sum(values) / len(values)
+    return 1 - mean if quantity == "error" else mean
+
+
+def _map_title(method: str, setting: Mapping[str, Any], without: Sequence[str], found: StudyResult) -> str:
+    rest = {key: value for key, value in setting.items() if key not in without}
+    return ", ".join(filter(None, [method, setting_name(rest, found.axes)]))
+
+
+def caption(name: str) -> str:
+    """What the figure of this name shows."""
+    if name.startswith("heat"):
+        where = "during training, on at most 500 validation rows" if name == "heat-steps" else "after training"
+        return f"Mean over seeds, {where}. A dot: the training data is fitted."
+    lines = (
+        "Mean over seeds with its 95 % t interval. A dashed line marks where the training data begins, or ceases, to "
+        "be fitted; dotted lines where a double descent that the seeds confirm begins and ends to rise."
+    )
+    if name != "steps":
+        return f"After training, over {name.removeprefix('axis-')}. {lines}"
+    return f"Over training steps; the training loss, in windows, is as the method has it: under its noise. {lines}"

@@ -1,0 +1,89 @@
+"""Axes of a grid, as they are written on the command line."""
+
+import pytest
+
+from lora_ggpo.comparison.axes import axes_of, parse_axes, refuse_fixed, setting_name, settings_of, short_names
+from lora_ggpo.errors import UserError
+from lora_ggpo.methods.table import RECIPE, Method, find_method
+
+
+def test_all_combinations_by_name():
+    axes = parse_axes(["adapter.r=1,16", "data.label_noise=0, 0.3"], "--axis")
+    assert axes == {"adapter.r": (1, 16), "data.label_noise": (0, 0.3)}
+    settings = settings_of(axes)
+    assert list(settings) == [f"r={r}, label_noise={noise}" for r in (1, 16) for noise in (0, 0.3)]
+    assert settings["r=16, label_noise=0.3"] == {"adapter.r": 16, "data.label_noise": 0.3}
+    assert axes_of(settings.values()) == {"adapter.r": [1, 16], "data.label_noise": [0, 0.3]}
+    assert settings_of({}) == {"": {}}
+
+
+def test_values_are_yaml():
+    axes = parse_axes(["training.learning_rate=1e-4,0.001", "ggpo.rule=paper,null,true"], "--axis")
+    assert axes == {"training.learning_rate": (1e-4, 0.001), "ggpo.rule": ("paper", None, True)}
+
+
+def test_names_are_as_short_as_they_can_be():
+    names = short_names(["sam.rho", "mgpo.rho", "adapter.r", "dtype"])
+    assert list(names.values()) == ["sam.rho", "mgpo.rho", "r", "dtype"]
+    assert setting_name({"sam.rho": 1}, ["sam.rho", "data.train_size"]) == "rho=1"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["adapter.r"], "'adapter.r' is not of the form key=value,value, such as adapter.r=1,4,16"),
+        (["=1"], "is not of the form"),
+        (["adapter.r=4,"], "is not of the form"),
+        (["adapter.r=4", "adapter.r=8"], "--axis adapter.r is given twice"),
+        (["seeds=1,2"], "--axis seeds is no setting that can vary; use --seeds"),
+        (["score_test=true,false"], "behind the recipe"),
+        (["data.source=[a"], "is not a YAML value"),
+    ],
+)
+def test_what_is_no_axis(texts, message):
+    with pytest.raises(UserError, match=message):
+        parse_axes(texts, "--axis")
+
+
+def test_keys_can_be_held_to_a_section():
+    with pytest.raises(UserError, match=r"of the form data\.key=value,value, such as data\.label_noise=0,0\.3"):
+        parse_axes(["adapter.r=4"], "--vary", within="data.")
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "message"),
+    [
+        ("lora", "ggpo.sigma", "--axis ggpo.sigma cannot vary with method lora, which sets ggpo to null; leave"),
+        ("lora", "ggpo", "which sets ggpo to null"),
+        ("lora", "adapter.use_dora", "which sets adapter.use_dora to false"),
+        ("full", "adapter.r", "which sets adapter to null"),
+        ("ggpo", "ggpo.rule", "which sets ggpo.rule to relative"),
+        ("ggpo", "ggpo", "which sets ggpo.rule to relative"),
+        ("dora+ggpo", "ggpo.beta", r"method dora\+ggpo, which sets ggpo.beta to 0.5"),
+        ("lora-plus", "optimizer.kind", "which sets optimizer.kind to lora-plus"),
+    ],
+)
+def test_what_a_method_leaves_no_choice_of(method, key, message):
+    with pytest.raises(UserError, match=message):
+        refuse_fixed(find_method(method), [key], "--axis")
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("lora", "adapter.r"),
+        ("lora", "training.learning_rate"),
+        ("full", "data.train_size"),
+        ("ggpo", "ggpo.sigma"),
+        ("ggpo", "ggpo.noise"),
+        ("mgpo", "mgpo.rho"),
+        ("lora-sam", "sam.rho"),
+        ("lora-plus", "optimizer.lr_ratio"),
+    ],
+)
+def test_what_a_method_leaves_open(method, key):
+    refuse_fixed(find_method(method), [key], "--axis")
+
+
+def test_the_recipe_leaves_everything_open():
+    refuse_fixed(Method(RECIPE, "the recipe", ""), ["ggpo.rule", "adapter.use_dora"], "--axis")
