@@ -136,3 +136,36 @@ def test_demo_compares_both_methods(tmp_path, reviews):
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
     digests = {(tmp_path / "demo" / method / "seed-0" / "data.json").read_text() for method in ("lora", "lora-ggpo")}
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "absent", "--limit", "3"), "error: --limit is for what a run generates: give --suite as well."),
+        (("eval", "absent", "--suite", "gsm8k", "--on", "x"), "error: --on is for the run's own scores; the problems"),
+        (("eval", "absent", "--suite", "maths"), "error: Suite 'maths' is unknown; the suites are gsm8k, humaneval,"),
+        (("eval", "./absent", "--suite", "gsm8k"), "error: Model './absent': there is no such folder."),
+        (("eval", "absent", "--suite", "gsm8k", "--judge", "x"), "error: --judge is not for suite gsm8k;"),
+        (("chat", "./absent"), "error: Model './absent': there is no such folder."),
+        (("chat", "./absent", "--top-p", "0.5"), "error: --top-p needs a --temperature above 0"),
+    ],
+)
+def test_bad_input_to_what_generates(arguments, message):
+    test_bad_input_is_one_sentence_and_code_2(arguments, message)
+
+
+def test_eval_of_a_suite(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    problems = tmp_path / "maths.jsonl"
+    problems.write_text("".join(f'{{"question": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(4)))
+    command = ("eval", tiny_llama, "--suite", "gsm8k", "--data", problems, "--max-new-tokens", 4)
+    result = _run(*command, "--template", r"Q: {text}\nA: ", "--output", "out")
+    assert result.exit_code == 0, result.stderr
+    assert "accuracy" in result.stdout
+    assert "± standard error" in result.stdout
+    assert "4/4" in result.stderr
+    assert json.loads((tmp_path / "out" / "gsm8k" / "settings.json").read_text())["template"] == "Q: {text}\nA: "
+    problems.write_text('{"question": "x", "answer": "#### 1"}\n{"question": "y", "answer": "one"}\n')
+    result = _run(*command)
+    assert result.exit_code == 2
+    assert f"error: {problems}, line 2: the answer must end in" in result.stderr

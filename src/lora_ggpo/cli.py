@@ -69,21 +69,122 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    run: RunFolder,
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder, or seed-N in it; with --suite also a model: bundled name, folder or hub id."
+        ),
+    ],
     on: Annotated[
         str | None,
         typer.Option(help="Data to score on instead of the run's own: bundled name, file, folder or hub id."),
     ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Generate and score: gsm8k, humaneval, mt-bench, or harness:TASK.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Problems: a file, folder or hub id; of a harness, a folder of task files.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Problems to do, from the first on; all by default.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each problem (1).")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the most probable token (0).")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Draw from the tokens that hold this probability (1).")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (512; mt-bench 1024).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the draws (0).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Answers generated at a time (16).")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="mt-bench: address of an OpenAI-compatible server, or a model or run.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model's name on that server.")] = None,
+    judge_prompts: Annotated[
+        str | None, typer.Option(help="FastChat's judge_prompts.jsonl, instead of our wording.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Programs run, or questions to the judge, at a time (4).")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template, or not; default: as trained.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a model's weights: float32, bfloat16 or float16 (float32).")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help='Of a model: what goes around a question, such as "Q: {text}\\nA: ".')
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the results (RUN/seed-N/evaluation).")] = None,
     debug: Debug = False,
 ) -> None:
-    """Score the adapter of a finished run again, or on other data."""
+    """Score a finished run again, on other data, or by what it generates; resumes what is unfinished."""
+    asked: dict[str, Any] = {
+        "data": data,
+        "limit": limit,
+        "samples": samples,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "batch_size": batch_size,
+        "judge": judge,
+        "judge_model": judge_model,
+        "judge_prompts": judge_prompts,
+        "jobs": jobs,
+        "chat": chat,
+        "dtype": dtype,
+        "template": template and template.replace("\\n", "\n"),
+        "output": output,
+    }
     with _errors(debug):
+        evaluations = _evaluate_sets(run, on, asked) if suite is None else _evaluate_suite(run, on, suite, asked)
         from lora_ggpo.report.tables import metrics_table
-        from lora_ggpo.training.reuse import evaluate_run
-        from lora_ggpo.training.run import find_runs
 
-        evaluations = [evaluate_run(one.folder, on) for one in find_runs(run)]
         _stdout().print(metrics_table(evaluations))
+
+
+def _evaluate_sets(run: str, on: str | None, asked: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
+    given = next((name for name, value in asked.items() if value is not None), None)
+    if given:
+        raise UserError(f"--{given.replace('_', '-')} is for what a run generates: give --suite as well.")
+    from lora_ggpo.training.reuse import evaluate_run
+    from lora_ggpo.training.run import find_runs
+
+    return [evaluate_run(one.folder, on) for one in find_runs(Path(run))]
+
+
+def _evaluate_suite(run: str, on: str | None, suite: str, asked: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
+    if on is not None:
+        raise UserError("--on is for the run's own scores; the problems of a suite are given as --data.")
+    from lora_ggpo.evaluation.suites import Options, evaluate_suite
+    from lora_ggpo.training.progress import Reporter
+
+    return evaluate_suite(run, suite, Options(**asked), Reporter())
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run folder with one seed, a bundled model, a folder or a hub id.")],
+    system: Annotated[str | None, typer.Option(help="System message that each conversation begins with.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Draw from the tokens that hold this probability.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Try a run or a model in the terminal, or on the lines of a pipe."""
+    with _errors(debug):
+        from lora_ggpo.evaluation.chat import Chat, run_chat
+        from lora_ggpo.evaluation.generate import Sampling
+        from lora_ggpo.evaluation.target import find_targets, load_target
+        from lora_ggpo.training.progress import Reporter
+
+        targets = find_targets(model)
+        if len(targets) > 1:
+            raise UserError(f"{model} holds {len(targets)} runs; choose one, such as {targets[0]}.")
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        run_chat(Chat(load_target(targets[0]), sampling, system), sys.stdin, Reporter().say)
 
 
 @app.command()

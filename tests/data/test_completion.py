@@ -133,6 +133,55 @@ def test_malformed_conversations_are_named(row, message, single_turn, save):
         load(save([{"messages": chat(0)}, {"messages": chat(1)}, row]), single_turn=single_turn)
 
 
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        (shaped("prompt-completion", 0), {"prompt": " "}, r"line 3: column 'prompt' is empty"),
+        (shaped("prompt-completion", 0), {"completion": None}, r"line 3: column 'completion' has no value"),
+        (shaped("code-feedback-filtered", 0), {"answer": 7}, r"line 3: column 'answer' must hold text, .* int 7"),
+        (shaped("wizardlm", 0), {"instruction": ""}, r"line 3: column 'instruction' is empty"),
+        (shaped("wizardlm", 0), {"output": {}}, r"line 3: column 'output' must hold text, .* dict"),
+        ({**shaped("wizardlm", 0), "input": "x"}, {"input": ["x"]}, r"line 3: column 'input' must hold text, .* list"),
+        (
+            {"conversations": chat(0, ("human", "gpt"), "from", "value")},
+            {"conversations": [{"role": "user", "content": "x"}]},
+            r"line 3: each message in 'conversations' must have \"from\" and \"value\"",
+        ),
+        (
+            {"conversations": chat(0, ("human", "gpt"), "from", "value")},
+            {"conversations": chat(0, ("human", "robot"), "from", "value")},
+            r"line 3: the role 'robot' in 'conversations' is none of",
+        ),
+        ({"messages": chat(0)}, {"messages": None}, r"line 3: column 'messages' must hold a list of messages"),
+    ],
+)
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_every_shape_names_file_and_line(good, bad, message, form, save):
+    message = message if form == "jsonl" else message.replace("line", "row")
+    with pytest.raises(UserError, match=rf"data\.{form}, {message}"):
+        load(save([good, good, {**good, **bad}], form))
+
+
+def test_a_csv_file_names_the_line(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,completion\n"two\nlines",b\na,\n')
+    with pytest.raises(UserError, match=r"data\.csv, line 4: column 'completion' is empty"):
+        load(str(path))
+
+
+def test_a_parquet_file_names_the_row(save):
+    rows = [shaped("metamath", n) for n in range(3)]
+    with pytest.raises(UserError, match=r"data\.parquet, row 3: column 'response' is empty"):
+        load(save([*rows[:2], {**rows[2], "response": ""}], "parquet"))
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": \n')
+    with pytest.raises(UserError, match=r"data\.jsonl, line 2: malformed JSON"):
+        load(str(path))
+
+
 def test_single_turn_needs_conversations_and_one_that_is_single(save):
     with pytest.raises(UserError, match=r"data\.single_turn is for conversations, but .*data\.jsonl has none"):
         load(save([shaped("wizardlm", n) for n in range(20)]), single_turn=True)

@@ -316,6 +316,8 @@ def test_chat_templates_that_cannot_be_used_name_the_row(smollm2):
     good = Dataset.from_list([{"messages": TALK}, {"messages": silent}])
     with pytest.raises(UserError, match="Row 1: the messages hold no assistant turn"):
         encode("sft", good, tokenizer, config)
+    with pytest.raises(UserError, match=r"Row 1 \(talks\.jsonl:7\): the messages hold no assistant turn"):
+        encode("sft", good.add_column("id", ["talks.jsonl:3", "talks.jsonl:7"]), tokenizer, config)
     template = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{{ messages | length }}" + template  # the beginning changes with every turn

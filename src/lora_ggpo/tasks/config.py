@@ -51,6 +51,12 @@ class TaskConfig(BaseModel):
         description="Longest sequence, in tokens (of an encoder-decoder: the prompt); the text is cut to fit.",
     )
 
+    packing: bool = Field(
+        False,
+        description="sft: training examples are put behind one another in rows of up to max_length tokens, none of "
+        "which sees another; a batch then holds that many rows, not examples.",
+    )
+
     @field_validator("template")
     @classmethod
     def _holds_text(cls, template: str, info: ValidationInfo) -> str:

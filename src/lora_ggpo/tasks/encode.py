@@ -34,6 +34,7 @@ _COLUMNS = {
     "attention_mask": List(Value("int8")),
     "token_type_ids": List(Value("int8")),
     "labels": _TOKENS,
+    "position_ids": _TOKENS,
     "length": Value("int32"),
     "label": _LABEL,
 }
@@ -83,11 +84,33 @@ def collator(kind: TaskKind, tokenizer: PreTrainedTokenizerBase) -> Callable[[li
 
     It gives `input_ids` and `attention_mask` of shape (batch, tokens), and `labels` of shape (batch,) for
     "classification" and (batch, tokens), padded with -100, for the other kinds. Columns that are no input of a model
-    are left out.
+    are left out. Rows that `pack` made have `position_ids` instead of `attention_mask`: where they begin again at 0,
+    so does an example, and none sees another.
     """
     if kind == "classification":
         return partial(_collate, DataCollatorWithPadding(tokenizer))
     return partial(_collate, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS))
+
+
+def user_turn(config: TaskConfig, text: str) -> str:
+    """What a user asks, in the template of the task; spaces at its end are left out, they belong to the completion."""
+    return _filled(config, text)[0]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Tokens of a prompt as they precede a completion in what `encode` makes for "sft".
+
+    Args:
+        prompt: Text as it stands, or messages ({"role", "content"}) that the chat template renders up to where the
+            assistant's next turn begins.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or it rejects the messages.
+    """
+    if isinstance(prompt, str):
+        return _start(tokenizer) + _tokens(tokenizer, prompt)
+    _check_chat_template(tokenizer)
+    return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
 
 
 def label_word_ids(tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[list[int]]:
@@ -239,7 +262,8 @@ def _segments(
     try:
         return _turns(tokenizer, row["messages"] if "messages" in row else _exchange(config, row))
     except UserError as error:
-        raise UserError(f"Row {index}: {error}") from error
+        place = f"Row {index} ({row['id']})" if "id" in row else f"Row {index}"  # an id is file:line by default
+        raise UserError(f"{place}: {error}") from error
 
 
 def _exchange(config: TaskConfig, row: Row) -> list[dict[str, str]]:
@@ -340,8 +364,19 @@ def _chunk(kind: TaskKind, rows: list[Row]) -> Dataset:
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, Features(features))
 
 
+def packed_dataset(columns: dict[str, list[Any]]) -> Dataset:
+    """Columns of packed rows, in the types of encoded ones."""
+    return Dataset.from_dict(columns, Features({name: _COLUMNS[name] for name in columns}))
+
+
 def _collate(pad: Callable[[list[Row]], dict[str, torch.Tensor]], rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    return dict(pad([{name: row[name] for name in _MODEL_INPUTS if name in row} for row in rows]))
+    batch = dict(pad([{name: row[name] for name in _MODEL_INPUTS if name in row} for row in rows]))
+    if "position_ids" in rows[0]:
+        del batch["attention_mask"]  # transformers looks at the positions only where there is none
+        width = batch["input_ids"].shape[1]
+        positions = [row["position_ids"] for row in rows]
+        batch["position_ids"] = torch.tensor([[*row, *[0] * (width - len(row))] for row in positions])
+    return batch
 
 
 # --- checks --------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def evaluate(
         UserError: the model gives values that are not finite, or a label is outside the model's classes.
     """
     if kind == "sft":
-        with _evaluating(model):
+        with evaluating(model):
             scores = _scores(kind, model, dataset, tokenizer, _completion_loss(model), batch_size, progress, autocast)
         return completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))
     probabilities = predict(
@@ -88,7 +88,7 @@ def predict(
     if kind not in scorers:
         raise UserError(f"Task {kind!r} has no classes to predict.")
     score = scorers[kind]()
-    with _evaluating(model):
+    with evaluating(model):
         scores = _scores(kind, model, dataset, tokenizer, score, batch_size, progress, autocast)
     scores -= scores.max(axis=1, keepdims=True)
     exponentials = np.exp(scores)
@@ -255,7 +255,7 @@ def _scores(
     for start in range(0, len(order), batch_size):
         rows = dataset.select(order[start : start + batch_size]).to_list()
         batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
-        with _autocast(device, autocast):
+        with autocasting(device, autocast):
             parts.append(score(batch).double().cpu().numpy())
         if progress:
             progress(min(start + batch_size, len(order)), len(order))
@@ -270,12 +270,13 @@ def _scores(
     return scores
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Run forward passes on `device` in `dtype`; None leaves them as they are."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -42,7 +42,7 @@ def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str,
         "accuracy": Metric(accuracy, math.sqrt(accuracy * (1 - accuracy) / n), n),
         "f1": Metric(float(f1_score(labels, predicted, average="macro", zero_division=0)), f1_se, n),
         "mcc": Metric(mcc, mcc_se, n),
-        "log_loss": _mean(-np.log(np.clip(probabilities[np.arange(n), labels], _SMALLEST_PROBABILITY, 1.0))),
+        "log_loss": mean_metric(-np.log(np.clip(probabilities[np.arange(n), labels], _SMALLEST_PROBABILITY, 1.0))),
     }
 
 
@@ -65,7 +65,8 @@ def completion_metrics(losses: Floats, tokens: Integers) -> dict[str, Metric]:
     return {"loss": Metric(loss, se, n), "perplexity": Metric(perplexity, perplexity * se, n)}
 
 
-def _mean(values: Floats) -> Metric:
+def mean_metric(values: Floats) -> Metric:
+    """The mean of independent `values` (n,), n at least 1, and its standard error s / sqrt(n)."""
     n = len(values)
     return Metric(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan, n)
 

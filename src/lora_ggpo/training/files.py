@@ -62,7 +62,8 @@ def read_json(path: Path) -> Any:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line; a last line that was cut short is left out, a missing file is empty."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    content = path.read_bytes() if path.is_file() else b""
+    for line in content.decode(errors="replace").split("\n"):  # strings may hold the other line breaks of Unicode
         try:
             rows.append(json.loads(line))
         except ValueError:

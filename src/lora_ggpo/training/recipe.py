@@ -357,7 +357,16 @@ def _freeze_problem(recipe: Recipe, freeze_body: bool) -> str | None:
     return None
 
 
+def _task_problem(recipe: Recipe, task: TaskConfig) -> str | None:
+    if task.packing and task.kind != "sft":
+        return f"{task.kind} has no packing, which is for completions; leave out packing"
+    if task.packing and recipe.training_fields.get("use_cache"):
+        return "with packing needs training.use_cache: false: with a cache, examples would see those before them"
+    return None
+
+
 _NEEDS: dict[str, typing.Callable[[Recipe, Any], str | None]] = {
+    "task": _task_problem,
     "ggpo": _ggpo_problem,
     "sam": _sam_problem,
     "mgpo": _mgpo_problem,

@@ -48,6 +48,7 @@ from lora_ggpo.models import add_adapter, freeze_body, load_model
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.report.plots import save_training_plot
 from lora_ggpo.tasks import TaskConfig, collator, encode
+from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.checkpoints import last_whole, remove_broken, step_of
 from lora_ggpo.training.evaluation import Scorer, evaluation_sets, fixed_sample, plain
@@ -245,7 +246,7 @@ def _claim(folder: Path, resolved: dict[str, Any]) -> None:
         return
     here, there = (
         {path: value for path, value in flatten(values).items() if path[0] not in ("output", "seeds")}
-        for values in (resolved, yaml.safe_load(file.read_text(encoding="utf-8")))
+        for values in (resolved, _defaults_filled_in(file))
     )
     changed = [path for path in {**there, **here} if here.get(path) != there.get(path)]
     if changed:
@@ -255,6 +256,12 @@ def _claim(folder: Path, resolved: dict[str, Any]) -> None:
         )
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(f"{folder} holds a run of another recipe: {shown}{more}; choose another output.")
+
+
+def _defaults_filled_in(file: Path) -> dict[str, Any]:
+    """The recipe of a run; an earlier release did not know all the settings, whose defaults it then had."""
+    recipe = parse_recipe(file.read_text(encoding="utf-8"), str(file))
+    return recipe.resolved(recipe.seeds[0])
 
 
 def _train_and_score(recipe: Recipe, seed: int, folder: Path, splits: Splits, reporter: Reporter) -> None:
@@ -292,6 +299,9 @@ def _trained(
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     base, tokenizer = load_model(recipe.model, recipe.task.kind, splits.labels, recipe.dtype)
     rows = encode(task.kind, splits.train, tokenizer, task)
+    if task.packing:
+        check_packing(base)
+        rows = pack(rows, task.max_length)
     model = _trainable(recipe, args, base, rows, collator(task.kind, tokenizer))
     start = folder / "start"
     moved = model if isinstance(model, PeftModel) and save_start(model, start) else None

@@ -1,0 +1,91 @@
+"""GSM8K (arXiv 2110.14168): word problems whose answer is a number, scored by exact match of that number."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from lora_ggpo.data.sources import ALL, read_source
+from lora_ggpo.data.table import Table
+from lora_ggpo.errors import UserError
+
+HUB, SUBSET = "openai/gsm8k", "main"
+STOPS = ("\nQuestion:", "\nQ:")
+"""Where a model without a chat template has begun the next problem."""
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)])[-−][$€£]?)?"  # in 10-20 the hyphen is no sign
+    r"(?:(?P<whole>\d+) (?=\d+/\d))?"  # 3 1/2
+    rf"(?P<over>{_DIGITS})(?:\s?/\s?(?P<under>\d+))?"
+)
+_MARKS = (re.compile(r"####(.*)"), re.compile(r"\banswer\s+is\b(.*)", re.IGNORECASE))
+_LATEX = ((re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"), (re.compile(r"\{,\}|\\[,!]|(?<=\d)\\ "), ""))
+
+
+class Problem(NamedTuple):
+    """A question and the number that answers it."""
+
+    id: str
+    question: str
+    answer: Fraction
+
+
+def load_problems(source: str | None) -> list[Problem]:
+    """The problems of a file, a folder or a hub id in GSM8K's format: question, and answer with "#### 42" at its end.
+
+    Args:
+        source: None is openai/gsm8k on the hub. Of several splits the test split is taken.
+
+    Raises:
+        UserError: the source cannot be read, or a row (named by file and line) is not in that format.
+    """
+    source = source or HUB
+    tables = read_source(source, SUBSET if source == HUB else None)
+    table = next(tables[split] for split in ("test", ALL, "validation", "train") if split in tables)
+    for column in ("question", "answer"):
+        if column not in table.columns:
+            raise UserError(
+                f"{table.origin} has no column {column!r}, only {', '.join(table.columns)}; GSM8K's format is a "
+                'question, and an answer that ends in "#### 42".'
+            )
+    questions, answers = table.texts("question", "question"), table.texts("answer", "answer")
+    return [
+        Problem(f"{row}", question, _reference(table, row, answer))
+        for row, (question, answer) in enumerate(zip(questions, answers, strict=True))
+    ]
+
+
+def extract(text: str) -> Fraction | None:
+    """The number that an answer comes to: behind the last "####", else behind the last "answer is", else the last one.
+
+    Behind a mark it is the first number of the line, or where the line has an equals sign, the first behind the last
+    of them. Commas between thousands and signs of currency are no part of it; fractions, also 3 1/2 and LaTeX's, and
+    decimals are exact.
+    """
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    for mark in _MARKS:
+        for line in reversed(mark.findall(text)):
+            found = _NUMBER.search(line.rpartition("=")[2]) or _NUMBER.search(line)
+            if found:
+                return _value(found)
+    numbers = list(_NUMBER.finditer(text))
+    return _value(numbers[-1]) if numbers else None
+
+
+def _value(number: re.Match[str]) -> Fraction | None:
+    over, under = Fraction(number["over"].replace(",", "")), Fraction(number["under"] or 1)
+    if not under:
+        return None
+    value = Fraction(number["whole"] or 0) + over / under
+    return -value if number["sign"] else value
+
+
+def _reference(table: Table, row: int, answer: str) -> Fraction:
+    _, mark, end = answer.rpartition("####")
+    value = extract(mark + end) if mark else None
+    if value is None:
+        raise UserError(f'{table.where(row)}: the answer must end in "#### " and a number, as GSM8K\'s do.')
+    return value

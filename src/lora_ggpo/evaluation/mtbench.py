@@ -1,0 +1,174 @@
+"""MT-Bench (arXiv 2306.05685): questions of two turns, whose answers a judge rates from 1 to 10."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_ggpo.data.files import read_file
+from lora_ggpo.data.table import Table
+from lora_ggpo.errors import UserError
+from lora_ggpo.evaluation.judge import Question
+from lora_ggpo.tasks import Metric
+from lora_ggpo.tasks.metrics import mean_metric
+
+WITH_REFERENCE = ("math", "reasoning", "coding")
+"""Categories whose judge sees a reference answer where the question has one."""
+
+Rating = float | None
+
+_TASK = (
+    "You are an impartial judge of the answers of an AI assistant. Judge {what}. {how} Do not let the length of an "
+    "answer influence you. Begin with a short explanation, then rate the answer on a scale of 1 to 10 in exactly this "
+    'form: "[[rating]]", for example: "Rating: [[5]]".'
+)
+_HOW = "Consider how helpful, relevant, accurate, deep, creative and detailed it is."
+_HOW_REFERENCE = (
+    "Compare it with the reference answer, find its mistakes and correct them, and consider how correct it is."
+)
+_FIRST = "[Question]\n{question_1}\n\n%s[Begin of the assistant's answer]\n{answer_1}\n[End of the assistant's answer]"
+_FIRST_REFERENCE = "[Begin of the reference answer]\n{ref_answer_1}\n[End of the reference answer]\n\n"
+_SECOND = (
+    "%s[Begin of the conversation]\n\n### User:\n{question_1}\n\n### Assistant:\n{answer_1}\n\n"
+    "### User:\n{question_2}\n\n### Assistant:\n{answer_2}\n\n[End of the conversation]"
+)
+_SECOND_REFERENCE = (
+    "[Begin of the reference answers]\n\n### User:\n{question_1}\n\n### Reference answer:\n{ref_answer_1}\n\n"
+    "### User:\n{question_2}\n\n### Reference answer:\n{ref_answer_2}\n\n[End of the reference answers]\n\n"
+)
+_WHAT = {1: "the answer to the user's question", 2: "the answer to the user's second question"}
+
+
+class JudgePrompt(NamedTuple):
+    """What a judge is told; {question_1}, {answer_1}, {ref_answer_1} and so on stand for the texts."""
+
+    system: str
+    template: str
+
+
+PROMPTS: dict[str, JudgePrompt] = {
+    "single-v1": JudgePrompt(_TASK.format(what=_WHAT[1], how=_HOW), _FIRST % ""),
+    "single-math-v1": JudgePrompt(_TASK.format(what=_WHAT[1], how=_HOW_REFERENCE), _FIRST % _FIRST_REFERENCE),
+    "single-v1-multi-turn": JudgePrompt(_TASK.format(what=_WHAT[2], how=_HOW), _SECOND % ""),
+    "single-math-v1-multi-turn": JudgePrompt(
+        _TASK.format(what=_WHAT[2], how=_HOW_REFERENCE), _SECOND % _SECOND_REFERENCE
+    ),
+}
+"""The prompts by FastChat's names, in our words; `read_prompts` reads FastChat's own."""
+
+
+class Problem(NamedTuple):
+    """A question of two turns, and reference answers to them, if any."""
+
+    id: str
+    category: str
+    turns: list[str]
+    reference: list[str] | None
+
+
+def load_problems(source: str | None) -> list[Problem]:
+    """The questions of a file in FastChat's format: question_id, category, turns, and some with reference.
+
+    Raises:
+        UserError: no file is given, or a row (named by file and line) is not in that format.
+    """
+    if source is None:
+        raise UserError(
+            "mt-bench needs its questions: give FastChat's llm_judge/data/mt_bench/question.jsonl as --data."
+        )
+    table = read_file(Path(source).expanduser())
+    for column in ("question_id", "category", "turns"):
+        if column not in table.columns:
+            raise UserError(f"{table.origin} has no column {column!r}; mt-bench takes FastChat's question.jsonl.")
+    categories = table.texts("category", "category")
+    references = table.columns.get("reference", [None] * len(table))
+    problems = [
+        Problem(str(name), category, _two(table, row, "turns", turns), _reference(table, row, reference))
+        for row, (name, category, turns, reference) in enumerate(
+            zip(table.columns["question_id"], categories, table.columns["turns"], references, strict=True)
+        )
+    ]
+    if len({problem.id for problem in problems}) < len(problems):
+        raise UserError(f"{table.origin} has the same question_id twice; give each question its own.")
+    return problems
+
+
+def read_prompts(path: Path) -> dict[str, JudgePrompt]:
+    """The judge's prompts of a file in the format of FastChat's judge_prompts.jsonl.
+
+    Raises:
+        UserError: the file cannot be read, or lacks one of `PROMPTS`.
+    """
+    table = read_file(path)
+    try:
+        rows = zip(*(table.columns[name] for name in ("name", "system_prompt", "prompt_template")), strict=True)
+    except KeyError as error:
+        raise UserError(f"{path} has no column {error}; give FastChat's judge_prompts.jsonl.") from error
+    prompts = {str(name): JudgePrompt(str(system), str(template)) for name, system, template in rows}
+    missing = PROMPTS.keys() - prompts.keys()
+    if missing:
+        raise UserError(f"{path} has no prompt {min(missing)}; give FastChat's judge_prompts.jsonl.")
+    return prompts
+
+
+def judge_question(
+    problem: Problem, answers: Sequence[str], turn: int, prompts: Mapping[str, JudgePrompt] = PROMPTS
+) -> Question:
+    """Ask for the rating of turn 1 or 2 of the `answers` to `problem`."""
+    reference = problem.reference if problem.category in WITH_REFERENCE else None
+    name = f"single{'-math' if reference else ''}-v1{'-multi-turn' if turn == 2 else ''}"
+    texts = {f"question_{n}": text for n, text in enumerate(problem.turns, 1)}
+    texts |= {f"answer_{n}": text.strip() for n, text in enumerate(answers, 1)}
+    texts |= {f"ref_answer_{n}": text for n, text in enumerate(reference or [], 1)}
+    texts |= {"question": texts["question_1"], "answer": texts["answer_1"]}
+    user = re.sub(r"\{(\w+)\}", lambda place: texts.get(place[1], place[0]), prompts[name].template)
+    system = prompts[name].system.strip()
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return Question(f"{problem.id}:{turn}", messages, lambda text: rating(text) is not None)
+
+
+def rating(judgement: str) -> Rating:
+    """The first "[[rating]]" in the judge's words, or the first "[rating]" without one; None if it is not 1 to 10."""
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgement) or re.search(r"\[(\d+\.?\d*)\]", judgement)
+    value = float(found[1]) if found else 0.0
+    return value if 1 <= value <= 10 else None
+
+
+def metrics(problems: Sequence[Problem], ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, dict[str, Metric]]:
+    """Mean ratings of all questions and of each category, with standard errors over questions.
+
+    "score" is the mean of a question's turns. Turns without a rating are left out.
+    """
+    names = {"mt-bench": list(range(len(problems)))}
+    for index, problem in enumerate(problems):
+        names.setdefault(f"mt-bench {problem.category}", []).append(index)
+    sets = {name: _means([ratings[index] for index in chosen]) for name, chosen in names.items()}
+    return {name: of for name, of in sets.items() if of}
+
+
+def _means(ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, Metric]:
+    columns = {
+        "score": [float(np.mean(given)) for pair in ratings if (given := [one for one in pair if one is not None])],
+        "first turn": [first for first, _ in ratings if first is not None],
+        "second turn": [second for _, second in ratings if second is not None],
+    }
+    return {name: mean_metric(np.asarray(values)) for name, values in columns.items() if values}
+
+
+def _two(table: Table, row: int, column: str, value: object) -> list[str]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise UserError(f"{table.where(row)}: column {column!r} must hold a list of two texts.")
+    return [table.checked_text(text, column, row) for text in value]
+
+
+def _reference(table: Table, row: int, value: object) -> list[str] | None:
+    """FastChat leaves one of the two empty where there is none."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
+        raise UserError(f"{table.where(row)}: column 'reference' must hold a list of two texts.")
+    return [str(text) for text in value]

@@ -1,0 +1,56 @@
+"""A small Llama that chats, and runs of it."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.recipe import parse_recipe
+from lora_ggpo.training.run import train
+from tests import tiny
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + ('</s>' if m.role == 'assistant' else '\\n') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+RECIPE = """\
+model: {model}
+task: {{kind: sft, max_length: 64}}
+data: {data}
+adapter: {{r: 2, lora_alpha: 4, target_modules: all-linear, init_lora_weights: false}}
+ggpo: {{sigma: 0.05, rule: relative, beta: 0.5}}
+training: {{max_steps: 2, per_device_train_batch_size: 4, learning_rate: 1e-2, use_cpu: true}}
+seeds: [0, 1]
+output: {output}
+"""
+
+
+@pytest.fixture(scope="session")
+def chat_llama(tmp_path_factory):
+    """Folder of the tiny Llama with a chat template."""
+    folder = tiny.save_llama(tmp_path_factory.mktemp("chat-llama"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory):
+    """A JSONL file of 30 conversations."""
+    path = tmp_path_factory.mktemp("conversations") / "data.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is"}]}
+        for n in range(30)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_runs(chat_llama, conversations, tmp_path_factory):
+    """Folder of two finished GGPO runs on these conversations."""
+    output = tmp_path_factory.mktemp("runs") / "sft"
+    train(parse_recipe(RECIPE.format(model=chat_llama, data=conversations, output=output), "r"), Reporter(quiet=True))
+    return output

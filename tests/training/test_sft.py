@@ -1,0 +1,95 @@
+"""Runs of task sft: packing and gradient checkpointing change nothing but memory and speed."""
+
+import json
+
+import pytest
+import yaml
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.recipe import parse_recipe
+from lora_ggpo.training.run import train
+
+QUIET = Reporter(quiet=True)
+RECIPE = """\
+model: {model}
+task: {{kind: sft, max_length: 64}}
+data: {data}
+adapter: {{r: 2, lora_alpha: 4, target_modules: all-linear, init_lora_weights: false}}
+training: {{max_steps: 3, per_device_train_batch_size: 32, learning_rate: 1e-2, logging_steps: 1, use_cpu: true}}
+output: {output}
+"""
+METHODS = {
+    "full": ["adapter=null"],
+    "lora": [],
+    "ggpo": ["ggpo={sigma: 0.1, rule: relative, beta: 0.5, redraw: optimizer-step}"],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    rows = [{"prompt": f"the {'film ' * (n % 5)}{n}", "completion": f"is {'good ' * (n % 7)}"} for n in range(40)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(tiny_llama, data, tmp_path):
+    def run(name, *overrides):
+        text = RECIPE.format(model=tiny_llama, data=data, output=tmp_path / name)
+        return train(parse_recipe(text, "r.yaml", overrides), QUIET)[0]
+
+    return run
+
+
+def losses(run):
+    return [(row["loss"], row["grad_norm"]) for row in run.log if "loss" in row]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packing_and_gradient_checkpointing(run, method):
+    """A batch holds all the training rows, so it is the same batch packed or padded."""
+    plain = run("plain", *METHODS[method])
+    assert len(losses(plain)) == 3
+    for name, settings in {
+        "packed": ["task.packing=true"],
+        "checkpointed": ["training.gradient_checkpointing=true"],
+        "both": ["task.packing=true", "training.gradient_checkpointing=true"],
+    }.items():
+        other = run(name, *METHODS[method], *settings)
+        assert losses(other) == [pytest.approx(row, rel=1e-3) for row in losses(plain)], name
+        for split, scores in plain.metrics["evaluation"].items():
+            assert other.metrics["evaluation"][split]["loss"]["value"] == pytest.approx(
+                scores["loss"]["value"], rel=1e-3
+            )
+
+
+def test_packed_runs_have_fewer_steps_an_epoch(run):
+    short = ["training.max_steps=-1", "training.num_train_epochs=1", "training.per_device_train_batch_size=1"]
+    assert run("a", *short).metrics["training"]["steps"] == 32
+    assert run("b", *short, "task.packing=true").metrics["training"]["steps"] < 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.kind=classification", "task.packing=true"], "task classification has no packing, which is for complet"),
+        (["task.packing=true", "training.use_cache=true"], "task with packing needs training.use_cache: false"),
+    ],
+)
+def test_packing_where_it_cannot_be(run, overrides, message):
+    with pytest.raises(UserError, match=message):
+        run("a", *overrides)
+
+
+def test_a_run_of_an_earlier_release_goes_on(run, tmp_path):
+    """Its recipe.yaml does not know a setting that has come since: it had the default."""
+    first = run("old")
+    file = first.folder / "recipe.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    del recipe["task"]["packing"], recipe["score_test"]
+    file.write_text(yaml.safe_dump(recipe))
+    assert run("old").metrics == first.metrics
+    with pytest.raises(UserError, match=r"task.packing is False there and True here"):
+        run("old", "task.packing=true")
