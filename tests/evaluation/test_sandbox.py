@@ -3,7 +3,6 @@
 import os
 import platform
 import socket
-import sys
 import time
 
 import pytest
@@ -12,9 +11,18 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import sandbox
 from lora_ggpo.evaluation.sandbox import Limits, run_isolated
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Linux's")
+
+def isolates():
+    try:
+        return run_isolated("pass").passed
+    except UserError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not isolates(), reason="this system has no Landlock")
 
 SHORT = Limits(seconds=2, memory=512, file=4, folder=16)
+ENOUGH = Limits(seconds=20, memory=512, file=4, folder=16)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +40,7 @@ SHORT = Limits(seconds=2, memory=512, file=4, folder=16)
     ],
 )
 def test_harmless_programs_pass(source):
-    assert run_isolated(source, SHORT) == sandbox.Outcome(True, "passed")
+    assert run_isolated(source, ENOUGH) == sandbox.Outcome(True, "passed")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,7 @@ def test_harmless_programs_pass(source):
     ],
 )
 def test_hostile_and_wrong_programs_fail(source, why):
-    outcome = run_isolated(source, SHORT)
+    outcome = run_isolated(source, SHORT if "took" in why else ENOUGH)
     assert not outcome.passed
     assert why in outcome.detail
 
@@ -85,7 +93,7 @@ def test_fork_bomb_starts_nothing():
 
 def test_thread_bomb_is_bounded_by_memory():
     source = "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()"
-    outcome = run_isolated(source, SHORT)
+    outcome = run_isolated(source, ENOUGH)
     assert not outcome.passed
     assert "thread" in outcome.detail
 
@@ -107,7 +115,7 @@ def test_files_outside_are_neither_read_nor_written_nor_removed(tmp_path):
         "os.rename({0!r}, 'x')",
         "os.truncate({0!r}, 0)",
     ):
-        outcome = run_isolated("import os\n" + action.format(str(secret)), SHORT)
+        outcome = run_isolated("import os\n" + action.format(str(secret)), ENOUGH)
         assert not outcome.passed
         assert any(
             words in outcome.detail for words in ("Permission denied", "Operation not permitted", "cross-device")
@@ -117,14 +125,14 @@ def test_files_outside_are_neither_read_nor_written_nor_removed(tmp_path):
 
 def test_nothing_of_the_environment_is_passed_on(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
-    assert run_isolated("import os; assert 'OPENAI_API_KEY' not in os.environ", SHORT).passed
+    assert run_isolated("import os; assert 'OPENAI_API_KEY' not in os.environ", ENOUGH).passed
 
 
 def test_a_listening_server_is_not_reached():
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         port = server.getsockname()[1]
-        assert not run_isolated(f"import socket; socket.create_connection(('127.0.0.1', {port}))", SHORT).passed
+        assert not run_isolated(f"import socket; socket.create_connection(('127.0.0.1', {port}))", ENOUGH).passed
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -132,7 +140,7 @@ def test_a_listening_server_is_not_reached():
 @pytest.mark.parametrize("number", [0, 9, 15, 19])
 def test_the_parent_cannot_be_signalled(number):
     source = f"import os\nfor pid in (os.getppid(), {os.getpid()}, -1): os.kill(pid, {number})"
-    assert "Operation not permitted" in run_isolated(source, SHORT).detail
+    assert "Operation not permitted" in run_isolated(source, ENOUGH).detail
 
 
 def test_the_result_pipe_cannot_be_flooded():
@@ -143,7 +151,7 @@ def test_the_result_pipe_cannot_be_flooded():
 def test_the_folder_is_gone_afterwards(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    run_isolated("import os; os.makedirs('a/b'); open('a/b/c', 'w').write('d')", SHORT)
+    run_isolated("import os; os.makedirs('a/b'); open('a/b/c', 'w').write('d')", ENOUGH)
     assert list(tmp_path.iterdir()) == []
 
 
