@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ggpo.perturbation import GGPOConfig
-from lora_ggpo.perturbation.noise import mix, row_blocks, row_signs, unit_rows
+from lora_ggpo.perturbation.noise import mix, noise_kind, row_blocks, row_signs, unit_rows
 
 CPU = torch.device("cpu")
 
@@ -143,7 +143,7 @@ class Twin:
     def __call__(self, x: Tensor, number: int) -> Tensor:
         for index, (layer, size) in enumerate(zip(self.layers.values(), self.taus().values(), strict=True)):
             seed = mix(self.config.seed, number, index)
-            eps = size[:, None] * unit_noise(self.config.noise, seed, *layer.w0.shape)
+            eps = size[:, None] * unit_noise(noise_kind(self.config.noise, CPU), seed, *layer.w0.shape)
             # Without dropout the noise is put on W0 and DoRA scales it to eps on W', its magnitude being trained.
             layer.eps = eps / layer.gain().detach().abs() if layer.p == 0 else eps
         return self.model(x)

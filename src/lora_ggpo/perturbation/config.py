@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 Rule = Literal["paper", "relative", "sd-scripts"]
 NoiseKind = Literal["table", "gaussian", "rademacher"]
+NoiseChoice = Literal["auto", "table", "gaussian", "rademacher"]
 Schedule = Literal["constant", "cosine", "linear"]
 Redraw = Literal["micro-batch", "optimizer-step"]
 Ranks = Literal["differ", "agree"]
@@ -26,7 +27,8 @@ class GGPOConfig:
         beta: Weight of the gradient term: >= 0, and at most 1 for ``rule="relative"``. 0 gives Flat-LoRA's noise
             (arXiv 2409.14396; it also ramps sigma with ``schedule="cosine"``).
         rule: How row norms become noise sizes; the equations are in :func:`~lora_ggpo.perturbation.scales.tau_squared`.
-        noise: Where unit-variance noise comes from; see :mod:`~lora_ggpo.perturbation.noise`.
+        noise: Where unit-variance noise comes from; see :mod:`~lora_ggpo.perturbation.noise`. ``"auto"`` is what costs
+            least: fresh Gaussian draws on a GPU, the table on a CPU.
         schedule: ``"constant"``, or a ramp of sigma from 0 to its full size over the run: ``"cosine"`` is
             (1 - cos(pi t / T)) / 2, ``"linear"`` is t / T, with t the optimizer step and T the number of them.
         redraw: New noise for each forward pass (``"micro-batch"``) or one draw for all micro-batches of an
@@ -49,7 +51,7 @@ class GGPOConfig:
     sigma: float = 0.03
     beta: float = 0.01
     rule: Rule = "paper"
-    noise: NoiseKind = "table"
+    noise: NoiseChoice = "auto"
     schedule: Schedule = "constant"
     redraw: Redraw = "micro-batch"
     ranks: Ranks = "differ"

@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .config import NoiseKind
+from .config import NoiseChoice
 from .linear import perturbed_linear
-from .noise import mix, row_blocks, row_signs
+from .noise import mix, noise_kind, row_blocks, row_signs
 
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
 """PEFT's LoRA layers on bitsandbytes' and torchao's weights; named, since to import them needs these libraries."""
@@ -30,13 +30,14 @@ class PerturbedLayer:
     forward it replaced.
     """
 
-    def __init__(self, name: str, index: int, module: LoraLinear, noise: NoiseKind) -> None:
-        self.name, self.index, self.module, self.noise = name, index, module, noise
+    def __init__(self, name: str, index: int, module: LoraLinear, noise: NoiseChoice) -> None:
+        self.name, self.index, self.module = name, index, module
         self.base: Any = module.get_base_layer()
         self.fan_in_fan_out = _class(self.base) is Conv1D
         self.quantised = _class(module).__name__ in _QUANTISED
         weight = self._w0()
         self.m, self.n = weight.shape
+        self.noise = noise_kind(noise, weight.device)
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.w0_norms = self._w0_norms()
         self.tau: Tensor | None = None  # (m,) noise size of each row of the base weight; None is no noise
@@ -114,9 +115,19 @@ class PerturbedLayer:
         """Whether DoRA's row scale acts on the noisy base output too: peft reuses that output unless dropout is on."""
         return all(isinstance(self.module.lora_dropout[name], nn.Identity) for name in self.adapters())
 
-    def w0_at(self, a: Tensor, out: Tensor) -> None:
-        """Write W0 A^T (m, r) to ``out``."""
-        out.copy_(self._over_rows(lambda rows: rows @ a.t()))
+    def times(self, columns: Tensor, out: Tensor) -> None:
+        """Write W0 C (m, k) of ``columns`` C (n, k) to ``out``; W0 and C in 16 bits are not unpacked, but summed in
+        float32."""
+        w0 = self._w0()
+        if columns.dtype != self.dtype:
+            torch.mm(w0, columns, out_dtype=self.dtype, out=out)
+        else:
+            out.copy_(self._over_rows(lambda rows: rows @ columns))
+
+    def takes_halves(self) -> bool:
+        """Whether :meth:`times` takes columns in the 16 bits of W0: torch has that product on GPUs."""
+        weight = self.base.weight
+        return weight.is_cuda and weight.element_size() == 2 and not (self.quantised or isinstance(weight, DTensor))
 
     def _w0_norms(self) -> Tensor:
         """||W0_i||^2 (m,)."""
@@ -152,7 +163,7 @@ class PerturbedLayer:
         return training and not module.disable_adapters and not module.merged and bool(self.adapters())
 
 
-def find_layers(model: nn.Module, noise: NoiseKind) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
+def find_layers(model: nn.Module, noise: NoiseChoice) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
     """The LoRA layers of a model that can be perturbed, and (name, reason) of those that cannot."""
     supported: list[PerturbedLayer] = []
     skipped: list[tuple[str, str]] = []

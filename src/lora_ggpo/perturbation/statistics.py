@@ -35,10 +35,7 @@ class LayerGroup:
     def refresh(self, config: GGPOConfig, factor: float) -> None:
         """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
         b, a = self._stacked([layer.factors() for layer in self.layers])
-        w0_at = a.new_empty(*b.shape)
-        for layer, layer_a, out in zip(self.layers, a, w0_at, strict=True):
-            layer.w0_at(layer_a, out)
-        lora = weight_row_norms_squared(self.w0_norms, w0_at, b * self.s[:, None], a)
+        lora = weight_row_norms_squared(self.w0_norms, w0_times(self.layers, a.mT), b * self.s[:, None], a)
         magnitudes = [magnitude for layer in self.layers if (magnitude := layer.magnitude()) is not None]
         if magnitudes:
             # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G,
@@ -79,6 +76,22 @@ class LayerGroup:
     def _stacked(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         b, a = (torch.stack(list(parts)).to(self.w0_norms.dtype) for parts in zip(*pairs, strict=True))
         return b, a
+
+
+def w0_times(layers: list[PerturbedLayer], columns: Tensor) -> Tensor:
+    """W0 C of each layer (L, m, k), for C (L, n, k).
+
+    A 16-bit W0 on a GPU is read once and as it is: C is split in two 16-bit parts, which lose 2^-16 of it at most.
+    """
+    halves = [columns]
+    if all(layer.takes_halves() for layer in layers):
+        high = columns.to(layers[0].base.weight.dtype)
+        halves = [high, (columns - high).to(high.dtype)]
+    parts = torch.cat(halves, -1)
+    products = columns.new_empty(len(layers), layers[0].m, parts.shape[-1])
+    for layer, part, out in zip(layers, parts, products, strict=True):
+        layer.times(part, out)
+    return products if len(halves) == 1 else products.unflatten(-1, (2, -1)).sum(-2)
 
 
 def grouped(layers: list[PerturbedLayer]) -> list[LayerGroup]:
