@@ -70,11 +70,12 @@ class _PerturbedLinear(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])
         y = x.new_empty(tokens.shape[0], scale.shape[0])
         with _no_autocast(x.device.type):
-            for rows, block in _perturbed_blocks(weight, scale, ctx, x.dtype):
+            for start, stop, block in _perturbed_blocks(weight, scale, ctx, x.dtype):
+                out = y if len(block) == len(scale) else y[:, start:stop]
                 if bias is None:
-                    torch.mm(tokens, block.t(), out=y[:, rows])
+                    torch.mm(tokens, block.t(), out=out)
                 else:
-                    torch.addmm(bias[rows].to(x.dtype), tokens, block.t(), out=y[:, rows])
+                    torch.addmm(bias[start:stop].to(x.dtype), tokens, block.t(), out=out)
         return y.view(*x.shape[:-1], scale.shape[0])
 
     @staticmethod
@@ -96,8 +97,9 @@ class _PerturbedLinear(torch.autograd.Function):
 
 def _input_gradient(dy: Tensor, weight: Tensor | None, scale: Tensor, ctx: Any) -> Tensor:
     dx: Tensor | None = None
-    for rows, block in _perturbed_blocks(weight, scale, ctx, dy.dtype):
-        dx = dy[:, rows] @ block if dx is None else dx.addmm_(dy[:, rows], block)
+    for start, stop, block in _perturbed_blocks(weight, scale, ctx, dy.dtype):
+        part = dy if len(block) == len(scale) else dy[:, start:stop]
+        dx = part @ block if dx is None else dx.addmm_(part, block)
     assert dx is not None  # a linear layer has at least one row
     return dx
 
@@ -106,37 +108,50 @@ def _input_gradient(dy: Tensor, weight: Tensor | None, scale: Tensor, ctx: Any) 
 # runs twice a layer and step, is kept to as few of them as it can do with.
 def _perturbed_blocks(
     weight: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of rows of W0 + diag(scale) z. Each lies in a scratch buffer that the next block overwrites."""
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of rows [start, stop) of W0 + diag(scale) z. Each may lie in a scratch buffer that the next overwrites."""
     w0 = None if weight is None else weight.detach().t() if ctx.fan_in_fan_out else weight.detach()
     n, device = ctx.n, scale.device
     if ctx.noise != "table" and scale.dtype == torch.float32 and has_kernel(device):
         yield from _blocks_by_kernel(w0, scale, ctx, dtype)
         return
     column = scale.unsqueeze(1)
-    buffer = _scratch(device, scale.dtype)
-    for start, stop in row_blocks(len(scale), n, device):
-        rows = slice(start, stop)
-        z = unit_rows(ctx.noise, ctx.seed, start, stop - start, n, device).to(scale.dtype)
-        if buffer.numel() < z.numel():
-            buffer.resize_(z.numel())
-        block = buffer.as_strided((stop - start, n), (n, 1))
+    for start, stop, block in _scratch_blocks(len(scale), n, device, scale.dtype):
+        z = unit_rows(ctx.noise, ctx.seed, start, stop - start, n, device)
+        rows = _rows(column, start, stop)
         if w0 is None:
-            torch.mul(column[rows], z, out=block)
+            torch.mul(rows, z, out=block)
         else:
-            torch.addcmul(w0[rows].to(scale.dtype), column[rows], z, out=block)
-        yield rows, block.to(dtype)
+            torch.addcmul(_rows(w0, start, stop).to(scale.dtype), rows, z, out=block)
+        yield start, stop, block.to(dtype)
 
 
-def _blocks_by_kernel(w0: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _blocks_by_kernel(
+    w0: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
     from .kernel import perturb_rows
 
     step = max(1, _KERNEL_ENTRIES // ctx.n)
     for start in range(0, len(scale), step):
-        rows = slice(start, min(start + step, len(scale)))
-        block = torch.empty(rows.stop - start, ctx.n, dtype=dtype, device=scale.device)
-        perturb_rows(block, None if w0 is None else w0[rows], scale[rows], ctx.noise, ctx.seed, start)
-        yield rows, block
+        stop = min(start + step, len(scale))
+        block = torch.empty(stop - start, ctx.n, dtype=dtype, device=scale.device)
+        rows = None if w0 is None else _rows(w0, start, stop)
+        perturb_rows(block, rows, _rows(scale, start, stop), ctx.noise, ctx.seed, start)
+        yield start, stop, block
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor if stop - start == len(tensor) else tensor[start:stop]
+
+
+@lru_cache(maxsize=256)
+def _scratch_blocks(rows: int, n: int, device: torch.device, dtype: torch.dtype) -> tuple[tuple[int, int, Tensor], ...]:
+    """Blocks of rows and a view of the scratch buffer for each."""
+    blocks = row_blocks(rows, n, device)
+    buffer, longest = _scratch(device, dtype), max((stop - start) * n for start, stop in blocks)
+    if buffer.numel() < longest:
+        buffer.resize_(longest)  # views made before keep to the storage, which is what grows
+    return tuple((start, stop, buffer.as_strided((stop - start, n), (n, 1))) for start, stop in blocks)
 
 
 @lru_cache(maxsize=16)

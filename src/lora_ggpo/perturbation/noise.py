@@ -23,7 +23,6 @@ noise; nothing is kept between them.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -60,11 +59,11 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[tuple[int, int]]:
+@lru_cache(maxsize=256)
+def row_blocks(rows: int, columns: int, device: torch.device) -> tuple[tuple[int, int], ...]:
     """Split rows into blocks of at most half the noise table: the only m x n storage the method ever uses."""
     step = max(1, _table_entries(device) // 2 // columns)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    return tuple((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def unit_rows(kind: NoiseKind, seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -76,19 +75,24 @@ def unit_rows(kind: NoiseKind, seed: int, start: int, rows: int, columns: int, d
     Raises:
         ValueError: a row is longer than the noise table (2^21 entries on a CPU) and ``kind`` is ``"table"``.
     """
-    entries = rows * columns
     if kind == "table":
-        table, shift = noise_table(device), min(_ROW_SHIFT, columns)
-        span = (rows - 1) * shift + columns
-        if span > table.numel():
-            raise ValueError(f'a row of {columns} entries is longer than the noise table; use noise="gaussian"')
-        offset = mix(seed, start) % (table.numel() - span + 1)
-        return table.as_strided((rows, columns), (shift, 1), offset)
+        return _table_rows(seed, start, rows, columns, device)
+    entries = rows * columns
     generator = _generator(device).manual_seed(mix(seed, start))
     if kind == "gaussian":
         return torch.randn(rows, columns, generator=generator, device=device)
     packed = torch.randint(0, 256, (-(-entries // 8),), generator=generator, device=device)
     return _sign_bytes(device).index_select(0, packed).view(-1)[:entries].view(rows, columns)
+
+
+@lru_cache(maxsize=1024)  # a view made by a layer's forward pass serves its backward pass
+def _table_rows(seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    table, shift = noise_table(device), min(_ROW_SHIFT, columns)
+    span = (rows - 1) * shift + columns
+    if span > table.numel():
+        raise ValueError(f'a row of {columns} entries is longer than the noise table; use noise="gaussian"')
+    offset = mix(seed, start) % (table.numel() - span + 1)
+    return table.as_strided((rows, columns), (shift, 1), offset)
 
 
 def row_signs(kind: NoiseKind, seed: int, rows: int, device: torch.device) -> Tensor | None:
