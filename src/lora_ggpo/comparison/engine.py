@@ -19,7 +19,7 @@ from lora_ggpo.report.analysis import METRICS
 from lora_ggpo.training.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
 from lora_ggpo.training.interrupt import Interrupted
 from lora_ggpo.training.progress import Reporter, Task
-from lora_ggpo.training.run import versions
+from lora_ggpo.training.run import device_name, versions
 
 
 def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, reporter: Reporter) -> None:
@@ -171,7 +171,7 @@ def _claim(plan: Plan, command: str) -> None:
         if changed:
             held = "study" if plan.study else "comparison"
             raise UserError(f"{plan.output} holds a {held} with another {changed[0]}; choose another --output.")
-    environment = {"versions": versions(), "cpus": os.cpu_count()}
+    environment = {"versions": versions(), "device": device_name(), "cpus": os.cpu_count()}
     write_json(file, {**environment, **facts, **fixed, **grown})
 
 

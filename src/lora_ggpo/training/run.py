@@ -214,6 +214,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES}
 
 
+def device_name() -> str:
+    """The accelerator that runs are on, or "CPU"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' progress bars and notes out of ours."""
     transformers.logging.set_verbosity_error()
