@@ -39,6 +39,15 @@ def test_help_needs_no_heavy_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_of_many_processes_the_first_tells_what_is_wrong(monkeypatch):
+    first = _run("train", "absent.yaml")
+    monkeypatch.setenv("RANK", "1")
+    second = _run("train", "absent.yaml")
+    assert (first.exit_code, second.exit_code) == (2, 2)
+    assert "absent.yaml" in first.output
+    assert second.output == ""
+
+
 def test_schema_is_json():
     schema = json.loads(_run("schema").stdout)
     assert {"model", "task", "data", "adapter", "ggpo", "training"} <= set(schema["properties"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import DivergedError, UserError
 
 if TYPE_CHECKING:
     from lora_ggpo.comparison.plan import Plan
@@ -59,12 +60,14 @@ def train(
         from lora_ggpo.training.source import read_source
 
         source = read_source(recipe, overrides or ())
+        from lora_ggpo.training.ranks import is_first
         from lora_ggpo.training.recipe import check_recipe
         from lora_ggpo.training.run import train
 
         runs = train(check_recipe(source))
-        _print_metrics(runs)
-        print(f"Runs: {', '.join(str(run.folder) for run in runs)}")
+        if is_first():
+            _print_metrics(runs)
+            print(f"Runs: {', '.join(str(run.folder) for run in runs)}")
 
 
 @app.command(name="eval")
@@ -439,7 +442,9 @@ def _errors(debug: bool) -> Iterator[None]:
                 _calm()
             yield
     except UserError as error:
-        _stop(f"error: {error}", USER_ERROR, debug)
+        # Of a distributed run every process finds the same fault, but a loss that is not finite.
+        alone = os.environ.get("RANK", "0") == "0" or isinstance(error, DivergedError)
+        _stop(f"error: {error}" if alone else None, USER_ERROR, debug)
     except KeyboardInterrupt as error:
         _stop(str(error) or "Interrupted.", INTERRUPTED, debug)
     except OSError as error:
@@ -450,12 +455,13 @@ def _errors(debug: bool) -> Iterator[None]:
         _stop("error: The disk is full; free some space and give the same command again.", USER_ERROR, debug)
 
 
-def _stop(message: str, code: int, debug: bool) -> None:
+def _stop(message: str | None, code: int, debug: bool) -> None:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -17,6 +17,7 @@ from lora_ggpo.training.files import read_json_lines, write_json_lines
 from lora_ggpo.training.interrupt import StopRequest
 from lora_ggpo.training.memory import peak, reset_peak
 from lora_ggpo.training.progress import Task
+from lora_ggpo.training.ranks import any_of, is_first, wait_for_all
 from lora_ggpo.training.trainer import NonFiniteLossError
 
 
@@ -48,7 +49,8 @@ class RunCallback(TrainerCallback):
         self._log, self._task, self._stop, self._keep = log, task, stop, keep
         self._validate, self._validate_every, self._enough = validate, validate_every, enough
         kept = [row for row in read_json_lines(log) if row["step"] <= first_step]
-        write_json_lines(log, kept)
+        if is_first():
+            write_json_lines(log, kept)
         self._seconds = max((row["seconds"] for row in kept), default=0.0)
         self._step_start = 0.0
         self._note = ""
@@ -65,7 +67,7 @@ class RunCallback(TrainerCallback):
     ) -> TrainerControl:
         self._seconds += time.perf_counter() - self._step_start
         self._task.update(state.global_step, state.max_steps, self._note)
-        if self._stop.made:
+        if any_of(self._stop.made):
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
         if control.should_save:
@@ -94,8 +96,12 @@ class RunCallback(TrainerCallback):
         self._write({"step": state.global_step, **logs, "peak_memory_bytes": peak()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._keep)
+        wait_for_all()  # each process has a file of its own in it
+        if is_first():
+            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._keep)
 
     def _write(self, row: dict[str, Any]) -> None:
+        if not is_first():
+            return
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "seconds": round(self._seconds, 3)}) + "\n")

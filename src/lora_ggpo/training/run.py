@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -63,6 +64,7 @@ from lora_ggpo.training.files import (
 )
 from lora_ggpo.training.interrupt import Interrupted, StopRequest, two_stage_interrupt
 from lora_ggpo.training.progress import Reporter
+from lora_ggpo.training.ranks import is_first, wait_for_all
 from lora_ggpo.training.recipe import Recipe, dump_yaml, parse_recipe
 from lora_ggpo.training.source import flatten
 from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
@@ -87,12 +89,15 @@ def train(recipe: Recipe, reporter: Reporter | None = None) -> list[Run]:
 
     A finished run is not run again; an unfinished one goes on from its last whole checkpoint.
 
+    Under torchrun (or whatever sets RANK and WORLD_SIZE) the processes share the batches as Trainer has them do; the
+    first one writes, and scores the trained model.
+
     Raises:
         UserError: bad input, a loss that is not finite, a full disk, or a folder that holds a run of another recipe or
             is in use.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or Reporter(quiet=not is_first())
     quiet_libraries()
     splits = cache(lambda: load_splits(recipe.task, recipe.data))
     return [_run_seed(recipe, seed, splits, reporter) for seed in recipe.seeds]
@@ -183,10 +188,10 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
 
 
 def optimizer_steps(args: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of a run over `rows` training rows in one process."""
+    """Optimizer steps of a run over `rows` training rows, in as many processes as there are."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(rows / args.per_device_train_batch_size)
+    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
     return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
 
 
@@ -232,14 +237,17 @@ def quiet_libraries() -> None:
 
 def _run_seed(recipe: Recipe, seed: int, splits: Callable[[], Splits], reporter: Reporter) -> Run:
     folder = Path(recipe.output) / f"seed-{seed}"
+    args = training_arguments(recipe, folder, seed)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            _claim(folder, recipe.resolved(seed))
+        with locked(folder) if is_first() else nullcontext():
+            if is_first():
+                _claim(folder, recipe.resolved(seed))
+            wait_for_all()
             if (folder / "metrics.json").is_file():
                 reporter.say(f"{folder} is finished already; it is not run again.")
             else:
-                _train_and_score(recipe, seed, folder, splits(), reporter)
+                _train_and_score(recipe, args, folder, splits(), reporter)
     return read_run(folder)
 
 
@@ -269,20 +277,22 @@ def _defaults_filled_in(file: Path) -> dict[str, Any]:
     return recipe.resolved(recipe.seeds[0])
 
 
-def _train_and_score(recipe: Recipe, seed: int, folder: Path, splits: Splits, reporter: Reporter) -> None:
-    _record_versions(folder)
-    _record_data(folder, splits)
-    args = training_arguments(recipe, folder, seed)
+def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, splits: Splits, reporter: Reporter) -> None:
+    if is_first():
+        _record_versions(folder)
+        _record_data(folder, splits)
     task = recipe.task.for_labels(splits.labels)
     with two_stage_interrupt(
         lambda: reporter.say("Stopping after this step; press Ctrl-C again to stop at once.")
     ) as stop:
         model, tokenizer = _trained(recipe, args, folder, splits, task, stop, reporter)
+    if not is_first():
+        return
     sets = evaluation_sets(splits) if recipe.score_test else {"validation": splits.validation}
     scores = scorer(model, tokenizer, task, args, reporter).score(sets, _subfolder(folder, "predictions"))
     log = read_json_lines(folder / "log.jsonl")
     save_training_plot(log, folder / "training.png")
-    write_json(folder / "metrics.json", {"evaluation": plain(scores), "training": _training_summary(log, model)})
+    write_json(folder / "metrics.json", {"evaluation": plain(scores), "training": _training_summary(log, model, args)})
 
 
 def _trained(
@@ -299,7 +309,9 @@ def _trained(
     if (folder / name).is_dir():
         return _load_weights(recipe, splits.labels, folder)
     checkpoints = Path(str(args.output_dir))
-    remove_broken(checkpoints)
+    if is_first():
+        remove_broken(checkpoints)
+    wait_for_all()
     checkpoint = last_whole(checkpoints)
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     base, tokenizer = load_model(recipe.model, recipe.task.kind, splits.labels, recipe.dtype)
@@ -309,7 +321,7 @@ def _trained(
         rows = pack(rows, task.max_length)
     model = _trainable(recipe, args, base, rows, collator(task.kind, tokenizer))
     start = folder / "start"
-    moved = model if isinstance(model, PeftModel) and save_start(model, start) else None
+    moved = model if isinstance(model, PeftModel) and is_first() and save_start(model, start) else None
     score = scorer(model, tokenizer, task, args, reporter)
     trainer = _trainer(recipe, model, tokenizer, args, rows)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
@@ -335,12 +347,13 @@ def _trained(
                 keep=recipe.training_fields["save_total_limit"],
             )
             _fit(trainer, callback, checkpoint, stop, checkpoints)
-    with new_folder(folder / name) as target:
-        if moved:
-            save_difference(moved, target, start)
-        else:
-            model.save_pretrained(str(target))
-        tokenizer.save_pretrained(target)
+    if is_first():
+        with new_folder(folder / name) as target:
+            if moved:
+                save_difference(moved, target, start)
+            else:
+                model.save_pretrained(str(target))
+            tokenizer.save_pretrained(target)
     return model, tokenizer
 
 
@@ -435,7 +448,8 @@ def _fit(
             f"{error}; {kept}. Try a lower learning rate, gradient clipping (training.max_grad_norm), or dtype float32."
         ) from error
     except BaseException:
-        remove_broken(checkpoints)  # frees the disk it may have filled
+        if is_first():
+            remove_broken(checkpoints)  # frees the disk it may have filled
         raise
     if stop.made:
         raise Interrupted(
@@ -483,10 +497,11 @@ def _record_data(folder: Path, splits: Splits) -> None:
     write_json(file, record)
 
 
-def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module) -> dict[str, Any]:
+def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module, args: TrainingArguments) -> dict[str, Any]:
     last = max(log, key=lambda row: row["step"], default={"step": 0, "seconds": 0.0})
     return {
         "steps": last["step"],
+        "processes": args.world_size,
         "seconds": last["seconds"],
         "seconds_per_step": round(last["seconds"] / max(last["step"], 1), 5),
         "peak_memory_bytes": max((row.get("peak_memory_bytes") or 0 for row in log), default=0) or None,

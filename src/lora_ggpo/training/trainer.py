@@ -81,7 +81,7 @@ class RunTrainer(Trainer):
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
-        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return EpochSampler(self._lengths, self.args.seed, rows_a_step if strategy == "group_by_length" else None)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:

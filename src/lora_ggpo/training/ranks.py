@@ -1,0 +1,33 @@
+"""The processes of a run that torchrun or a cluster started: all compute, the first one writes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import PartialState
+from torch import distributed
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes; alone it always is."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if _many():
+        PartialState().wait_for_everyone()
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is set in any process; all must ask."""
+    if not _many():
+        return flag
+    flags = torch.tensor(int(flag), device=PartialState().device)
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return bool(flags)
+
+
+def _many() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
