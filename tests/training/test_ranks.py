@@ -1,9 +1,10 @@
-"""`lora-ggpo train` under torchrun: two processes on gloo against one with twice the batch."""
+"""`lora-ggpo train` under torchrun, by the launch recipe: two processes on gloo against one with twice the batch."""
 
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -14,6 +15,8 @@ from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.run import read_run, train
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+
+LAUNCHER = Path(__file__).parents[2] / "recipes" / "launch" / "gpus.sh"
 
 RECIPE = """\
 model: {model}
@@ -48,9 +51,8 @@ def write_recipe(folder, model, reviews, batch):
 
 
 def torchrun(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lora_ggpo.cli", *arguments]
-    return subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS": "2", "PYTHON": sys.executable}
+    return subprocess.run([LAUNCHER, *arguments], env=environment, capture_output=True, text=True)
 
 
 def logged(run, *keys):
@@ -60,7 +62,7 @@ def logged(run, *keys):
 def test_two_processes_train_as_one_on_the_global_batch_and_resume(tiny_llama, reviews, tmp_path):
     alone = train(load_recipe(write_recipe(tmp_path, tiny_llama, reviews, 8)), Reporter(quiet=True))[0]
     recipe = write_recipe(tmp_path, tiny_llama, reviews, 4)
-    done = torchrun("train", str(recipe))
+    done = torchrun(str(recipe))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Runs:") == 1
     folder = tmp_path / "runs-4" / "seed-0"
@@ -80,6 +82,6 @@ def test_two_processes_train_as_one_on_the_global_batch_and_resume(tiny_llama, r
     for name in ("metrics.json", "adapter", "checkpoints/checkpoint-8", "checkpoints/checkpoint-12"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    again = torchrun("train", str(recipe))
+    again = torchrun(str(recipe))
     assert "going on from step 4" in again.stderr
     assert all((check()[name] == value).all() for name, value in first.items())
