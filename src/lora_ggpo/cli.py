@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -472,6 +473,7 @@ def _calm() -> None:
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     warnings.showwarning = show
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for a faster kernel as peft imports it
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # peft looks for a config.json beside the weights; a GGUF file carries its own

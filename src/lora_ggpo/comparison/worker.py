@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
         UserError: what would stop the other runs as well.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as peft imports it
     import torch
 
     from lora_ggpo.training.files import write_json
