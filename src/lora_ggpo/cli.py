@@ -201,9 +201,13 @@ def merge(
     with _errors(debug):
         from lora_ggpo.training.reuse import merge_run
 
-        difference, logits = merge_run(run, out)
+        merged = merge_run(run, out)
         print(f"Merged model: {out}")
-        print(f"Its logits differ from the adapter's by at most {difference:.1e} (logits reach {logits:.2g}).")
+        reach = f"(logits reach {merged.largest:.2g})"
+        print(f"Its logits differ from the adapter's by at most {merged.difference:.1e} {reach}.")
+        if merged.quantised:
+            kind, difference = merged.quantised
+            print(f"They differ from the run's, whose model was in {kind}, by at most {difference:.1e}.")
 
 
 @app.command()
