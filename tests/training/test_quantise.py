@@ -16,6 +16,7 @@ from lora_ggpo.models import count_parameters, load_model
 from lora_ggpo.perturbation.layers import _dequantised
 from lora_ggpo.quantise import Quantisation
 from lora_ggpo.training.callbacks import RunCallback
+from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import load_recipe, parse_recipe
 from lora_ggpo.training.reuse import evaluate_run, merge_run
@@ -138,6 +139,17 @@ def test_gradient_checkpointing_and_bf16(recipe_file):
     settings = [*SHORT, "quantise=nf4", "training.gradient_checkpointing=true", "training.bf16=true"]
     run = train(load_recipe(recipe_file, [*settings, "training.max_steps=2"]), QUIET)[0]
     assert all(0 < row["grad_norm"] < 100 for row in run.log if "loss" in row)
+
+
+def test_a_plan_counts_the_parameters_that_quantised_weights_stand_for(runs, recipe_file):
+    recipe = load_recipe(recipe_file, [*SHORT, "quantise=nf4", "training.per_device_train_batch_size=2"])
+    found = forecast(recipe, 1, QUIET)
+    run = runs["nf4"][0]
+    assert (found.trained, found.parameters) == load_trained(run.folder)[0].get_nb_trainable_parameters()
+    # Half a byte for each of the 10.8 million weights of the linear layers and 1 byte in 64 of them for their scales.
+    linear = 6 * (4 * 384 * 384 + 2 * 384 * 1536) + 384 * 384
+    others = found.parameters - found.trained - linear
+    assert found.memory["frozen weights"] == pytest.approx(4 * others + linear * (0.5 + 1 / 64), rel=0.01)
 
 
 @pytest.mark.parametrize(
