@@ -184,9 +184,9 @@ def own_peak(bench: Bench, way: str) -> float:
     peaks = []
     with WAYS[way](bench) as step:
         for _ in range(4):
-            reset_peak()
+            reset_peak(bench.ids.device)
             step()
-            peaks.append((peak() or 0) / 2**20)
+            peaks.append((peak(bench.ids.device) or 0) / 2**20)
     return statistics.median(peaks[1:])  # the first step has no gradient norms and no optimizer state
 
 

@@ -71,6 +71,29 @@ def train(
             print(f"Runs: {', '.join(str(run.folder) for run in runs)}")
 
 
+@app.command(name="plan")
+def forecast(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `lora-ggpo schema` describes it.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to time, after two that warm up.")] = 5,
+    debug: Debug = False,
+) -> None:
+    """Say what RECIPE will take before it is run: parameters, memory, time, disk, and the batch that fits."""
+    with _errors(debug):
+        from lora_ggpo.training.source import read_source
+
+        source = read_source(recipe, overrides or ())
+        from lora_ggpo.report.forecast import batch_sentence, forecast_tables
+        from lora_ggpo.training.forecast import forecast
+        from lora_ggpo.training.progress import Reporter
+        from lora_ggpo.training.recipe import check_recipe
+
+        found = forecast(check_recipe(source), steps, Reporter())
+        for table in forecast_tables(found):
+            _stdout().print(table)
+        print(batch_sentence(found))
+
+
 @app.command(name="eval")
 def evaluate(
     run: Annotated[
@@ -201,9 +224,13 @@ def merge(
     with _errors(debug):
         from lora_ggpo.training.reuse import merge_run
 
-        difference, logits = merge_run(run, out)
+        merged = merge_run(run, out)
         print(f"Merged model: {out}")
-        print(f"Its logits differ from the adapter's by at most {difference:.1e} (logits reach {logits:.2g}).")
+        reach = f"(logits reach {merged.largest:.2g})"
+        print(f"Its logits differ from the adapter's by at most {merged.difference:.1e} {reach}.")
+        if merged.quantised:
+            kind, difference = merged.quantised
+            print(f"They differ from the run's, whose model was in {kind}, by at most {difference:.1e}.")
 
 
 @app.command()

@@ -36,6 +36,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.initialise import Batches, adalora_config, initialised, with_init_config
+from lora_ggpo.quantise import Quantisation, loading_arguments, prepared
 
 TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "sft"]
 
@@ -72,7 +73,11 @@ BUNDLED = {
 
 
 def load_model(
-    name: str, kind: TaskKind, labels: list[str] | None = None, dtype: str = "float32"
+    name: str,
+    kind: TaskKind,
+    labels: list[str] | None = None,
+    dtype: str = "float32",
+    quantisation: Quantisation | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained model and its tokenizer, ready for `kind`.
 
@@ -82,9 +87,11 @@ def load_model(
             "seq2seq-classification" loads an encoder-decoder, the other kinds a causal language model.
         labels: the class names, needed for "classification"; ignored otherwise.
         dtype: "float32", "bfloat16" or "float16", the type of all weights.
+        quantisation: how the linear layers but the head are kept instead, frozen and with all else in float32.
 
     Returns:
-        The model on the CPU, in eval mode, and its tokenizer with a pad token, padding on the right.
+        The model on the CPU (a quantised one on its device), in eval mode, and its tokenizer with a pad token, padding
+        on the right.
         Weights of a GGUF file are unpacked to `dtype`; from then on the model is an ordinary one.
 
     Raises:
@@ -95,15 +102,20 @@ def load_model(
     if kind == "classification" and len(labels or []) < 2:
         raise UserError(f"A classification model needs at least two labels, not {labels!r}.")
     source, gguf_file = _locate(name)
+    if quantisation and gguf_file:
+        raise UserError(
+            f"quantise {quantisation.kind} does not read GGUF files such as that of model {name!r}; save the model in "
+            "a folder with save_pretrained first (docs/recipes.md shows how), and give that folder."
+        )
     options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
     with _one_sentence(name), _quiet():
         config = AutoConfig.from_pretrained(source, **options, **_label_names(kind, labels))
         _check_type(name, kind, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, loading = _from_pretrained(source, kind, config, _DTYPES[dtype], options)
+        model, loading = _from_pretrained(source, kind, config, _DTYPES[dtype], options, quantisation)
     _check_loading(name, model, loading, head_is_new=kind == "classification")
     _prepare(name, model, tokenizer)
-    return model, tokenizer
+    return prepared(model, quantisation) if quantisation else model, tokenizer
 
 
 def add_adapter(
@@ -140,6 +152,18 @@ def add_adapter(
         return initialised(model, LoraConfig(**with_init_config(fields)), batches)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, re.error) as error:
         raise UserError(_why_not_built(model, fields, error)) from error
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are; of quantised weights those they stand for."""
+    sizes = [(p.requires_grad, _entries(p)) for p in model.parameters()]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+
+
+def _entries(parameter: torch.nn.Parameter) -> int:
+    if type(parameter).__name__ == "Params4bit":
+        return 2 * parameter.numel() * parameter.element_size()
+    return parameter.numel()
 
 
 def freeze_body(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,7 +262,12 @@ def _label_names(kind: TaskKind, labels: list[str] | None) -> dict[str, Any]:
 
 
 def _from_pretrained(
-    source: str, kind: TaskKind, config: Any, dtype: torch.dtype, options: dict[str, Any]
+    source: str,
+    kind: TaskKind,
+    config: Any,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    quantisation: Quantisation | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     arguments: dict[str, Any] = {**options, "config": config, "dtype": dtype, "output_loading_info": True}
     if "gguf_file" not in options:
@@ -247,8 +276,17 @@ def _from_pretrained(
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if kind == "classification":  # a head for another number of classes is replaced; _check_loading sees to the body
         arguments["ignore_mismatched_sizes"] = True
+    if quantisation:
+        arguments |= loading_arguments(quantisation, _head(kind, config) if kind == "classification" else [])
     model, loading = _MODEL_CLASSES[kind].from_pretrained(source, **arguments)
     return model, loading
+
+
+def _head(kind: TaskKind, config: Any) -> list[str]:
+    """Names of the parts of a model that lie outside its pretrained body."""
+    with torch.device("meta"):
+        model = _MODEL_CLASSES[kind].from_config(config)
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _check_loading(name: str, model: PreTrainedModel, loading: dict[str, Any], *, head_is_new: bool) -> None:

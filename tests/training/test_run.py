@@ -170,9 +170,10 @@ def test_evaluation_of_a_finished_run(finished, reviews):
 
 def test_merge(finished, tmp_path):
     _, run = finished
-    difference, largest = merge_run(run.folder.parent, tmp_path / "merged")
+    difference, largest, quantised = merge_run(run.folder.parent, tmp_path / "merged")
     assert difference < 1e-5
     assert largest > 0.01
+    assert quantised is None
     assert {path.name for path in (tmp_path / "merged").iterdir()} >= {"model.safetensors", "tokenizer.json"}
     with pytest.raises(UserError, match="exists already"):
         merge_run(run.folder, tmp_path / "merged")

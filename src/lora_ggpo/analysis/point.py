@@ -83,6 +83,11 @@ def load_point(folder: Path, space: Space, split: str, rows: int, batch_size: in
         UserError: the run is unfinished, the split is empty, or it has no adapter and the space is the adapter's.
     """
     model, tokenizer, recipe, labels = load_trained(folder)
+    if recipe.quantise:
+        raise UserError(
+            f"{folder} was trained on weights in {recipe.quantise}, around which no sharpness is measured; "
+            "give runs without quantise."
+        )
     task = recipe.task.for_labels(labels)
     sample = fixed_sample(getattr(load_splits(recipe.task, recipe.data), split), rows)
     if not len(sample):

@@ -86,13 +86,19 @@ def save_start(model: PeftModel, folder: Path) -> bool:
     PiSSA, OLoRA, CorDA and LoRA-GA begin with s B A != 0 and subtract it from W0. What is saved in the end is the
     difference of two products, a plain LoRA adapter of twice the rank that fits the untouched W0.
     """
-    config: Any = model.peft_config["default"]
-    if config.use_dora or not str(config.init_lora_weights).startswith(_MOVES_BASE):
+    if not moves_base(model):
         return False
+    config: Any = model.peft_config["default"]
     init, config.init_lora_weights = config.init_lora_weights, True  # or loading it would change W0 once more
     model.save_pretrained(str(folder))
     config.init_lora_weights = init
     return True
+
+
+def moves_base(model: PeftModel) -> bool:
+    """Whether an adapter is saved as the difference to its starting values, with factors of twice the rank."""
+    config: Any = model.peft_config["default"]
+    return not config.use_dora and str(config.init_lora_weights).startswith(_MOVES_BASE)
 
 
 def save_difference(model: PeftModel, folder: Path, start: Path) -> None:

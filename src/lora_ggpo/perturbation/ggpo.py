@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .config import GGPOConfig
 from .layers import PerturbedLayer, find_layers
+from .noise import noise_table
 from .scales import ramp
 from .statistics import LayerGroup, grouped, summary
 
@@ -92,6 +93,17 @@ class GGPO:
         Empty until the first forward pass in training mode.
         """
         return summary(self._groups)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the method keeps: the ``table`` of noise that all layers read, row ``statistics``, and the
+        ``block`` of a noisy weight that is formed at a time. The first and the last are 0 if nothing was attached."""
+        layers = self.layers if self.config.sigma > 0 else []
+        tables = {layer.w0_norms.device for layer in layers if layer.noise == "table"}
+        return {
+            "table": sum(noise_table(device).nbytes for device in tables),
+            "statistics": sum(tensor.nbytes for group in self._groups for tensor in group.tensors()),
+            "block": max((layer.block_bytes() for layer in layers), default=0),
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """What exact resumption needs beyond the adapter: counters (int64) and ||G_i||^2 (m,) of each layer."""

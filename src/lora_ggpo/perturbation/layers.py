@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .config import NoiseChoice
-from .linear import perturbed_linear
+from .linear import largest_block, perturbed_linear
 from .noise import mix, noise_kind, row_blocks, row_signs
 
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
@@ -123,6 +123,11 @@ class PerturbedLayer:
             torch.mm(w0, columns, out_dtype=self.dtype, out=out)
         else:
             out.copy_(self._over_rows(lambda rows: rows @ columns))
+
+    def block_bytes(self) -> int:
+        """Bytes of the largest block of rows of W0 + eps that is formed at a time."""
+        entries, by_kernel = largest_block(self.m, self.n, self.noise, self.w0_norms.device)
+        return entries * (self.base.weight if by_kernel and not self.quantised else self.w0_norms).element_size()
 
     def takes_halves(self) -> bool:
         """Whether :meth:`times` takes columns in the 16 bits of W0: torch has that product on GPUs."""

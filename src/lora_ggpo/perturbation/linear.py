@@ -52,6 +52,13 @@ def perturbed_linear(
     return cast(Tensor, _PerturbedLinear.apply(x, weight, bias, scale, noise, seed, fan_in_fan_out))
 
 
+def largest_block(m: int, n: int, noise: NoiseKind, device: torch.device) -> tuple[int, bool]:
+    """Entries of the largest block of an (m, n) weight that is formed at a time, and whether the GPU kernel does it."""
+    if noise != "table" and has_kernel(device):
+        return min(m, max(1, _KERNEL_ENTRIES // n)) * n, True
+    return max(stop - start for start, stop in row_blocks(m, n, device)) * n, False
+
+
 class _PerturbedLinear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -32,6 +32,12 @@ class LayerGroup:
     def n(self) -> int:
         return self.layers[0].n
 
+    def tensors(self) -> list[Tensor]:
+        """All statistics that are kept, those of the layers included."""
+        own = (self.w0_norms, self.s, self.pending, self.gradient, self.weight, self.tau2, self.guided, self.gain)
+        layers = (tensor for layer in self.layers for tensor in (layer.w0_norms, layer.tau, layer.scale))
+        return [tensor for tensor in (*own, *layers) if tensor is not None]
+
     def refresh(self, config: GGPOConfig, factor: float) -> None:
         """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
         b, a = self._stacked([layer.factors() for layer in self.layers])

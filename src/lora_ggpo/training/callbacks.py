@@ -57,7 +57,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._task.begin(state.global_step)
-        reset_peak()
+        reset_peak(args.device)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_start = time.perf_counter()
@@ -93,7 +93,7 @@ class RunCallback(TrainerCallback):
         if not args.fp16 and not math.isfinite(logs.get("grad_norm", 0.0)):
             raise NonFiniteLossError(f"The gradient is not finite at step {state.global_step}")
         self._note = f"loss {logs['loss']:.4f}"
-        self._write({"step": state.global_step, **logs, "peak_memory_bytes": peak()})
+        self._write({"step": state.global_step, **logs, "peak_memory_bytes": peak(args.device)})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         wait_for_all()  # each process has a file of its own in it

@@ -1,4 +1,4 @@
-"""Peak memory: of the accelerator's tensors, or on Linux without one, of the process."""
+"""Memory of a device: of its tensors on a CUDA device, elsewhere, on Linux, of the process."""
 
 from __future__ import annotations
 
@@ -9,25 +9,48 @@ from pathlib import Path
 import torch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_MACHINE = Path("/proc/meminfo")
 
 
-def reset_peak() -> None:
+def reset_peak(device: torch.device) -> None:
     """Start measuring anew."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
         _release_freed_memory()
         _CLEAR.write_text("5")  # sets the high-water mark to what is resident now
 
 
-def peak() -> int | None:
+def peak(device: torch.device) -> int | None:
     """Bytes at the peak since `reset_peak`; None where the system does not tell."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if not _STATUS.exists():
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _kilobytes(_STATUS, "VmHWM")
+
+
+def held(device: torch.device) -> int | None:
+    """Bytes held now; None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    _release_freed_memory()
+    return _kilobytes(_STATUS, "VmRSS")
+
+
+def obtainable(device: torch.device) -> int | None:
+    """Bytes that this process could hold, with those it holds now; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free, own = _kilobytes(_MACHINE, "MemAvailable"), _kilobytes(_STATUS, "VmRSS")
+    return None if free is None or own is None else free + own
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    """The bytes that a line ``name: N kB`` of `file` states."""
+    if not file.exists():
         return None
-    marks = [line.split() for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    marks = [line.split() for line in file.read_text().splitlines() if line.startswith(f"{name}:")]
     return int(marks[0][1]) * 1024 if marks else None
 
 

@@ -220,6 +220,9 @@ class Recipe(BaseModel):
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")
     output: str = Field(min_length=1, description="Folder of the runs.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the model's weights.")
+    quantise: Literal["nf4", "int8"] | None = Field(
+        None, description="QLoRA: keep the linear layers of the model in 4 (nf4) or 8 bits (int8); null does not."
+    )
     validate_every: int | None = Field(
         None, gt=0, description="Optimizer steps between validations (at most 500 rows) during training; null is never."
     )
@@ -302,6 +305,7 @@ class Recipe(BaseModel):
             "seeds": [seed],
             "output": self.output,
             "dtype": self.dtype,
+            "quantise": self.quantise,
             "validate_every": self.validate_every,
             "stop_loss": self.stop_loss,
             "score_test": self.score_test,
@@ -360,6 +364,27 @@ def _freeze_problem(recipe: Recipe, freeze_body: bool) -> str | None:
     return None
 
 
+def _quantise_problem(recipe: Recipe, quantise: str) -> str | None:
+    if recipe.adapter is None:
+        return f"{quantise} needs an adapter, since quantised weights cannot be trained; set it to null, or an adapter"
+    fields = recipe.adapter_fields or {}
+    init = fields.get("init_lora_weights", True)
+    if init not in _INITS_BESIDE_W0:
+        return (
+            f"{quantise} keeps the weights as they are, but adapter.init_lora_weights {init} reads or changes them "
+            "unquantised; choose true, gaussian or eva"
+        )
+    if quantise == "int8" and fields.get("use_dora"):
+        return "int8 hides the scales of the weights from peft's DoRA; use nf4, or adapter.use_dora false"
+    if recipe.sam and recipe.sam.space == "weights":
+        return f"{quantise} keeps the weights as they are, but sam.space weights moves them; use space adapter"
+    return None
+
+
+_INITS_BESIDE_W0 = (True, False, "gaussian", "eva")
+"""Starting values for which peft neither decomposes nor writes W0."""
+
+
 def _task_problem(recipe: Recipe, task: TaskConfig) -> str | None:
     if task.packing and task.kind != "sft":
         return f"{task.kind} has no packing, which is for completions; leave out packing"
@@ -375,6 +400,7 @@ _NEEDS: dict[str, typing.Callable[[Recipe, Any], str | None]] = {
     "mgpo": _mgpo_problem,
     "optimizer": _optimizer_problem,
     "freeze_body": _freeze_problem,
+    "quantise": _quantise_problem,
     "stop_loss": lambda recipe, _: None if recipe.validate_every else "is looked at every validate_every steps: set it",
 }
 """Of a section that is used: what forbids it in this recipe, or None."""

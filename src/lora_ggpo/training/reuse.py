@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,22 @@ from lora_ggpo.training.run import find_runs, load_splits, load_trained, quiet_l
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Allowed difference of merged and unmerged logits, relative to the largest logit: rounding of the merged weights."""
+
+
+class Merged(NamedTuple):
+    """What merging did to the logits of a few probe texts.
+
+    Attributes:
+        difference: Largest difference of the merged model to the adapter on the same weights: rounding.
+        largest: Largest logit.
+        quantised: Of a run with a quantised model, its kind ("nf4", "int8") and the largest difference of the merged
+            model to the run itself: the merged model's weights are not quantised. None for other runs.
+    """
+
+    difference: float
+    largest: float
+    quantised: tuple[str, float] | None
+
 
 _PROBES = ["The film was a delight from start to finish.", "A dull, overlong mess.", "Two plus two is"]
 
@@ -44,11 +60,10 @@ def evaluate_run(folder: Path, on: str | None = None, reporter: Reporter | None 
     return plain(score.score(evaluation_sets(splits) if on is None else splits.out_of_domain, None))
 
 
-def merge_run(path: Path, out: Path) -> tuple[float, float]:
+def merge_run(path: Path, out: Path) -> Merged:
     """Merge the adapter of the run at `path` into its model and save model and tokenizer in `out`.
 
-    Returns:
-        The largest difference between merged and unmerged logits on a few probe texts, and the largest logit.
+    The model of a run that quantised it is loaded as it is without, in the recipe's dtype.
 
     Raises:
         UserError: several seeds and none chosen, full fine-tuning, `out` is in use, or the merged model computes
@@ -60,14 +75,15 @@ def merge_run(path: Path, out: Path) -> tuple[float, float]:
         raise UserError(f"{path} holds {len(runs)} runs; choose one, such as {runs[0].folder}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; choose a new folder.")
-    model, tokenizer, recipe, _ = load_trained(runs[0].folder)
+    model, tokenizer, recipe, _ = load_trained(runs[0].folder, quantised=False)
     if recipe.adapter is None:
         raise UserError(
             f"{runs[0].folder} is full fine-tuning: its model folder is complete, there is nothing to merge."
         )
     before = _logits(model, tokenizer)
     merged: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
-    difference = float((_logits(merged, tokenizer) - before).abs().max())
+    after = _logits(merged, tokenizer)
+    difference = float((after - before).abs().max())
     largest = float(before.abs().max())
     if not difference <= MERGE_TOLERANCE[merged.dtype] * max(largest, 1.0):
         raise UserError(
@@ -77,15 +93,20 @@ def merge_run(path: Path, out: Path) -> tuple[float, float]:
     with disk_errors(out), new_folder(out) as target:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    return difference, largest
+    if recipe.quantise is None:
+        return Merged(difference, largest, None)
+    del model, merged  # the quantised model is loaded beside nothing else
+    trained = _logits(load_trained(runs[0].folder)[0], tokenizer)
+    return Merged(difference, largest, (recipe.quantise, float((after - trained).abs().max())))
 
 
 def _logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    batch = tokenizer(_PROBES, padding=True, return_tensors="pt")
+    batch = tokenizer(_PROBES, padding=True, return_tensors="pt").to(next(model.parameters()).device)
     mask = batch["attention_mask"]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         inputs["decoder_input_ids"] = batch["input_ids"]  # the decoder reads the probes as well
     with torch.no_grad():
-        logits = model.eval()(**inputs).logits.float()
+        logits = model.eval()(**inputs).logits.float().cpu()
+    mask = mask.cpu()
     return logits * mask[..., None] if logits.dim() == 3 else logits  # what stands on padding does not matter

@@ -13,6 +13,7 @@ OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,9 @@ from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import OPTIMIZERS
-from lora_ggpo.models import add_adapter, freeze_body, load_model
+from lora_ggpo.models import add_adapter, count_parameters, freeze_body, load_model
 from lora_ggpo.perturbation.ascent import MGPO, SAM
+from lora_ggpo.quantise import Quantisation
 from lora_ggpo.report.plots import save_training_plot
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import check_packing, pack
@@ -135,8 +138,13 @@ def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
     return load_completion(data) if task.kind == "sft" else load_classification(data)
 
 
-def load_trained(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Recipe, list[str] | None]:
+def load_trained(
+    folder: Path, *, quantised: bool = True
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Recipe, list[str] | None]:
     """Load the trained model of a finished run, its tokenizer, recipe and labels.
+
+    Args:
+        quantised: Quantise the base model as the run did; False loads it in the recipe's dtype, under the same adapter.
 
     Raises:
         UserError: the run is unfinished, or its weights are missing.
@@ -146,7 +154,7 @@ def load_trained(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedT
         raise UserError(f"{folder} is not finished; give its `lora-ggpo train` command again to finish it.")
     recipe = parse_recipe(dump_yaml(run.recipe), str(folder / "recipe.yaml"))
     labels = read_json(folder / "data.json")["labels"]
-    model, tokenizer = _load_weights(recipe, labels, folder)
+    model, tokenizer = _load_weights(recipe, labels, folder, quantised)
     return model, tokenizer, recipe, labels
 
 
@@ -187,6 +195,11 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
         raise recipe.locate(UserError(f"training is rejected by transformers: {first.strip().rstrip('.')}.")) from error
 
 
+def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
+    """The sets that a run is scored on after training."""
+    return evaluation_sets(splits) if recipe.score_test else {"validation": splits.validation}
+
+
 def optimizer_steps(args: TrainingArguments, rows: int) -> int:
     """Optimizer steps of a run over `rows` training rows, in as many processes as there are."""
     if args.max_steps > 0:
@@ -199,7 +212,7 @@ def summary(recipe: dict[str, Any]) -> str:
     """The recipe of a run in a few lines."""
     data, adapter, ggpo, training = recipe["data"], recipe["adapter"], recipe["ggpo"], recipe["training"]
     lines = {
-        "model": recipe["model"],
+        "model": recipe["model"] + (f" in {recipe['quantise']}" if recipe.get("quantise") else ""),
         "task": recipe["task"]["kind"],
         "data": _short(data, ("source", "train_size", "label_noise", "out_of_domain")),
         "adapter": _short(adapter, tuple(adapter)) if adapter else "none (full fine-tuning)",
@@ -230,6 +243,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes each cast of each 8-bit layer
 
 
 # --- one run -------------------------------------------------------------------------------------------------------
@@ -279,7 +293,7 @@ def _defaults_filled_in(file: Path) -> dict[str, Any]:
 
 def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, splits: Splits, reporter: Reporter) -> None:
     if is_first():
-        _record_versions(folder)
+        _record_versions(recipe, folder)
         _record_data(folder, splits)
     task = recipe.task.for_labels(splits.labels)
     with two_stage_interrupt(
@@ -288,11 +302,34 @@ def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, spli
         model, tokenizer = _trained(recipe, args, folder, splits, task, stop, reporter)
     if not is_first():
         return
-    sets = evaluation_sets(splits) if recipe.score_test else {"validation": splits.validation}
-    scores = scorer(model, tokenizer, task, args, reporter).score(sets, _subfolder(folder, "predictions"))
+    scores = scorer(model, tokenizer, task, args, reporter).score(
+        scored_sets(recipe, splits), _subfolder(folder, "predictions")
+    )
     log = read_json_lines(folder / "log.jsonl")
     save_training_plot(log, folder / "training.png")
     write_json(folder / "metrics.json", {"evaluation": plain(scores), "training": _training_summary(log, model, args)})
+
+
+def untrained(
+    recipe: Recipe, args: TrainingArguments, splits: Splits, task: TaskConfig
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Dataset]:
+    """The model that a run begins with, on its device; its tokenizer, and the encoded training rows.
+
+    Raises:
+        UserError: the model, the adapter or the task does not fit the recipe.
+    """
+    set_seed(args.seed)  # decides the new head and the adapter's starting values
+    try:
+        base, tokenizer = load_model(
+            recipe.model, recipe.task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args)
+        )
+    except UserError as error:
+        raise recipe.locate(error) from error
+    rows = encode(task.kind, splits.train, tokenizer, task)
+    if task.packing:
+        check_packing(base)
+        rows = pack(rows, task.max_length)
+    return _trainable(recipe, args, base, rows, collator(task.kind, tokenizer)), tokenizer, rows
 
 
 def _trained(
@@ -307,23 +344,17 @@ def _trained(
     """Train, or load what an earlier call trained."""
     name = _weights_name(recipe)
     if (folder / name).is_dir():
-        return _load_weights(recipe, splits.labels, folder)
+        return _load_weights(recipe, splits.labels, folder, quantised=True)
     checkpoints = Path(str(args.output_dir))
     if is_first():
         remove_broken(checkpoints)
     wait_for_all()
     checkpoint = last_whole(checkpoints)
-    set_seed(args.seed)  # decides the new head and the adapter's starting values
-    base, tokenizer = load_model(recipe.model, recipe.task.kind, splits.labels, recipe.dtype)
-    rows = encode(task.kind, splits.train, tokenizer, task)
-    if task.packing:
-        check_packing(base)
-        rows = pack(rows, task.max_length)
-    model = _trainable(recipe, args, base, rows, collator(task.kind, tokenizer))
+    model, tokenizer, rows = untrained(recipe, args, splits, task)
     start = folder / "start"
     moved = model if isinstance(model, PeftModel) and is_first() and save_start(model, start) else None
     score = scorer(model, tokenizer, task, args, reporter)
-    trainer = _trainer(recipe, model, tokenizer, args, rows)
+    trainer = make_trainer(recipe, model, tokenizer, args, rows)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
     enough = partial(_enough, recipe)
     log = read_json_lines(folder / "log.jsonl")
@@ -398,13 +429,14 @@ def _trainable(
         raise recipe.locate(error) from error
 
 
-def _trainer(
+def make_trainer(
     recipe: Recipe,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     args: TrainingArguments,
     rows: Dataset,
 ) -> RunTrainer:
+    """The Trainer that trains `model` on encoded `rows` by the recipe's method; it keeps no log of its own."""
     ggpo, optimizer = recipe.ggpo_config(args.seed), recipe.optimizer
     callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
     args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
@@ -463,16 +495,24 @@ def _weights_name(recipe: Recipe) -> str:
 
 
 def _load_weights(
-    recipe: Recipe, labels: list[str] | None, folder: Path
+    recipe: Recipe, labels: list[str] | None, folder: Path, quantised: bool
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     weights = folder / _weights_name(recipe)
     if not list(weights.glob("*.safetensors")):
         raise UserError(f"{weights} has no .safetensors file; other weight formats are not read.")
     if recipe.adapter is None:
         return load_model(str(weights), recipe.task.kind, labels, recipe.dtype)
-    model, tokenizer = load_model(recipe.model, recipe.task.kind, labels, recipe.dtype)
+    quantisation = _quantisation(recipe, training_arguments(recipe, folder, recipe.seeds[0])) if quantised else None
+    model, tokenizer = load_model(recipe.model, recipe.task.kind, labels, recipe.dtype, quantisation)
     # Trainable as in training, so that the parameters that were trained can be counted.
     return PeftModel.from_pretrained(model, weights, is_trainable=True), tokenizer
+
+
+def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | None:
+    if recipe.quantise is None:
+        return None
+    compute = torch.bfloat16 if args.bf16 else torch.float32
+    return Quantisation(recipe.quantise, compute, args.device, bool(args.gradient_checkpointing))
 
 
 def _subfolder(folder: Path, name: str) -> Path:
@@ -480,9 +520,10 @@ def _subfolder(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _record_versions(folder: Path) -> None:
+def _record_versions(recipe: Recipe, folder: Path) -> None:
+    quantiser = {"bitsandbytes": version("bitsandbytes")} if recipe.quantise and find_spec("bitsandbytes") else {}
     machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
-    write_json(folder / "versions.json", {**versions(), **machine})
+    write_json(folder / "versions.json", {**versions(), **quantiser, **machine})
 
 
 def _record_data(folder: Path, splits: Splits) -> None:
@@ -499,12 +540,13 @@ def _record_data(folder: Path, splits: Splits) -> None:
 
 def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module, args: TrainingArguments) -> dict[str, Any]:
     last = max(log, key=lambda row: row["step"], default={"step": 0, "seconds": 0.0})
+    trained, parameters = count_parameters(model)
     return {
         "steps": last["step"],
         "processes": args.world_size,
         "seconds": last["seconds"],
         "seconds_per_step": round(last["seconds"] / max(last["step"], 1), 5),
         "peak_memory_bytes": max((row.get("peak_memory_bytes") or 0 for row in log), default=0) or None,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": trained,
+        "parameters": parameters,
     }

@@ -1,0 +1,385 @@
+"""What a run will take, from a few of its steps: parameters, memory, time, disk, and the largest batch that fits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from lora_ggpo.data import Splits
+from lora_ggpo.errors import UserError
+from lora_ggpo.integrations.trainer import GGPOCallback
+from lora_ggpo.methods.initialise import moves_base
+from lora_ggpo.models import count_parameters
+from lora_ggpo.quantise import stored_bytes
+from lora_ggpo.tasks import TaskConfig
+from lora_ggpo.training.evaluation import fixed_sample
+from lora_ggpo.training.memory import held, obtainable, peak, reset_peak
+from lora_ggpo.training.progress import Reporter, Task
+from lora_ggpo.training.recipe import Recipe
+from lora_ggpo.training.run import (
+    VALIDATION_ROWS,
+    load_splits,
+    make_trainer,
+    optimizer_steps,
+    quiet_libraries,
+    scored_sets,
+    scorer,
+    training_arguments,
+    untrained,
+)
+from lora_ggpo.training.trainer import EpochSampler, RunTrainer
+
+WARM_UP = 2
+"""Steps on the longest rows that come first: the second finds the peak of memory, with the optimizer's state there."""
+
+PROBE_SECONDS = 45.0
+"""Time after which no further step is begun, once one has been timed."""
+
+SCORED_ROWS = 64
+"""Rows that the time of scoring is taken from."""
+
+LEFT_FREE = 0.1
+"""Share of the memory that a batch is not expected to fill: allocators cannot use all of it."""
+
+_SMALLEST_DIFFERENCE = 2**20  # bytes; what two peaks differ by without any cause
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take; times are in seconds, sizes in bytes.
+
+    Attributes:
+        parameters: Of the model and its adapter; of quantised weights those that they stand for.
+        trained: Those that are trained.
+        perturbed: Layers with noise; None without GGPO.
+        memory: The measured peak by parts, which sum to it; None where the system does not tell.
+        step_seconds: Of each timed optimizer step.
+        tokens_a_second: Tokens of the timed steps, without padding.
+        steps: Optimizer steps of the whole run.
+        rows: Training rows (packed rows with task.packing).
+        seeds: Number of such runs in the recipe.
+        validations: Number of validations during training.
+        validation_seconds: Of all of these.
+        scoring_seconds: Of the sets that are scored in the end.
+        weights_size: Of the saved adapter (model with full fine-tuning) and its tokenizer.
+        checkpoint_size: Of one checkpoint.
+        checkpoints: How many are there in the end.
+        batch: Rows of a batch in the recipe.
+        obtainable: Memory that the run could have.
+        largest_batch: Rows that are expected to fit in it; None if the probes do not tell.
+    """
+
+    parameters: int
+    trained: int
+    perturbed: int | None
+    memory: dict[str, int] | None
+    step_seconds: list[float]
+    tokens_a_second: float
+    steps: int
+    rows: int
+    seeds: int
+    validations: int
+    validation_seconds: float
+    scoring_seconds: float
+    weights_size: int
+    checkpoint_size: int
+    checkpoints: int
+    batch: int
+    obtainable: int | None
+    largest_batch: int | None
+
+    @property
+    def training_seconds(self) -> float:
+        """Of all optimizer steps: the timed ones stand for equal shares of them."""
+        return statistics.mean(self.step_seconds) * self.steps
+
+
+def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
+    """Take a few optimizer steps as a run of `recipe` with its first seed would, and leave nothing on disk.
+
+    Args:
+        steps: Steps to time, after `WARM_UP` others.
+
+    Raises:
+        UserError: bad input, as `train` finds it, or not enough memory.
+    """
+    quiet_libraries()
+    splits = load_splits(recipe.task, recipe.data)
+    with tempfile.TemporaryDirectory(prefix="lora-ggpo-") as folder, _one_sentence(recipe):
+        args = training_arguments(recipe, Path(folder), recipe.seeds[0])
+        return _forecast(recipe, args, splits, steps, reporter)
+
+
+def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: int, reporter: Reporter) -> Forecast:
+    task = recipe.task.for_labels(splits.labels)
+    limit, before = obtainable(args.device), held(args.device)
+    model, tokenizer, rows = untrained(recipe, args, splits, task)
+    probe = _Probe(recipe, args, model, tokenizer, rows)
+    full = probe.measure(args.per_device_train_batch_size, steps, reporter)
+    total = optimizer_steps(args, len(rows))
+    parameters = count_parameters(model)
+    smaller, peaks = probe.other_batch(full.batch), {full.batch: full.peak}
+    peaks[smaller] = probe.measure(smaller, 0, reporter).peak
+    sizes = _sizes(model, tokenizer, Path(str(args.output_dir)) / "tokenizer")
+    validations, validation_rows, scored_rows = _scored(recipe, splits, total)
+    row_seconds = _row_seconds(model, tokenizer, task, args, splits)
+    return Forecast(
+        parameters=parameters[1],
+        trained=parameters[0],
+        perturbed=full.perturbed,
+        memory=_by_parts(full, before),
+        step_seconds=full.seconds,
+        tokens_a_second=full.tokens / sum(full.seconds),
+        steps=total,
+        rows=len(rows),
+        seeds=len(recipe.seeds),
+        validations=validations,
+        validation_seconds=validations * validation_rows * row_seconds,
+        scoring_seconds=scored_rows * row_seconds,
+        weights_size=sizes,
+        checkpoint_size=sizes + full.parts["optimizer state"],
+        checkpoints=_checkpoints(recipe, args, total),
+        batch=full.batch,
+        obtainable=limit,
+        largest_batch=largest_batch(peaks, limit),
+    )
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One series of steps: `parts` are bytes that are known by count, `tokens` those of the timed steps."""
+
+    batch: int
+    peak: int | None
+    seconds: list[float]
+    tokens: int
+    parts: dict[str, int]
+    perturbed: int | None
+
+
+class _Probe:
+    """Takes optimizer steps with batches of any size on one model."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        args: TrainingArguments,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+    ) -> None:
+        self._recipe, self._args, self._model, self._tokenizer, self._rows = recipe, args, model, tokenizer, rows
+        self._lengths: list[int] = list(rows["length"])
+
+    def other_batch(self, batch: int) -> int:
+        """Half of `batch`, which needs no more memory, or twice."""
+        return batch // 2 if batch > 1 else 2
+
+    def measure(self, batch: int, steps: int, reporter: Reporter) -> _Measured:
+        """Take `WARM_UP` steps on the longest rows and `steps` on rows of all lengths, of `batch` rows at a time."""
+        args = copy.copy(self._args)
+        batch = args.per_device_train_batch_size = min(batch, len(self._lengths))
+        args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, -(-len(self._lengths) // batch))
+        args.max_steps = WARM_UP + steps
+        args.save_strategy, args.logging_strategy = SaveStrategy.NO, IntervalStrategy.NO
+        args.train_sampling_strategy = "sequential"
+        size = batch * args.gradient_accumulation_steps
+        chosen = [longest_rows(self._lengths, size)] * WARM_UP + self._typical(size, steps)
+        rows = self._rows.select([row for step in chosen for row in step])
+        trainer = make_trainer(self._recipe, self._model, self._tokenizer, args, rows)
+        with reporter.task(f"probe with {batch} rows a batch") as shown:
+            clock = _Clock(shown)
+            trainer.add_callback(clock)
+            trainer.train()
+        timed = clock.seconds[WARM_UP:]
+        done = chosen[WARM_UP : WARM_UP + len(timed)]
+        tokens = sum(self._lengths[row] for step in done for row in step)
+        ggpo = _ggpo(trainer)
+        measured = _Measured(batch, clock.peak, timed, tokens, _parts(trainer), ggpo and len(ggpo.layers))
+        trainer.accelerator.free_memory()
+        self._model.zero_grad(set_to_none=True)
+        del trainer
+        gc.collect()
+        return measured
+
+    def _typical(self, size: int, steps: int) -> list[list[int]]:
+        """Rows of `steps` steps of an epoch that stand for equal shares of it by length, the middle ones first."""
+        grouped = self._args.train_sampling_strategy == "group_by_length"
+        order = list(EpochSampler(self._lengths, self._args.seed, size if grouped else None))
+        whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        whole = whole or [[order[index % len(order)] for index in range(size)]]
+        whole.sort(key=lambda step: sum(self._lengths[row] for row in step))
+        shares = sorted(((index + 0.5) / steps for index in range(steps)), key=lambda share: abs(share - 0.5))
+        return [whole[int(share * len(whole))] for share in shares]
+
+
+def longest_rows(lengths: list[int], size: int) -> list[int]:
+    """The `size` longest rows; where there are fewer, some of them again."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [order[index % len(order)] for index in range(size)]
+
+
+class _Clock(TrainerCallback):
+    """Times optimizer steps, with the loading of their rows; ends the training when it has taken long enough."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self._last, self._deadline = task, 0.0, 0.0
+        self.seconds: list[float] = []
+        self.peak: int | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._task.begin(0)
+        reset_peak(args.device)
+        self._last = time.perf_counter()
+        self._deadline = self._last + PROBE_SECONDS
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+        self._task.update(state.global_step, state.max_steps)
+        control.should_training_stop |= now > self._deadline and state.global_step > WARM_UP
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.peak = peak(args.device)
+
+
+@contextmanager
+def _one_sentence(recipe: Recipe) -> Iterator[None]:
+    """Turn a lack of memory into one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        batch = recipe.training_fields["per_device_train_batch_size"]
+        raise UserError(
+            f"The memory is full with training.per_device_train_batch_size {batch} and task.max_length "
+            f"{recipe.task.max_length}; lower one of them, or set training.gradient_checkpointing: true."
+        ) from error
+
+
+# --- memory and disk -----------------------------------------------------------------------------------------------
+
+
+def _parts(trainer: RunTrainer) -> dict[str, int]:
+    """Bytes of what a training step needs and can be counted; the gradient of a parameter has its type."""
+    model: Any = trainer.model
+    frozen = sum(stored_bytes(p) for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    optimizer: Any = trainer.optimizer
+    state = {id(t): t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor) and t.dim() > 0}
+    parts = {
+        "frozen weights": frozen + sum(buffer.nbytes for buffer in model.buffers()),
+        "trained parameters": trained,
+        "gradients": trained,
+        "optimizer state": sum(tensor.nbytes for tensor in state.values()),
+    }
+    ggpo = _ggpo(trainer)
+    return parts | ({f"GGPO: {name}": size for name, size in ggpo.memory().items()} if ggpo else {})
+
+
+def _ggpo(trainer: RunTrainer) -> Any:
+    return next((one.ggpo for one in trainer.callback_handler.callbacks if isinstance(one, GGPOCallback)), None)
+
+
+def _by_parts(measured: _Measured, before: int | None) -> dict[str, int] | None:
+    """The peak by parts; `before` is what was held before the model was loaded."""
+    if measured.peak is None or before is None:
+        return None
+    known = {**measured.parts, "Python, libraries and data": before}
+    return {**known, "activations and the rest": measured.peak - sum(known.values())}
+
+
+def largest_batch(peaks: dict[int, int | None], limit: int | None) -> int | None:
+    """Rows of a batch that are expected to fit, from the peaks of two batches: peak = fixed + rows x slope.
+
+    Args:
+        peaks: Bytes by rows of a batch.
+        limit: Bytes that there are; `LEFT_FREE` of them are left free.
+
+    Returns:
+        0 if not one row is expected to fit; None if it cannot be told.
+    """
+    (few, low), (many, high) = sorted(peaks.items())[0], sorted(peaks.items())[-1]
+    if limit is None or low is None or high is None or few == many or high - low < _SMALLEST_DIFFERENCE:
+        return None
+    slope = (high - low) / (many - few)
+    return max(0, math.floor((limit * (1 - LEFT_FREE) - high) / slope + many))
+
+
+def _sizes(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+    """Bytes of a saved adapter, or model, with its tokenizer."""
+    tokenizer.save_pretrained(folder)
+    files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if not isinstance(model, PeftModel):
+        return files + sum(p.nbytes for p in model.parameters())
+    saved = peft.get_peft_model_state_dict(model)
+    twice = moves_base(model)  # saved as a difference of two products
+    return files + sum(t.nbytes * (2 if twice and "lora_" in name else 1) for name, t in saved.items())
+
+
+def _checkpoints(recipe: Recipe, args: TrainingArguments, steps: int) -> int:
+    """Checkpoints that are there as a run ends."""
+    if recipe.adalora:
+        return 0
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
+    keep = recipe.training_fields["save_total_limit"]
+    made = math.ceil(steps / every)
+    return min(made, keep) if keep else made
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+
+def _scored(recipe: Recipe, splits: Splits, steps: int) -> tuple[int, int, int]:
+    """Validations during training, rows of each, and rows that are scored after it."""
+    count = steps // recipe.validate_every if recipe.validate_every else 0
+    sets = [splits.validation, *([splits.train] if recipe.stop_loss else [])]
+    rows = sum(min(len(one), VALIDATION_ROWS) for one in sets)
+    return count, rows, sum(len(one) for one in scored_sets(recipe, splits).values())
+
+
+def _row_seconds(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskConfig,
+    args: TrainingArguments,
+    splits: Splits,
+) -> float:
+    """Seconds to score a row, from a sample."""
+    score = scorer(model, tokenizer, task, args, Reporter(quiet=True))
+    sample = score.encode(fixed_sample(splits.validation if len(splits.validation) else splits.train, SCORED_ROWS))
+    start = time.perf_counter()
+    score.quick(sample)
+    return (time.perf_counter() - start) / len(sample)
