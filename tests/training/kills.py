@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def _live(work, folder, way, seconds, chance):
                 _kill_at(folder, way, nth)
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     if way == "delay":

@@ -483,7 +483,7 @@ def _check_weights(weights: Path, metrics: dict[str, Any]) -> None:
     for name, digest_then in metrics.get("weights", {}).items():
         file = weights / name
         if not file.is_file():
-            raise UserError(f"{file} is missing; the run ended with it.")
+            raise UserError(f"{file} is missing; the run ended with it, and other weight formats are not read.")
         if digests([file], weights)[name] != digest_then:
             raise UserError(f"{file} is damaged: it is not what the run ended with.")
 
