@@ -79,7 +79,7 @@ def main(folder, model):
 
 def _live(work, folder, way, seconds, chance):
     """Do `work` in a child until it is killed in the given `way`; return whether it was, or finished before that."""
-    delay, nth, size = chance.uniform(0, seconds), chance.randint(1, 8), chance.randint(0, 200)
+    delay, nth, size = chance.uniform(0, seconds / 3), chance.randint(1, 8), chance.randint(0, 200)
     child = os.fork()
     if child == 0:
         code = 1
