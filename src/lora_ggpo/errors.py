@@ -4,8 +4,12 @@
 class UserError(Exception):
     """Bad input: its message says in one sentence what is wrong, where, and what to do.
 
-    The command line prints the message alone and exits with code 2; library callers may catch it.
+    The command line prints the message alone and exits with code 2; library callers may catch it. The message is one
+    line whatever it quotes: line breaks and other control characters of a file's content are shown as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class DivergedError(UserError):

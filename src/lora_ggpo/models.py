@@ -53,6 +53,8 @@ _PEFT_TASKS: dict[TaskKind, str] = {
     "sft": "CAUSAL_LM",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What the libraries raise for a damaged file: it may hold anything, where they expect a certain structure.
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 # Tokenizers that know no limit carry int(1e30); anything above this is no real limit.
 _NO_LENGTH_LIMIT = 10**9
 
@@ -108,7 +110,7 @@ def load_model(
             "a folder with save_pretrained first (docs/recipes.md shows how), and give that folder."
         )
     options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
-    with _one_sentence(name), _quiet():
+    with _one_sentence("model", name), _quiet():
         config = AutoConfig.from_pretrained(source, **options, **_label_names(kind, labels))
         _check_type(name, kind, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -152,6 +154,16 @@ def add_adapter(
         return initialised(model, LoraConfig(**with_init_config(fields)), batches)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, re.error) as error:
         raise UserError(_why_not_built(model, fields, error)) from error
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the saved adapter in `folder` on `model`, trainable as in training.
+
+    Raises:
+        UserError: it cannot be read, or is not for such a model.
+    """
+    with _one_sentence("adapter", str(folder)):
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -336,15 +348,15 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
-    """Turn what the libraries raise for an unreadable model into one sentence."""
+def _one_sentence(what: str, name: str) -> Iterator[None]:
+    """Turn what the libraries raise for an unreadable model or adapter into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(_why_not_loaded(name, error)) from error
+    except _UNREADABLE as error:
+        raise UserError(_why_not_loaded(what.capitalize(), name, error)) from error
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
+def _why_not_loaded(what: str, name: str, error: Exception) -> str:
     causes = list(_chain(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return f"Model {name!r} is gated on the hub; accept its terms there and log in with: hf auth login"
@@ -357,7 +369,7 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         )
     if "trust_remote_code" in str(error):
         return f"Model {name!r} needs code from its repository, which is never run here; choose another model."
-    return f"Model {name!r} cannot be loaded: {_first_sentence(error)}"
+    return f"{what} {name!r} cannot be loaded: {_first_sentence(error)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,4 +1,6 @@
-from lora_ggpo.training.checkpoints import last_whole, remove_broken, seal
+import pytest
+
+from lora_ggpo.training.checkpoints import is_whole, last_whole, remove_broken, seal
 
 
 def _checkpoint(folder, step):
@@ -17,7 +19,7 @@ def test_newest_whole_checkpoint_is_found(tmp_path):
     assert last_whole(tmp_path) == short
     (short / "weights").write_bytes(b"x" * 99)
     assert last_whole(tmp_path) == whole
-    remove_broken(tmp_path)
+    assert remove_broken(tmp_path) == whole
     assert [path for path in (whole, short, unsealed) if path.exists()] == [whole]
 
 
@@ -29,3 +31,25 @@ def test_old_checkpoints_go_when_a_new_one_is_sealed(tmp_path):
     assert not first.exists()
     assert last_whole(tmp_path) == second
     assert not (second / "training_args.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "weights").write_bytes(b"x" * 50 + b"y" + b"x" * 49),
+        lambda folder: (folder / "weights").write_bytes(b"x" * 99),
+        lambda folder: (folder / "weights").unlink(),
+        lambda folder: (folder / "optimizer.pt").write_bytes(b"more"),
+        lambda folder: (folder / "sealed.json").write_bytes(b'{"weights": 100}'),
+        lambda folder: (folder / "sealed.json").write_bytes(b"[" * 100_000),
+        lambda folder: (folder / "sealed.json").unlink(),
+    ],
+)
+def test_any_change_breaks_a_checkpoint(tmp_path, change):
+    checkpoint = _checkpoint(tmp_path, 1)
+    seal(checkpoint, keep=None)
+    assert is_whole(checkpoint)
+    change(checkpoint)
+    assert not is_whole(checkpoint)
+    assert remove_broken(tmp_path) is None
+    assert not checkpoint.exists()

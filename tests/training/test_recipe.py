@@ -94,7 +94,7 @@ def test_schema_has_every_field_that_can_be_set():
     lora = {field.name for field in dataclasses.fields(LoraConfig)}
     assert lora - set(definitions["AdapterFields"]["properties"]) == {
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "runtime_config"),
+        *("inference_mode", "runtime_config", "arrow_config"),
     }
     training = set(definitions["TrainingFields"]["properties"])
     assert training < {field.name for field in dataclasses.fields(TrainingArguments)}

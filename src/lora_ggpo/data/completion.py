@@ -64,7 +64,7 @@ def _single_turns(columns: dict[str, list[Any]], table: Table) -> dict[str, list
 
 def _alpaca_prompts(table: Table) -> list[str]:
     instructions = table.texts("instruction", "prompt")
-    inputs = table.columns.get("input", [None] * len(table))
+    inputs = table.values("input") if "input" in table.columns else [None] * len(table)
     return [
         f"{instruction}\n\n{table.checked_text(given, 'input', row)}" if given else instruction
         for row, (instruction, given) in enumerate(zip(instructions, inputs, strict=True))

@@ -16,7 +16,7 @@ def is_unlabelled(table: Table, column: str, classes: Collection[str]) -> bool:
 
     Where -1 is one of the `classes` of the training data, it is a label.
     """
-    values = {str(value) for value in table.columns.get(column, ())}
+    values = {str(value) for value in table.values(column)} if column in table.columns else set()
     return values <= _WITHHELD and not values & set(classes)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import datasets
+import pyarrow
 
 from lora_ggpo.errors import UserError
 
@@ -57,7 +58,18 @@ class Table:
                 f"{self.origin} has no column {name!r}, its columns are {', '.join(self.columns)}{hint} "
                 f"Name the column with data.{setting}."
             )
-        return list(self.columns[name][:])  # the slice is what a datasets.Column reads in one go
+        return self.values(name)
+
+    def values(self, name: str) -> list[Any]:
+        """Return the values of a column that is there.
+
+        Raises:
+            UserError: they have no form in Python, such as a date in the year 100000.
+        """
+        try:
+            return list(self.columns[name][:])  # the slice is what a datasets.Column reads in one go
+        except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+            raise UserError(f"{self.origin}: the values of column {name!r} cannot be read ({error}).") from error
 
     def texts(self, name: str, setting: str) -> list[str]:
         """Return a column of text.
@@ -88,7 +100,7 @@ class Table:
 
     def ids(self) -> list[str]:
         """Return the "id" column as text if every row has one, else "origin:position"."""
-        given = self.columns.get("id", [None] * len(self))[:]
+        given = self.values("id") if "id" in self.columns else [None] * len(self)
         if all(isinstance(value, int | str) and _encodable(str(value)) for value in given):
             return [str(value) for value in given]
         name = self.origin.replace("\\", "/").rpartition("/")[2]

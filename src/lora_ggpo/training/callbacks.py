@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.training.checkpoints import seal
-from lora_ggpo.training.files import read_json_lines, write_json_lines
+from lora_ggpo.training.files import flush_to_disk, read_json_lines, write_json_lines
 from lora_ggpo.training.interrupt import StopRequest
 from lora_ggpo.training.memory import peak, reset_peak
 from lora_ggpo.training.progress import Task
@@ -63,7 +65,7 @@ class RunCallback(TrainerCallback):
         self._step_start = time.perf_counter()
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self._seconds += time.perf_counter() - self._step_start
         self._task.update(state.global_step, state.max_steps, self._note)
@@ -72,6 +74,8 @@ class RunCallback(TrainerCallback):
             control.should_save = args.save_strategy != SaveStrategy.NO
         if control.should_save:
             control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
+        if control.should_save or state.global_step >= state.max_steps:
+            _check_finite(kwargs["model"], state.global_step)
         if self._validate_every and state.global_step % self._validate_every == 0:
             measured = self._validate()
             if measured:
@@ -98,6 +102,7 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         wait_for_all()  # each process has a file of its own in it
         if is_first():
+            flush_to_disk(self._log)  # a power cut must not take lines that a resumed run does not write again
             seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._keep)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -105,3 +110,10 @@ class RunCallback(TrainerCallback):
             return
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "seconds": round(self._seconds, 3)}) + "\n")
+
+
+def _check_finite(model: nn.Module, step: int) -> None:
+    """Keep lost weights out of checkpoints and adapters: without clipping, nobody looks at the gradient's norm."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise NonFiniteLossError(f"The weights of {name} are not finite after step {step}")

@@ -1,19 +1,23 @@
 """Checkpoints that are known to be whole.
 
-Trainer writes a checkpoint file by file. A seal, written last, lists the files and their sizes; only a checkpoint that
-agrees with its seal is resumed from, and older ones go only when a newer one is sealed.
+Trainer writes a checkpoint file by file. A seal, written last, lists the files and their digests; only a checkpoint
+that agrees with its seal is resumed from, and older ones go only when a newer one is sealed.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lora_ggpo.training.files import write_json
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.files import digests, flush_to_disk, write_json
 
 SEAL = "sealed.json"
 
@@ -22,17 +26,19 @@ def seal(checkpoint: Path, keep: int | None) -> None:
     """Mark `checkpoint` as whole and delete all but the `keep` newest (None or 0 keeps all)."""
     # Trainer pickles its arguments beside the weights; nothing here reads them, and nobody should.
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in _files(checkpoint)}
-    write_json(checkpoint / SEAL, sizes)
+    files = _files(checkpoint)
+    for file in files:
+        flush_to_disk(file)  # Trainer leaves that to the system, and the older checkpoints are about to go
+    write_json(checkpoint / SEAL, digests(files, checkpoint))
     rotate_checkpoints(str(checkpoint.parent), save_total_limit=keep)
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that was sealed is there, in full length."""
+    """Whether the files are those that were sealed, with the same content: sizes would not tell after a power cut."""
     try:
-        sizes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return bool(sealed == digests(_files(checkpoint), checkpoint))
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -43,13 +49,39 @@ def step_of(checkpoint: Path) -> int:
 
 def last_whole(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, if any."""
-    return max(filter(is_whole, _checkpoints(folder)), key=step_of, default=None)
+    newest_first = sorted(_checkpoints(folder), key=step_of, reverse=True)
+    return next(filter(is_whole, newest_first), None)
 
 
-def remove_broken(folder: Path) -> None:
-    """Delete checkpoints that are not whole: they would count when older ones are deleted."""
+def remove_broken(folder: Path) -> Path | None:
+    """Delete checkpoints that are not whole, which would count when older ones are deleted; return the newest left."""
+    whole = []
     for checkpoint in _checkpoints(folder):
-        if not is_whole(checkpoint):
+        if is_whole(checkpoint):
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return max(whole, key=step_of, default=None)
+
+
+@contextmanager
+def refused(checkpoint: Path | None) -> Iterator[None]:
+    """Say in one sentence that `checkpoint` cannot be read: somebody made it, and its seal, by other means.
+
+    torch loads with ``weights_only``, which raises UnpicklingError where a pickle would run code.
+    """
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"{checkpoint} holds more or less than tensors and is not read; delete it to go on from the one before."
+        ) from error
+
+
+def remove_unsealed(folder: Path) -> None:
+    """Delete the checkpoint that was being written when training stopped: its disk space may be needed."""
+    for checkpoint in _checkpoints(folder):
+        if not (checkpoint / SEAL).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -59,4 +91,4 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [Path(parent) / name for parent, _, names in os.walk(folder) for name in names if name != SEAL]
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]

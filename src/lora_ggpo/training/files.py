@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,10 @@ from lora_ggpo.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What safetensors and torch.save say instead of raising an OSError with its number.
-_NO_SPACE_WORDS = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "Disk quota exceeded")
+_NO_SPACE_WORDS = (
+    *("No space left on device", "os error 28", "Disk quota exceeded"),
+    *("PytorchStreamWriter failed", "basic_ios::clear: iostream error"),
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,20 +59,41 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: it is not JSON.") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line; a last line that was cut short is left out, a missing file is empty."""
+    """Read a file of one JSON object a line, as far as it is whole: a crash may have cut the last ones.
+
+    A missing file is empty.
+    """
     rows: list[dict[str, Any]] = []
     content = path.read_bytes() if path.is_file() else b""
     for line in content.decode(errors="replace").split("\n"):  # strings may hold the other line breaks of Unicode
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until what was written to `path` is on the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+    """The sha256 of each of `paths`, by its place in `folder`."""
+    found = {}
+    for path in paths:
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 @contextmanager
@@ -79,6 +104,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     finally:

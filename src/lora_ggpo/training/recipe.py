@@ -56,6 +56,7 @@ _ADAPTER_OWNED = dict.fromkeys(
 ) | {
     "inference_mode": "training needs it off",
     "runtime_config": "it is not part of an adapter",
+    "arrow_config": "it routes between adapters that are trained already",
     "total_step": "the number of steps of the run sets it",
     "target_r": "it is adapter.r",
 }

@@ -28,7 +28,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import yaml
 from datasets import Dataset
 from peft import PeftModel
 from transformers import (
@@ -47,16 +46,17 @@ from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import OPTIMIZERS
-from lora_ggpo.models import add_adapter, count_parameters, freeze_body, load_model
+from lora_ggpo.models import add_adapter, count_parameters, freeze_body, load_adapter, load_model
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.quantise import Quantisation
 from lora_ggpo.report.plots import save_training_plot
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.training.callbacks import RunCallback
-from lora_ggpo.training.checkpoints import last_whole, remove_broken, step_of
+from lora_ggpo.training.checkpoints import last_whole, refused, remove_broken, remove_unsealed, step_of
 from lora_ggpo.training.evaluation import Scorer, evaluation_sets, fixed_sample, plain
 from lora_ggpo.training.files import (
+    digests,
     disk_errors,
     locked,
     new_folder,
@@ -68,11 +68,12 @@ from lora_ggpo.training.files import (
 from lora_ggpo.training.interrupt import Interrupted, StopRequest, two_stage_interrupt
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.ranks import is_first, wait_for_all
-from lora_ggpo.training.recipe import Recipe, dump_yaml, parse_recipe
-from lora_ggpo.training.source import flatten
+from lora_ggpo.training.recipe import Recipe, dump_yaml, load_recipe
+from lora_ggpo.training.source import flatten, read_source
 from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
 
 VALIDATION_ROWS = 500
+_SECTIONS = ("task", "data", "adapter", "ggpo", "training")
 _OTHERS = ("sam", "mgpo", "optimizer")
 _LIBRARIES = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 
@@ -110,12 +111,17 @@ def read_run(folder: Path) -> Run:
     """Read one run folder (``.../seed-0``).
 
     Raises:
-        UserError: it is no run folder.
+        UserError: it is no run folder, or its files are damaged.
     """
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.yaml; give a folder that `lora-ggpo train` made.")
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_source(folder / "recipe.yaml").values
+    damaged = next((name for name in _SECTIONS if not isinstance(recipe.get(name, ""), dict | None)), None)
+    if damaged:
+        raise UserError(f"{folder / 'recipe.yaml'} is damaged: it has no {damaged}.")
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    if metrics is not None and not (isinstance(metrics, dict) and {"evaluation", "training"} <= metrics.keys()):
+        raise UserError(f"{folder / 'metrics.json'} is damaged: it holds no metrics.")
     return Run(folder, recipe, read_json_lines(folder / "log.jsonl"), metrics)
 
 
@@ -147,13 +153,17 @@ def load_trained(
         quantised: Quantise the base model as the run did; False loads it in the recipe's dtype, under the same adapter.
 
     Raises:
-        UserError: the run is unfinished, or its weights are missing.
+        UserError: the run is unfinished, or its weights are missing or not those that it ended with.
     """
     run = read_run(folder)
     if run.metrics is None:
         raise UserError(f"{folder} is not finished; give its `lora-ggpo train` command again to finish it.")
-    recipe = parse_recipe(dump_yaml(run.recipe), str(folder / "recipe.yaml"))
-    labels = read_json(folder / "data.json")["labels"]
+    recipe = load_recipe(folder / "recipe.yaml")
+    data = read_json(folder / "data.json")
+    if not isinstance(data, dict) or "labels" not in data:
+        raise UserError(f"{folder / 'data.json'} is damaged: it names no labels.")
+    labels = data["labels"]
+    _check_weights(folder / _weights_name(recipe), run.metrics)
     model, tokenizer = _load_weights(recipe, labels, folder, quantised)
     return model, tokenizer, recipe, labels
 
@@ -224,7 +234,7 @@ def summary(recipe: dict[str, Any]) -> str:
 
 
 def _short(values: dict[str, Any], keys: tuple[str, ...]) -> str:
-    return ", ".join(f"{key} {values[key]}" for key in keys if values[key] not in (None, [], 0.0))
+    return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) not in (None, [], 0.0))
 
 
 def versions() -> dict[str, str]:
@@ -287,7 +297,7 @@ def _claim(folder: Path, resolved: dict[str, Any]) -> None:
 
 def _defaults_filled_in(file: Path) -> dict[str, Any]:
     """The recipe of a run; an earlier release did not know all the settings, whose defaults it then had."""
-    recipe = parse_recipe(file.read_text(encoding="utf-8"), str(file))
+    recipe = load_recipe(file)
     return recipe.resolved(recipe.seeds[0])
 
 
@@ -307,7 +317,15 @@ def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, spli
     )
     log = read_json_lines(folder / "log.jsonl")
     save_training_plot(log, folder / "training.png")
-    write_json(folder / "metrics.json", {"evaluation": plain(scores), "training": _training_summary(log, model, args)})
+    weights = folder / _weights_name(recipe)
+    write_json(
+        folder / "metrics.json",
+        {
+            "evaluation": plain(scores),
+            "training": _training_summary(log, model, args),
+            "weights": digests(_weight_files(weights), weights),
+        },
+    )
 
 
 def untrained(
@@ -346,10 +364,10 @@ def _trained(
     if (folder / name).is_dir():
         return _load_weights(recipe, splits.labels, folder, quantised=True)
     checkpoints = Path(str(args.output_dir))
-    if is_first():
-        remove_broken(checkpoints)
+    checkpoint = remove_broken(checkpoints) if is_first() else None
     wait_for_all()
-    checkpoint = last_whole(checkpoints)
+    if not is_first():
+        checkpoint = last_whole(checkpoints)
     model, tokenizer, rows = untrained(recipe, args, splits, task)
     start = folder / "start"
     moved = model if isinstance(model, PeftModel) and is_first() and save_start(model, start) else None
@@ -362,7 +380,8 @@ def _trained(
         state["global_step"] >= state["max_steps"]
         or any(enough(row) for row in log if row["step"] == state["global_step"])
     ):
-        trainer._load_from_checkpoint(str(checkpoint))  # all steps are done; train() would not know where to stop
+        with refused(checkpoint):
+            trainer._load_from_checkpoint(str(checkpoint))  # all steps are done; train() would not know where to stop
     else:
         if checkpoint:
             reporter.say(f"{folder}: going on from step {step_of(checkpoint)}.")
@@ -472,7 +491,8 @@ def _fit(
 ) -> None:
     trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with refused(checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteLossError as error:
         good = last_whole(checkpoints)
         kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
@@ -481,7 +501,7 @@ def _fit(
         ) from error
     except BaseException:
         if is_first():
-            remove_broken(checkpoints)  # frees the disk it may have filled
+            remove_unsealed(checkpoints)
         raise
     if stop.made:
         raise Interrupted(
@@ -498,14 +518,28 @@ def _load_weights(
     recipe: Recipe, labels: list[str] | None, folder: Path, quantised: bool
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     weights = folder / _weights_name(recipe)
-    if not list(weights.glob("*.safetensors")):
-        raise UserError(f"{weights} has no .safetensors file; other weight formats are not read.")
     if recipe.adapter is None:
         return load_model(str(weights), recipe.task.kind, labels, recipe.dtype)
+    if not (weights / "adapter_model.safetensors").is_file():
+        raise UserError(f"{weights} has no adapter_model.safetensors file; other weight formats are not read.")
     quantisation = _quantisation(recipe, training_arguments(recipe, folder, recipe.seeds[0])) if quantised else None
     model, tokenizer = load_model(recipe.model, recipe.task.kind, labels, recipe.dtype, quantisation)
-    # Trainable as in training, so that the parameters that were trained can be counted.
-    return PeftModel.from_pretrained(model, weights, is_trainable=True), tokenizer
+    return load_adapter(model, weights), tokenizer
+
+
+def _weight_files(weights: Path) -> list[Path]:
+    """What decides the trained model; the other files in the folder are for readers, and for a hub."""
+    return sorted(path for path in weights.iterdir() if path.suffix in (".safetensors", ".json"))
+
+
+def _check_weights(weights: Path, metrics: dict[str, Any]) -> None:
+    """Check that the weights are those the metrics were measured with (an earlier release did not write it down)."""
+    for name, digest_then in metrics.get("weights", {}).items():
+        file = weights / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; the run ended with it, and other weight formats are not read.")
+        if digests([file], weights)[name] != digest_then:
+            raise UserError(f"{file} is damaged: it is not what the run ended with.")
 
 
 def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | None:

@@ -16,9 +16,30 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, with the numbers of YAML 1.2: PyYAML by itself reads 5e-4 as a string."""
+    """YAML's safe subset, with the numbers of YAML 1.2: PyYAML by itself reads 5e-4 as a string.
+
+    No setting is made of bytes, which the JSON and YAML of a run folder could not hold: !!binary is unknown here.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # it may contain itself, or stand for a billion values
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias (*name) is not read; write the value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:  # PyYAML expects dates to be in calendars
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this cannot be read as {kind}; put it in quotes if it is text", node.start_mark
+            ) from error
 
 
+_Loader.yaml_constructors = {
+    tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag != "tag:yaml.org,2002:binary"
+}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -75,8 +96,8 @@ def read_source(path: Path, overrides: Iterable[str] = ()) -> Source:
 def parse_source(text: str, name: str, overrides: Iterable[str] = ()) -> Source:
     """As `read_source`, for text at hand; `name` stands for the file in error messages."""
     lines: dict[KeyPath, int] = {}
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         _find_lines(node, (), name, lines)
         values = loader.construct_document(node) if node is not None else {}
@@ -85,8 +106,10 @@ def parse_source(text: str, name: str, overrides: Iterable[str] = ()) -> Source:
         raise UserError(f"{name}, line {line}: this is not valid YAML: {error.problem}.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from error
-    finally:
-        loader.dispose()
+    except RecursionError as error:
+        raise UserError(f"{name} is not a recipe: its values are nested too deeply.") from error
+    except ValueError as error:  # PyYAML's scanner: the number of a %YAML directive
+        raise UserError(f"{name} is not valid YAML: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{name}: a recipe is a YAML mapping (model: ..., task: ...), not a {type(values).__name__}.")
     for key, shorthand in _SHORTHANDS.items():
@@ -130,7 +153,7 @@ def yaml_value(text: str, override: str) -> Any:
     """The value that `text` is in YAML; `override` is what the user wrote."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"Override {override!r}: {text!r} is not a YAML value.") from error
 
 
