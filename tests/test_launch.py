@@ -26,7 +26,7 @@ def test_ray_train_on_two_local_workers(tiny_llama, reviews, tmp_path):
     pytest.importorskip("ray.train")
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_llama, reviews=reviews))
     command = [sys.executable, LAUNCH / "ray_train.py", "recipe.yaml", "training.max_steps=2", "--workers=2", "--cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "runs" / "seed-0" / "metrics.json").read_text())

@@ -63,6 +63,7 @@ def write_results(folder, runs, tuning=(), curves=(), metric="accuracy", baselin
         "metric": metric,
         "baseline": baseline,
         "versions": {"lora-ggpo": "0.1.0", "torch": "2.9"},
+        "device": "CPU",
         "cpus": 2,
         "trials": 2 if tuning else 1,
         "seeds": sorted({row["seed"] for row in runs}),
