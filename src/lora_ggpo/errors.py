@@ -1,5 +1,9 @@
 """The exceptions that a user can do something about."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Bad input: its message says in one sentence what is wrong, where, and what to do.
@@ -14,3 +18,12 @@ class UserError(Exception):
 
 class DivergedError(UserError):
     """Training went to values that are not finite: the settings of this one run are at fault."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error` and what it came from, each once: ``raise error from error`` makes an error its own cause."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

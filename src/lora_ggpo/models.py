@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, causes
 from lora_ggpo.methods.initialise import Batches, adalora_config, initialised, with_init_config
 from lora_ggpo.quantise import Quantisation, loading_arguments, prepared
 
@@ -357,12 +357,12 @@ def _one_sentence(what: str, name: str) -> Iterator[None]:
 
 
 def _why_not_loaded(what: str, name: str, error: Exception) -> str:
-    causes = list(_chain(error))
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
+    chain = list(causes(error))
+    if any(isinstance(cause, GatedRepoError) for cause in chain):
         return f"Model {name!r} is gated on the hub; accept its terms there and log in with: hf auth login"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
         return f"Model {name!r} is not a folder here, not on the hub, and not one of {', '.join(BUNDLED)}."
-    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in chain):
         return (
             f"Model {name!r} is not a folder here and not one of {', '.join(BUNDLED)}, "
             "and the hub cannot be reached (offline?) and has not been cached."
@@ -370,12 +370,6 @@ def _why_not_loaded(what: str, name: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"Model {name!r} needs code from its repository, which is never run here; choose another model."
     return f"{what} {name!r} cannot be loaded: {_first_sentence(error)}"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _first_sentence(error: Exception) -> str:

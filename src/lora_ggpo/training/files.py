@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, causes
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What safetensors and torch.save say instead of raising an OSError with its number.
@@ -151,12 +151,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error`, or what caused it, says that the disk is full."""
-    while True:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return True
-        if any(words in str(error) for words in _NO_SPACE_WORDS):
-            return True
-        cause = error.__cause__ or error.__context__
-        if cause is None:
-            return False
-        error = cause
+    return any(
+        (isinstance(cause, OSError) and cause.errno in _NO_SPACE)
+        or any(words in str(cause) for words in _NO_SPACE_WORDS)
+        for cause in causes(error)
+    )
