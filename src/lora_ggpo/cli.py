@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 
 from lora_ggpo.errors import DivergedError, UserError
+from lora_ggpo.training.ranks import is_first
 
 if TYPE_CHECKING:
     from lora_ggpo.comparison.plan import Plan
@@ -61,7 +61,6 @@ def train(
         from lora_ggpo.training.source import read_source
 
         source = read_source(recipe, overrides or ())
-        from lora_ggpo.training.ranks import is_first
         from lora_ggpo.training.recipe import check_recipe
         from lora_ggpo.training.run import train
 
@@ -471,8 +470,8 @@ def _errors(debug: bool) -> Iterator[None]:
             yield
     except UserError as error:
         # Of a distributed run every process finds the same fault, but a loss that is not finite.
-        alone = os.environ.get("RANK", "0") == "0" or isinstance(error, DivergedError)
-        _stop(f"error: {error}" if alone else None, USER_ERROR, debug)
+        told = is_first() or isinstance(error, DivergedError)
+        _stop(f"error: {error}" if told else None, USER_ERROR, debug)
     except KeyboardInterrupt as error:
         _stop(str(error) or "Interrupted.", INTERRUPTED, debug)
     except OSError as error:

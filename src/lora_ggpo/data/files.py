@@ -201,10 +201,5 @@ def _refuse_repeated(path: Path, names: list[str]) -> None:
 def _dataset(table: pyarrow.Table) -> datasets.Dataset:
     try:
         return datasets.Dataset(datasets.table.InMemoryTable(table))
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ):  # feature types of another version: the plain columns still serve
+    except (ValueError, TypeError, LookupError, AttributeError):  # of another version: the plain columns still serve
         return datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))

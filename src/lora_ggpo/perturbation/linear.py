@@ -54,9 +54,9 @@ def perturbed_linear(
 
 def largest_block(m: int, n: int, noise: NoiseKind, device: torch.device) -> tuple[int, bool]:
     """Entries of the largest block of an (m, n) weight that is formed at a time, and whether the GPU kernel does it."""
-    if noise != "table" and has_kernel(device):
-        return min(m, max(1, _KERNEL_ENTRIES // n)) * n, True
-    return max(stop - start for start, stop in row_blocks(m, n, device)) * n, False
+    by_kernel = _by_kernel(noise, device)
+    blocks = _kernel_blocks(m, n) if by_kernel else row_blocks(m, n, device)
+    return max(stop - start for start, stop in blocks) * n, by_kernel
 
 
 class _PerturbedLinear(torch.autograd.Function):
@@ -119,7 +119,7 @@ def _perturbed_blocks(
     """Blocks of rows [start, stop) of W0 + diag(scale) z. Each may lie in a scratch buffer that the next overwrites."""
     w0 = None if weight is None else weight.detach().t() if ctx.fan_in_fan_out else weight.detach()
     n, device = ctx.n, scale.device
-    if ctx.noise != "table" and scale.dtype == torch.float32 and has_kernel(device):
+    if scale.dtype == torch.float32 and _by_kernel(ctx.noise, device):
         yield from _blocks_by_kernel(w0, scale, ctx, dtype)
         return
     column = scale.unsqueeze(1)
@@ -138,13 +138,20 @@ def _blocks_by_kernel(
 ) -> Iterator[tuple[int, int, Tensor]]:
     from .kernel import perturb_rows
 
-    step = max(1, _KERNEL_ENTRIES // ctx.n)
-    for start in range(0, len(scale), step):
-        stop = min(start + step, len(scale))
+    for start, stop in _kernel_blocks(len(scale), ctx.n):
         block = torch.empty(stop - start, ctx.n, dtype=dtype, device=scale.device)
         rows = None if w0 is None else _rows(w0, start, stop)
         perturb_rows(block, rows, _rows(scale, start, stop), ctx.noise, ctx.seed, start)
         yield start, stop, block
+
+
+def _by_kernel(noise: NoiseKind, device: torch.device) -> bool:
+    return noise != "table" and has_kernel(device)
+
+
+def _kernel_blocks(rows: int, n: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _KERNEL_ENTRIES // n)
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:

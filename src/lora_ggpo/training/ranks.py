@@ -1,12 +1,11 @@
-"""The processes of a run that torchrun or a cluster started: all compute, the first one writes."""
+"""The processes of a run that torchrun or a cluster started: all compute, the first one writes.
+
+torch is imported where it is used: the command line asks who is first before it loads anything heavy.
+"""
 
 from __future__ import annotations
 
 import os
-
-import torch
-from accelerate import PartialState
-from torch import distributed
 
 
 def is_first() -> bool:
@@ -17,6 +16,8 @@ def is_first() -> bool:
 def wait_for_all() -> None:
     """Go on when all processes have come here."""
     if _many():
+        from accelerate import PartialState
+
         PartialState().wait_for_everyone()
 
 
@@ -24,10 +25,16 @@ def any_of(flag: bool) -> bool:
     """Whether `flag` is set in any process; all must ask."""
     if not _many():
         return flag
+    import torch
+    from accelerate import PartialState
+    from torch import distributed
+
     flags = torch.tensor(int(flag), device=PartialState().device)
     distributed.all_reduce(flags, distributed.ReduceOp.MAX)
     return bool(flags)
 
 
 def _many() -> bool:
+    from torch import distributed
+
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
