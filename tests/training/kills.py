@@ -2,6 +2,8 @@
 
 A process of its own (`python -m tests.training.kills FOLDER MODEL`): it loads the libraries once, does the run that is
 left alone, and then forks a child for each life of a run. It prints what became of them as one line of JSON.
+
+It has to be started with OMP_NUM_THREADS=1: a child of a process whose OpenMP has begun threads may wait for ever.
 """
 
 import gc
@@ -17,6 +19,8 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+
+import torch
 
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import parse_recipe
@@ -55,7 +59,7 @@ def main(folder, model):
     began = time.monotonic()
     run("whole")
     expected, seconds = _result(folder / "whole" / "seed-0"), time.monotonic() - began
-    assert threading.active_count() == 1, "a fork would lose the other threads"
+    assert threading.active_count() == torch.get_num_threads() == 1, "a fork would lose the other threads"
     gc.collect()
     gc.freeze()
     chance = random.Random(SEED)

@@ -1,6 +1,7 @@
 """What a run promises when it is killed, when the disk fills up, and when somebody has been at its files."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -118,7 +119,8 @@ def _cut(file):
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_llama, tmp_path):
     """SIGKILL 50 times, and further times the kernel's end of a write in its middle."""
     command = [sys.executable, "-m", "tests.training.kills", str(tmp_path), tiny_llama]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["different"] == []

@@ -49,10 +49,13 @@ class PerturbedLayer:
         assert self.original is not None
         if self.scale is None or not self._perturbs():
             return self.original(x, *args, **kwargs)
-        return self._perturbed(x, self.scale)
+        return (self._uncompiled if torch.compiler.is_compiling() else self._perturbed)(x, self.scale)
 
     # TorchDynamo cannot trace noise seeded from Python: a compiled model breaks its graph here and goes on behind it.
     @torch.compiler.disable
+    def _uncompiled(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self._perturbed(x, scale)
+
     def _perturbed(self, x: Tensor, scale: Tensor) -> Tensor:
         base, noise = self.base, (scale, self.noise, self.draw_seed)
         if self.quantised:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from .config import NoiseKind
 from .noise import has_kernel, row_blocks, unit_rows
@@ -74,41 +74,55 @@ class _PerturbedLinear(torch.autograd.Function):
         # x is needed for dL/dW0 only, and W0 is frozen in every LoRA run: then nothing the size of x is kept.
         ctx.save_for_backward(weight, scale, x if weight is not None and weight.requires_grad else None)
         ctx.noise, ctx.seed, ctx.fan_in_fan_out, ctx.n = noise, seed, fan_in_fan_out, x.shape[-1]
-        tokens = x.reshape(-1, x.shape[-1])
-        y = x.new_empty(tokens.shape[0], scale.shape[0])
-        with _no_autocast(x.device.type):
-            for start, stop, block in _perturbed_blocks(weight, scale, ctx, x.dtype):
-                out = y if len(block) == len(scale) else y[:, start:stop]
-                if bias is None:
-                    torch.mm(tokens, block.t(), out=out)
-                else:
-                    torch.addmm(bias[start:stop].to(x.dtype), tokens, block.t(), out=out)
-        return y.view(*x.shape[:-1], scale.shape[0])
+        bias = None if bias is None else bias.to(x.dtype)
+        tokens, y = x.reshape(-1, x.shape[-1]), None
+        for start, stop, block in _perturbed_blocks(weight, scale, ctx, x.dtype):
+            if stop - start == len(scale):
+                return functional.linear(x, block, bias)
+            y = tokens.new_empty(len(tokens), len(scale)) if y is None else y
+            if bias is None:
+                torch.mm(tokens, block.t(), out=y[:, start:stop])
+            else:
+                torch.addmm(bias[start:stop], tokens, block.t(), out=y[:, start:stop])
+        assert y is not None  # a linear layer has at least one row
+        return y.view(*x.shape[:-1], len(scale))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, x = ctx.saved_tensors
-        out = dy.reshape(-1, scale.shape[0])
-        dx = dweight = dbias = None
-        with _no_autocast(dy.device.type):
-            if ctx.needs_input_grad[0]:
-                dx = _input_gradient(out, weight, scale, ctx).view(*dy.shape[:-1], ctx.n)
+        return (_gradients_once if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scale, x = ctx.saved_tensors
+    dx = dweight = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = _input_gradient(dy, weight, scale, ctx)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        out = dy.reshape(-1, len(scale))
+        with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 tokens = x.reshape(-1, x.shape[-1])
                 dweight = (tokens.t() @ out if ctx.fan_in_fan_out else out.t() @ tokens).to(weight.dtype)
             if ctx.needs_input_grad[2]:
                 dbias = out.sum(0)
-        return dx, dweight, dbias, None, None, None, None
+    return dx, dweight, dbias, None, None, None, None
 
 
+_gradients_once = once_differentiable(_gradients)
+
+
+# Products with out= are taken as they are under autocast too, in the dtype that the forward pass had.
 def _input_gradient(dy: Tensor, weight: Tensor | None, scale: Tensor, ctx: Any) -> Tensor:
-    dx: Tensor | None = None
+    out, dx = dy.reshape(-1, len(scale)), None
     for start, stop, block in _perturbed_blocks(weight, scale, ctx, dy.dtype):
-        part = dy if len(block) == len(scale) else dy[:, start:stop]
-        dx = part @ block if dx is None else dx.addmm_(part, block)
-    assert dx is not None  # a linear layer has at least one row
-    return dx
+        if stop - start == len(scale):
+            return dy @ block
+        if dx is None:
+            dx = torch.mm(out[:, :stop], block, out=dy.new_empty(len(out), ctx.n))
+        else:
+            dx.addmm_(out[:, start:stop], block)
+    assert dx is not None
+    return dx.view(*dy.shape[:-1], ctx.n)
 
 
 # Between two large products caches are cold, and every small operation costs tens of microseconds: this loop, which
@@ -172,7 +186,3 @@ def _scratch_blocks(rows: int, n: int, device: torch.device, dtype: torch.dtype)
 def _scratch(device: torch.device, dtype: torch.dtype) -> Tensor:
     """A buffer kept between calls: fresh memory for each block would cost more in page faults than the noise."""
     return torch.empty(0, device=device, dtype=dtype)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

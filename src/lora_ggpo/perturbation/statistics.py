@@ -93,7 +93,8 @@ def w0_times(layers: list[PerturbedLayer], columns: Tensor) -> Tensor:
     if all(layer.takes_halves() for layer in layers):
         high = columns.to(layers[0].base.weight.dtype)
         halves = [high, (columns - high).to(high.dtype)]
-    parts = torch.cat(halves, -1)
+    # Of whole columns W0's product takes the view A^T as it is: a copy with rows of r entries takes twice the time.
+    parts = columns if len(halves) == 1 else torch.cat(halves, -1)
     products = columns.new_empty(len(layers), layers[0].m, parts.shape[-1])
     for layer, part, out in zip(layers, parts, products, strict=True):
         layer.times(part, out)
