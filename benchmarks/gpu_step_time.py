@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from pathlib import Path
 import step_time
 import torch
 from peft import LoraConfig, get_peft_model
-from step_time import PLAIN, Bench
+from step_time import PLAIN, Bench, summary
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WAYS = {
@@ -67,27 +66,20 @@ def measure(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of a step, its ratio to plain steps of the same round, and peak memory, of each way."""
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     peaks: dict[str, float] = {}
-    for _ in range(rounds + 1):
+    for turn in range(rounds + 1):
         for name, way in WAYS.items():
             with way(bench) as step:
                 step()  # settles caches and, for GGPO, supplies the gradient norms
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-                seconds[name].append(timed(step, STEPS))
+                took = timed(step, STEPS)
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**20
-    rows = {}
-    for name, times in seconds.items():
-        ratios = [t / plain for t, plain in zip(times[1:], seconds[PLAIN][1:], strict=True)]  # round 0 warms up
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        rows[name] = {
-            "seconds": statistics.median(times[1:]),
-            "ratio": ratio,
-            "ratio_q1": low,
-            "ratio_q3": high,
-            "peak_mib": peaks[name],
-            "peak_ratio": peaks[name] / peaks[PLAIN],
-        }
-    return rows
+                if turn:  # round 0 warms up
+                    seconds[name].append(took)
+    return {
+        name: summary(times, seconds[PLAIN]) | {"peak_mib": peaks[name], "peak_ratio": peaks[name] / peaks[PLAIN]}
+        for name, times in seconds.items()
+    }
 
 
 def timed(function: Callable[[], object], times: int) -> float:

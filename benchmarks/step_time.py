@@ -171,12 +171,13 @@ def measure(bench: Bench, rounds: int, ways: list[str]) -> dict[str, dict[str, f
                 if turn:  # round 0 warms up
                     seconds[name].append(time.perf_counter() - began)
         print(f"  round {turn}/{rounds}", file=sys.stderr)
-    rows = {}
-    for name, times in seconds.items():
-        ratios = [t / plain for t, plain in zip(times, seconds[PLAIN], strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4)
-        rows[name] = {"seconds": statistics.median(times), "ratio": ratio, "ratio_q1": low, "ratio_q3": high}
-    return rows
+    return {name: summary(times, seconds[PLAIN]) for name, times in seconds.items()}
+
+
+def summary(times: list[float], plain: list[float]) -> dict[str, float]:
+    """Median seconds of a way, and the median and quartiles of its ratio to the plain steps of the same rounds."""
+    low, ratio, high = statistics.quantiles([t / base for t, base in zip(times, plain, strict=True)], n=4)
+    return {"seconds": statistics.median(times), "ratio": ratio, "ratio_q1": low, "ratio_q3": high}
 
 
 def own_peak(bench: Bench, way: str) -> float:
