@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_ggpo import GGPO, GGPOConfig
 
-from .nets import adapted, batch, loss_of, net
+from .nets import adapted, batch, conv1d, loss_of, net
 
 STEPS, LR = 4, 0.05
 ROWS = 8
@@ -20,8 +20,8 @@ def data(step: int) -> torch.Tensor:
 
 
 def parts(adapter):
-    model = adapted(net(), adapter) if adapter else adapted(net())
-    return model.float()
+    base = net(linear=conv1d) if adapter and adapter.fan_in_fan_out else net()
+    return adapted(base, adapter).float()
 
 
 def sgd(model):

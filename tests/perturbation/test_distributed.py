@@ -16,7 +16,7 @@ CONFIG = {"sigma": 0.2, "rule": "relative", "beta": 0.6, "gradient": "lstsq", "e
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 
-def one_process(config, adapter, parts_of_a_batch):
+def one_process(config, adapter, parts_of_a_batch, clip=float("inf")):
     """The same training in this process, each batch as `parts_of_a_batch` micro-batches."""
     model = parts(adapter)
     optimizer, ggpo, losses = sgd(model), GGPO(model, GGPOConfig(**config)), []
@@ -26,11 +26,23 @@ def one_process(config, adapter, parts_of_a_batch):
             loss = loss_of(model(micro)) / parts_of_a_batch
             loss.backward()
             losses[-1] += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         ggpo.step()
         optimizer.zero_grad()
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {"losses": losses, "state": state, "ggpo": ggpo.state_dict()}
+
+
+def assert_same_training(one, expected):
+    assert one["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+    assert one["state"].keys() == expected["state"].keys()
+    for key, value in expected["state"].items():
+        torch.testing.assert_close(one["state"][key], value, **CLOSE, msg=key)
+    norms = {key: value for key, value in expected["ggpo"].items() if "norms" in key}
+    assert len(norms) == 4
+    for key, value in norms.items():
+        torch.testing.assert_close(one["ggpo"][key], value, rtol=1e-4, atol=1e-7, msg=key)
 
 
 DORA = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True)
@@ -55,14 +67,7 @@ def test_two_processes_are_one_process_on_the_global_batch(name, two_processes):
     kind, config, adapter = CASES[name]
     expected = one_process(config, adapter, 1 if config["ranks"] == "agree" else 2)
     for one in two_processes[name]:
-        assert one["losses"] == pytest.approx(expected["losses"], rel=2e-5)
-        assert one["state"].keys() == expected["state"].keys()
-        for key, value in expected["state"].items():
-            torch.testing.assert_close(one["state"][key], value, **CLOSE, msg=key)
-        norms = {key: value for key, value in expected["ggpo"].items() if "norms" in key}
-        assert len(norms) == 4
-        for key, value in norms.items():
-            torch.testing.assert_close(one["ggpo"][key], value, rtol=1e-4, atol=1e-7, msg=key)
+        assert_same_training(one, expected)
     if kind == "fsdp":
         whole = max(p.numel() for p in parts(adapter).parameters())
         assert all(one["largest"] <= whole // 2 for one in two_processes[name])  # what was compared was sharded indeed

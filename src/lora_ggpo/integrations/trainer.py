@@ -36,7 +36,7 @@ class GGPOCallback(TrainerCallback, ExportableState):
     ) -> None:
         model: nn.Module = kwargs["model"]
         self._detach()  # Ctrl-C skips on_train_end, and auto_find_batch_size begins again without it
-        self.ggpo = GGPO(model, self.config, total_steps=state.max_steps)
+        self.ggpo = GGPO(model, self.config, total_steps=state.max_steps, optimizer=kwargs.get("optimizer"))
         callbacks: Any = state.stateful_callbacks  # a dictionary by class name, whatever its annotation says
         # A checkpoint of a run without GGPO has no entry, and the Trainer fails to save one that is not there.
         saved = callbacks.setdefault(type(self).__name__, self.state())

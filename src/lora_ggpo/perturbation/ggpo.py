@@ -15,6 +15,7 @@ from .layers import PerturbedLayer, find_layers
 from .noise import noise_table
 from .scales import ramp
 from .statistics import LayerGroup, grouped, summary
+from .zero import StepHook, zero_optimizer
 
 NEGLIGIBLE_SHARE = 1e-3
 """Share of the gradient term in tau^2 under which ``rule="paper"`` is numerically Flat-LoRA's noise."""
@@ -47,19 +48,29 @@ class GGPO:
         model: A PEFT model, or any module with PEFT LoRA layers inside. Its own ``forward`` must be the one called.
         config: The settings; None is the defaults.
         total_steps: Number of optimizer steps of the run; needed by a ramp schedule only.
+        optimizer: The one that ``deepspeed.initialize`` or ``accelerator.prepare`` returned; needed under DeepSpeed
+            ZeRO only, where gradients are read as its step begins instead.
 
     Raises:
         ValueError: the model has no LoRA layer that can be perturbed, is perturbed already, or, with
-            ``config.strict``, has one that cannot be; or a ramp schedule has no ``total_steps``.
+            ``config.strict``, has one that cannot be; a ramp schedule has no ``total_steps``; or a model under ZeRO has
+            no ``optimizer``.
     """
 
-    def __init__(self, model: nn.Module, config: GGPOConfig | None = None, total_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: GGPOConfig | None = None,
+        total_steps: int | None = None,
+        optimizer: Any = None,
+    ) -> None:
         self.config = config or GGPOConfig()
         self.total_steps = total_steps
         ramp(self.config.schedule, 0, total_steps)
         self._model = model
         self.layers, skipped = find_layers(model, self.config.noise)
         _check_layers(self.layers, skipped, self.config.strict)
+        self._zero = zero_optimizer((p for layer in self.layers for p in layer.trained()), optimizer)
         self._groups: list[LayerGroup] = []
         self._adapters: list[str] | None = None
         self._handles: list[Any] = []
@@ -67,6 +78,7 @@ class GGPO:
         self._stale = True
         self._capture_queued = self._captured = self._warned = False
         self._highest_share = 0.0
+        self._zero_scale = 1.0
         self._regroup()
         if self.config.sigma > 0:  # sigma = 0 must be plain LoRA bit for bit: nothing is attached at all
             self._attach()
@@ -79,7 +91,7 @@ class GGPO:
         """
         self._warn_if_blind()
         for group in self._groups:
-            group.commit(grad_scale, self.config.ema)
+            group.commit(grad_scale * self._zero_scale, self.config.ema)
         self._steps += 1
         self._stale = True
         self._captured = False
@@ -145,6 +157,8 @@ class GGPO:
             self._model.register_forward_pre_hook(self._before_forward),
             self._model.register_forward_hook(self._after_forward),
         ]
+        if self._zero is not None:
+            self._handles.append(StepHook(self._zero, self._capture))
 
     def _regroup(self) -> None:
         """Follow a change of the active adapter: shapes, and what a gradient norm belongs to, change with it."""
@@ -184,7 +198,7 @@ class GGPO:
         def on_gradient(_: Tensor) -> None:
             if self._draw != draw:
                 self._redraw(draw)
-            if not self._capture_queued:
+            if self._zero is None and not self._capture_queued:
                 self._capture_queued = True
                 _queue(lambda: _queue(self._capture))  # behind DDP's own callback, which writes the averaged gradients
 
@@ -200,6 +214,8 @@ class GGPO:
     def _capture(self) -> None:
         """Read the gradients accumulated so far, as a backward pass ends: before clipping can change them."""
         self._capture_queued, self._captured = False, True
+        if self._zero is not None:
+            self._zero_scale = float(self._zero.loss_scale)
         with torch.no_grad():
             for group in self._groups:
                 group.capture(self.config)

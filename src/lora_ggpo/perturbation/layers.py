@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import NoiseChoice
 from .linear import largest_block, perturbed_linear
 from .noise import mix, noise_kind, row_blocks, row_signs
+from .zero import full_gradient, gathered, held_rows, is_cut, is_zero, sum_rows
 
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
 """PEFT's LoRA layers on bitsandbytes' and torchao's weights; named, since to import them needs these libraries."""
@@ -36,7 +37,7 @@ class PerturbedLayer:
         self.fan_in_fan_out = _class(self.base) is Conv1D
         self.quantised = _class(module).__name__ in _QUANTISED
         weight = self._w0()
-        self.m, self.n = weight.shape
+        self.m, self.n = self._shape(weight)
         self.noise = noise_kind(noise, weight.device)
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.w0_norms = self._w0_norms()
@@ -105,6 +106,12 @@ class PerturbedLayer:
         a = [_gradient(self._weight("lora_A", name)) for name in self.adapters()]
         return _joined(b, 1), _joined(a, 0)
 
+    def trained(self) -> list[Tensor]:
+        """A and B of the active adapters, and DoRA's magnitudes."""
+        names, dora = self.adapters(), set(self.dora)
+        thin = [self._weight(factor, name) for name in names for factor in ("lora_A", "lora_B")]
+        return thin + [self._weight("lora_magnitude_vector", name) for name in names if name in dora]
+
     def magnitude(self) -> Tensor | None:
         """DoRA's trained row norms (m,), which are ||W'_i||; None for plain LoRA."""
         found = [self.module.lora_magnitude_vector[name] for name in self.adapters() if name in self.dora]
@@ -135,27 +142,43 @@ class PerturbedLayer:
     def takes_halves(self) -> bool:
         """Whether :meth:`times` takes columns in the 16 bits of W0: torch has that product on GPUs."""
         weight = self.base.weight
-        return weight.is_cuda and weight.element_size() == 2 and not (self.quantised or isinstance(weight, DTensor))
+        whole = not (self.quantised or isinstance(weight, DTensor) or is_cut(weight))
+        return weight.is_cuda and weight.element_size() == 2 and whole
 
     def _w0_norms(self) -> Tensor:
         """||W0_i||^2 (m,)."""
         return self._over_rows(lambda rows: torch.linalg.vector_norm(rows, dim=1).square())
 
     def _over_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """``function`` of all rows of W0, a block at a time; of a sharded W0 each process takes the rows it holds."""
-        w0 = self._w0()
-        sharded = w0 if isinstance(w0, DTensor) and w0.placements == (Shard(0),) else None
-        w0 = _whole(w0) if sharded is None else sharded.to_local()
-        blocks = [w0[start:stop] for start, stop in row_blocks(max(len(w0), 1), self.n, w0.device)]
-        results = [function(rows.to(self.dtype)) for rows in blocks]
-        result = results[0] if len(results) == 1 else torch.cat(results)
-        if sharded is None:
-            return result
+        """``function`` of all rows of W0, additive over their entries; of a sharded W0 each process takes what it
+        holds."""
+        weight = self.base.weight
+        if is_cut(weight) and not self.fan_in_fan_out:
+            first, held = held_rows(weight)
+            return sum_rows(weight, first, self._by_blocks(function, held))
+        with gathered([weight]):
+            w0 = self._w0()
+            if not (isinstance(w0, DTensor) and w0.placements == (Shard(0),)):
+                return self._by_blocks(function, _whole(w0))
+            result = self._by_blocks(function, w0.to_local())
         shape = torch.Size([self.m, *result.shape[1:]])
         # Shards may be of unequal length, so that the whole's shape and strides must be told.
         stride = tuple(torch.empty(shape, device="meta").stride())
-        gathered = DTensor.from_local(result, sharded.device_mesh, sharded.placements, shape=shape, stride=stride)
-        return gathered.full_tensor()
+        gathered_rows = DTensor.from_local(result, w0.device_mesh, w0.placements, shape=shape, stride=stride)
+        return gathered_rows.full_tensor()
+
+    def _by_blocks(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """``function`` of some rows (k, n) of W0 in float32 or float64, a block at a time."""
+        blocks = [rows[start:stop] for start, stop in row_blocks(max(len(rows), 1), self.n, rows.device)]
+        results = [function(block.to(self.dtype)) for block in blocks]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _shape(self, w0: Tensor) -> tuple[int, int]:
+        if is_cut(self.base.weight):
+            stored: tuple[int, int] = self.base.weight.ds_shape
+            return stored[::-1] if self.fan_in_fan_out else stored
+        m, n = w0.shape
+        return m, n
 
     def _w0(self) -> Tensor:
         """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
@@ -190,7 +213,7 @@ def _unsupported(module: LoraLayer) -> str | None:
     base: Any = module.get_base_layer()
     kind = _class(cast(nn.Module, module))
     if kind.__name__ in _QUANTISED:
-        return _unsupported_variant(module)
+        return "a quantised weight under ZeRO-3" if is_cut(base.weight) else _unsupported_variant(module)
     if kind is not LoraLinear or _class(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
         return f"LoRA on {type(base).__name__}"
     if not base.weight.is_floating_point() or base.weight.is_meta:
@@ -225,6 +248,8 @@ def _dequantised(base: Any) -> Tensor:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
+    if is_zero(parameter):
+        return full_gradient(parameter)
     return _whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .config import GGPOConfig
 from .layers import PerturbedLayer
 from .scales import gradient_row_norms_squared, tau_squared, weight_row_norms_squared
+from .zero import gathered
 
 
 @dataclass
@@ -40,13 +42,15 @@ class LayerGroup:
 
     def refresh(self, config: GGPOConfig, factor: float) -> None:
         """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
-        b, a = self._stacked([layer.factors() for layer in self.layers])
+        with self._whole():
+            b, a = self._stacked([layer.factors() for layer in self.layers])
+            found = [magnitude for layer in self.layers if (magnitude := layer.magnitude()) is not None]
+            magnitudes = torch.stack(found) if found else None
         lora = weight_row_norms_squared(self.w0_norms, w0_times(self.layers, a.mT), b * self.s[:, None], a)
-        magnitudes = [magnitude for layer in self.layers if (magnitude := layer.magnitude()) is not None]
-        if magnitudes:
+        if magnitudes is not None:
             # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G,
             # and noise put on W0 reaches W' times g.
-            self.weight = torch.stack(magnitudes).to(lora).square()
+            self.weight = magnitudes.to(lora).square()
             self.gain = (self.weight / lora).clamp_min(torch.finfo(lora.dtype).tiny)
             on_base = self.gain if self.layers[0].dora_scales_base_noise() else torch.ones_like(lora)
         else:
@@ -58,7 +62,8 @@ class LayerGroup:
 
     def capture(self, config: GGPOConfig) -> None:
         """Estimate ||G_i||^2 from the gradients that A and B hold now."""
-        b, a = self._stacked([layer.factors() for layer in self.layers])
+        with self._whole():
+            b, a = self._stacked([layer.factors() for layer in self.layers])
         db, da = self._stacked([layer.gradients() for layer in self.layers])
         norms = gradient_row_norms_squared(config.gradient, b, a, db, da, self.s)
         self.pending = norms if self.gain is None else norms / self.gain
@@ -78,6 +83,9 @@ class LayerGroup:
         rows = [norms[layer.name] for layer in self.layers if layer.name in norms]
         self.gradient = torch.stack(rows).to(self.w0_norms) if len(rows) == len(self.layers) else None
         self.pending = None
+
+    def _whole(self) -> AbstractContextManager[None]:
+        return gathered(parameter for layer in self.layers for parameter in layer.trained())
 
     def _stacked(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         b, a = (torch.stack(list(parts)).to(self.w0_norms.dtype) for parts in zip(*pairs, strict=True))

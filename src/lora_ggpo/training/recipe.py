@@ -87,7 +87,8 @@ _TRAINING_OWNED = {
     ),
     **dict.fromkeys(("report_to", "disable_tqdm", "run_name", "project"), _LOGGING),
     **dict.fromkeys(
-        ("fsdp", "fsdp_config"), "a recipe is trained with DDP; docs/integration.md shows FSDP2 in a script of your own"
+        ("fsdp", "fsdp_config", "deepspeed"),
+        "a recipe is trained with DDP; docs/integration.md shows FSDP2 and DeepSpeed in a script of your own",
     ),
     "logging_strategy": "use logging_steps",
     "save_strategy": "use save_steps",
