@@ -378,6 +378,8 @@ def sharpness(
         from lora_ggpo.report.sharpness import write_sharpness_report
         from lora_ggpo.training.progress import Reporter
 
+        if plane == 1:
+            raise UserError("--plane 1 is a single point; give 2 or more a side, or 0 for no slice.")
         settings = Settings(
             split=on,
             rows=rows,

@@ -1,20 +1,23 @@
 """Points of real runs, and the files of `lora-ggpo sharpness`."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from lora_ggpo.analysis import measure as module
-from lora_ggpo.analysis.measure import Settings, measure_runs, named_runs
+from lora_ggpo.analysis.measure import Settings, identity, measure_runs, named_runs
 from lora_ggpo.analysis.point import load_point
 from lora_ggpo.cli import app
 from lora_ggpo.errors import UserError
 from lora_ggpo.report.sharpness import write_sharpness_report
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import load_recipe
-from lora_ggpo.training.run import load_trained, train
+from lora_ggpo.training.run import load_trained, read_run, train
 
 QUIET = Reporter(quiet=True)
 FEW = Settings(
@@ -89,10 +92,45 @@ def test_runs_are_named_by_the_shortest_ends_that_differ(finished, tmp_path):
     for name in ("a/lora", "b/lora", "b/ggpo"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "seed-0").symlink_to(source)
-    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/ggpo"])) == ["lora/seed-0", "ggpo/seed-0"]
-    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/lora"])) == ["a/lora/seed-0", "b/lora/seed-0"]
+    (tmp_path / "best").symlink_to(source)
+    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/ggpo"])) == ["lora", "ggpo"]
+    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/lora"])) == ["a/lora", "b/lora"]
     with pytest.raises(UserError, match="given twice"):
         named_runs([tmp_path / "a/lora", tmp_path / "a/lora"])
+
+
+def test_a_run_folder_of_any_name_goes_by_it(finished, tmp_path, monkeypatch):
+    best = shutil.copytree(finished[1].folder, tmp_path / "best")
+    runs = named_runs([best, finished[1].folder])
+    assert {label: list(seeds) for label, seeds in runs.items()} == {"best": [0], finished[1].folder.parent.name: [0]}
+    monkeypatch.chdir(best)
+    assert list(named_runs([Path()])) == ["best"]
+
+
+def test_a_run_that_was_trained_anew_is_measured_anew(finished, tmp_path):
+    run = read_run(shutil.copytree(finished[1].folder, tmp_path / "run"))
+    assert identity(run) == identity(finished[1])  # a copy is the same run
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    metrics["weights"] = dict.fromkeys(metrics["weights"], "0" * 64)
+    (run.folder / "metrics.json").write_text(json.dumps(metrics))
+    assert identity(read_run(run.folder)) != identity(run)
+
+
+def test_a_report_is_of_the_command_s_runs_in_its_order(finished, plain, tmp_path, monkeypatch):
+    paths = [plain, finished[1].folder.parent]
+    measure_runs(paths, FEW, tmp_path, QUIET)
+    measure_runs([paths[1]], FEW, tmp_path, QUIET)
+    assert "lora" not in write_sharpness_report(tmp_path).table.columns[1].header
+    monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured twice"))
+    measure_runs(paths[::-1], FEW, tmp_path, QUIET)
+    headers = [column.header for column in write_sharpness_report(tmp_path).table.columns]
+    assert headers == ["measure", "runs", "lora", "lora - runs"]
+
+
+@pytest.mark.parametrize("sizes", [{"sigmas": (1e30,)}, {"rhos": (1e30,)}])
+def test_noise_that_breaks_the_model_is_one_sentence(finished, tmp_path, sizes):
+    with pytest.raises(UserError, match="is not finite; give smaller sizes"):
+        measure_runs([finished[1].folder], replace(FEW, **sizes), tmp_path, QUIET)
 
 
 def test_measuring_and_reporting_two_runs(finished, plain, tmp_path, monkeypatch):
@@ -105,8 +143,10 @@ def test_measuring_and_reporting_two_runs(finished, plain, tmp_path, monkeypatch
     assert {file.name for file in (tmp_path / "figures").glob("*.png")} == {
         f"{name}.png" for name in ("expected", "slices", "spectrum", "lines", "planes")
     }
-    line = json.loads((tmp_path / "points" / "line-runs-seed-0.json").read_text())
-    ends = [json.loads((tmp_path / "points" / f"{name}-seed-0.json").read_text()) for name in ("lora", "runs")]
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    line, *ends = (
+        json.loads((tmp_path / "points" / one["file"]).read_text()) for one in measured["lines"] + measured["runs"]
+    )
     losses = [one["measures"][0]["value"] for one in ends]
     assert [line["loss"][0], line["loss"][-1]] == pytest.approx(losses, rel=1e-4)
     assert ends[0]["slices"]["weights"]["loss"][1] == pytest.approx(losses[0])
@@ -123,6 +163,7 @@ def test_measuring_and_reporting_two_runs(finished, plain, tmp_path, monkeypatch
     [
         (("absent",), "There is no run in absent"),
         (("absent", "--sigma", "0,1"), "--sigma '0,1' is not a list of numbers above 0"),
+        (("absent", "--plane", "1"), "--plane 1 is a single point"),
         (("absent", "--rho", "big"), "--rho 'big' is not a list"),
     ],
 )

@@ -121,6 +121,22 @@ def test_curves_show_means_and_bands_on_the_axes_asked_for():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lora", "ggpo"]
 
 
+def test_a_label_has_one_style_in_all_panels_and_one_place_in_the_legend():
+    names = [f"method {i}" for i in range(20)]  # more than there are styles
+    line = Line((1, 2), np.ones((2, 2)))
+    figure = draw_bands({"a": dict.fromkeys(names[1:], line), "b": dict.fromkeys(names, line)}, "r", columns=2)
+    styles = [{one.get_label(): (one.get_color(), one.get_linestyle()) for one in axes.lines} for axes in figure.axes]
+    assert [len(of_panel) for of_panel in styles] == [19, 20]
+    assert styles[0].items() <= styles[1].items()
+    assert len(set(styles[1].values())) == 18
+    assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == sorted(names)
+
+
+def test_planes_of_zero_or_constant_loss_are_drawn():
+    for losses in ([[0.0, 0.0], [0.0, 0.0]], [[2.0, 2.0], [2.0, 2.0]], [[0.0, 1.0], [1.0, 1.0]]):
+        assert np.ptp(imread(io.BytesIO(render(draw_planes({"a": {"at": [-1, 1], "loss": losses}}), "png")))) > 0.9
+
+
 def test_planes_share_one_scale():
     planes = {
         name: {"at": [-1, 0, 1], "loss": (scale * (1 + np.eye(3))).tolist()} for name, scale in (("a", 1), ("b", 5))

@@ -84,6 +84,15 @@ def test_resolved_is_a_recipe_that_resolves_to_itself():
     assert again.resolved(7) == resolved == yaml.safe_load(dump_yaml(resolved))
 
 
+def test_completions_are_scored_in_batches_as_large_as_those_of_training_unless_set():
+    sft = TEXT.replace("minilm", "smollm2").replace("classification", "sft").replace("movie-reviews", "data.jsonl")
+    size = "training.per_device_train_batch_size=4"
+    assert parse_recipe(sft, "r.yaml", [size]).training_fields["per_device_eval_batch_size"] == 4
+    both = [size, "training.per_device_eval_batch_size=2"]
+    assert parse_recipe(sft, "r.yaml", both).training_fields["per_device_eval_batch_size"] == 2
+    assert parse_recipe(TEXT, "r.yaml", [size]).training_fields["per_device_eval_batch_size"] == 64
+
+
 def test_a_set_noise_seed_is_kept():
     assert parse_recipe(TEXT, "r.yaml", ["ggpo.seed=5"]).ggpo_config(7).seed == 5
 

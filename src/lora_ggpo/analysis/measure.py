@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +33,7 @@ from lora_ggpo.analysis.sharpness import (
 from lora_ggpo.errors import UserError
 from lora_ggpo.training.files import disk_errors, locked, read_json, write_json
 from lora_ggpo.training.progress import Reporter, Task
+from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.run import Run, find_runs, quiet_libraries, versions
 
 STARTS = 3
@@ -67,12 +73,14 @@ class Settings:
 
 
 def measure_runs(paths: Sequence[Path], settings: Settings, output: Path, reporter: Reporter) -> None:
-    """Measure the runs at `paths` (each one run, or a folder of seeds) and write ``output/points/*.json``.
+    """Measure the runs at `paths` (each one run, or a folder of seeds) into ``output/points/*.json``.
 
-    What is there with the same settings is not measured again.
+    What is there of the same run, as it is now, is not measured again. ``output/measured.json`` then lists the runs of
+    this call in its order, which a report is of.
 
     Raises:
-        UserError: a path is no finished run, two runs have the same name, or the folder holds other settings.
+        UserError: a path is no finished run, a run is given twice, a loss under noise is not finite, or the folder
+            holds other settings.
     """
     quiet_libraries()
     with disk_errors(output):
@@ -80,39 +88,63 @@ def measure_runs(paths: Sequence[Path], settings: Settings, output: Path, report
         with locked(output):
             _claim(output, settings)
             runs = named_runs(paths)
-            for order, (name, run) in enumerate(runs.items()):
-                file = output / "points" / f"{name}.json".replace("/", "-")
-                if file.is_file():
-                    reporter.say(f"{name} is measured already.")
-                    continue
-                with reporter.task(f"measure {name}") as task:
-                    label, _, seed = name.rpartition("/")
-                    began = time.monotonic()
-                    found = measure(run.folder, settings, task)
-                    identity = {"order": order, "label": label, "seed": int(seed.removeprefix("seed-"))}
-                    write_json(file, {**identity, "seconds": round(time.monotonic() - began, 1), **found})
-            _join(runs, settings, output, reporter)
+            measure_once = partial(_measured, settings=settings, output=output, reporter=reporter)
+            measured = [
+                {"label": label, "seed": seed, "file": measure_once(run, f"{label}/seed-{seed}")}
+                for label, seeds in runs.items()
+                for seed, run in seeds.items()
+            ]
+            lines = list(_joined(runs, settings, output, reporter))
+            write_json(output / "measured.json", {"runs": measured, "lines": lines})
 
 
-def named_runs(paths: Sequence[Path]) -> dict[str, Run]:
-    """The runs by ``label/seed-N``; labels are the shortest ends of the paths that tell them apart.
+def named_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
+    """The runs by label and seed; labels are the shortest ends of the paths that tell them apart.
+
+    A folder ``seed-N`` goes by the name of the folder that it is in, any other run by its own.
 
     Raises:
         UserError: a path is given twice, or is no run.
     """
-    whole = [path.resolve() for path in paths]
-    whole = [path.parent if (path / "recipe.yaml").is_file() else path for path in whole]
-    if len(set(map(Path.resolve, paths))) < len(paths):
+    if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("A run is given twice; name each once.")
+    found = [(_named_by(run.folder), run) for path in paths for run in find_runs(path)]
+    folders = list(dict.fromkeys(folder for folder, _ in found))
     depth = 1
-    folders = list(dict.fromkeys(whole))
-    while len({path.parts[-depth:] for path in folders}) < len(folders):
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
         depth += 1
-    runs = {}
-    for given, folder in zip(paths, whole, strict=True):
-        for run in find_runs(given):
-            runs[f"{'/'.join(folder.parts[-depth:])}/{run.folder.name}"] = run
+    runs: dict[str, dict[int, Run]] = {}
+    for folder, run in found:
+        (seed,) = load_recipe(run.folder / "recipe.yaml").seeds
+        runs.setdefault("/".join(folder.parts[-depth:]), {})[seed] = run
     return runs
+
+
+def _named_by(run: Path) -> Path:
+    run = Path(os.path.abspath(run))  # not resolved: a link's name is the user's
+    return run.parent if run.name.startswith("seed-") else run
+
+
+def _measured(run: Run, name: str, settings: Settings, output: Path, reporter: Reporter) -> str:
+    """The name in ``output/points`` of what is measured of `run`."""
+    file = output / "points" / f"{identity(run)}.json"
+    if file.is_file():
+        reporter.say(f"{name} is measured already.")
+        return file.name
+    with reporter.task(f"measure {name}") as task:
+        began = time.monotonic()
+        found = measure(run.folder, settings, task)
+        facts = {"folder": run.folder.as_posix(), "seconds": round(time.monotonic() - began, 1)}
+        write_json(file, {**facts, **found})
+    return file.name
+
+
+def identity(run: Run) -> str:
+    """A digest that no other run has, nor the same one trained again: of its results, its data and its weights."""
+    if run.metrics is None:
+        raise UserError(f"{run.folder} is not finished; give its `lora-ggpo train` command again to finish it.")
+    facts = json.dumps([run.metrics, read_json(run.folder / "data.json")], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def measure(folder: Path, settings: Settings, task: Task) -> dict[str, Any]:
@@ -164,7 +196,8 @@ def _expected(
         sizes = noise_sizes(point, law, point.gradient(point.parameters) if law == "guided" else None)
         for sigma in settings.sigmas:
             add = lambda: progress.add("loss", 2)  # noqa: E731
-            yield "expected", law, sigma, expected_sharpness(point, sizes, sigma, settings.draws, progress=add)
+            found = expected_sharpness(point, sizes, sigma, settings.draws, progress=add)
+            yield "expected", law, sigma, _finite(found, f"under noise of sigma {sigma:g}", "--sigma")
 
 
 def _worst(point: Point, settings: Settings, progress: _Progress) -> Iterator[tuple[str, None, float, Estimate]]:
@@ -175,7 +208,13 @@ def _worst(point: Point, settings: Settings, progress: _Progress) -> Iterator[tu
             progress.add("loss")
 
         value, spread = worst_sharpness(point, rho, progress=add)
-        yield "worst", None, rho, Estimate(value, spread)
+        yield "worst", None, rho, _finite(Estimate(value, spread), f"at rho {rho:g}", "--rho")
+
+
+def _finite(found: Estimate, where: str, option: str) -> Estimate:
+    if not math.isfinite(found.value):
+        raise UserError(f"The loss {where} is not finite; give smaller sizes with {option}.")
+    return found
 
 
 def _curvature(
@@ -209,21 +248,22 @@ def _slices(point: Point, settings: Settings, progress: _Progress) -> tuple[dict
     return slice_, {"at": sides, "loss": values.tolist()}
 
 
-def _join(runs: dict[str, Run], settings: Settings, output: Path, reporter: Reporter) -> None:
+def _joined(
+    runs: Mapping[str, Mapping[int, Run]], settings: Settings, output: Path, reporter: Reporter
+) -> Iterator[dict[str, Any]]:
     """Loss on the line from the first label's model of a seed to every other label's model of the same seed."""
-    labels = list(dict.fromkeys(name.rpartition("/")[0] for name in runs))
+    first, *others = runs
     at = np.linspace(0, 1, 11).tolist()
-    for other in labels[1:]:
-        for name, run in runs.items():
-            label, _, seed = name.rpartition("/")
-            first = runs.get(f"{labels[0]}/{seed}")
-            file = output / "points" / f"line-{other}-{seed}.json".replace("/", "-")
-            if label != other or first is None or file.is_file():
-                continue
-            start, end = (load_point(one.folder, "weights", settings.split, settings.rows) for one in (first, run))
-            with reporter.task(f"line {labels[0]} to {other}, {seed}"):
-                values = between(start, end, at)
-            write_json(file, {"from": labels[0], "to": other, "seed": seed, "at": at, "loss": values.tolist()})
+    for other in others:
+        for seed in sorted(set(runs[first]) & set(runs[other])):
+            ends = runs[first][seed], runs[other][seed]
+            file = output / "points" / f"line-{'-'.join(map(identity, ends))}.json"
+            if not file.is_file():
+                start, end = (load_point(run.folder, "weights", settings.split, settings.rows) for run in ends)
+                with reporter.task(f"line {first} to {other}, seed-{seed}"):
+                    values = between(start, end, at)
+                write_json(file, {"at": at, "loss": values.tolist()})
+            yield {"from": first, "to": other, "seed": seed, "file": file.name}
 
 
 def _claim(output: Path, settings: Settings) -> None:

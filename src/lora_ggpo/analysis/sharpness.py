@@ -135,8 +135,8 @@ def worst_sharpness(
             u = _within(moved(u, ascent), radius)
             rises.append(point.loss(moved(point.parameters, _times(scale, u))) - at_centre)
             progress()
-        best.append(max(rises))
-    return max(best), max(best) - min(best)
+        best.append(np.max(rises))  # nan if any is
+    return float(np.max(best)), float(np.ptp(best))
 
 
 def _times(one: Parameters, other: Parameters) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +64,7 @@ def save_comparison_plot(
         path: The PNG to write.
     """
     figure, panels = _figure(3, width=12.8)
-    for colour, (method, of_seeds) in zip(COLOURS, logs.items(), strict=False):
+    for colour, (method, of_seeds) in zip(itertools.cycle(COLOURS), logs.items(), strict=False):
         _band(panels[0], of_seeds, LOSS, colour, method)
         _band(panels[1], of_seeds, VALIDATION, colour, method)
     _label(panels[0], "training loss")
@@ -95,8 +95,8 @@ def draw_forest(differences: Mapping[str, Mapping[str, Mapping[str, Interval]]],
     panels = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=[1 + count for count in rows])
     for panel, (setting, methods) in zip(panels[:, 0], differences.items(), strict=True):
         panel.axvline(0, color="black", linewidth=0.8)
-        for place, (name, colour) in enumerate(zip(sets, COLOURS, strict=False)):
-            shift = (place - (min(len(sets), len(COLOURS)) - 1) / 2) * 0.18
+        for place, (name, colour) in enumerate(zip(sets, itertools.cycle(COLOURS), strict=False)):
+            shift = (place - (len(sets) - 1) / 2) * 0.18
             points = [(row + shift, found[name]) for row, found in enumerate(methods.values()) if name in found]
             means, halves = [d.mean for _, d in points], [d.half if math.isfinite(d.half) else 0 for _, d in points]
             style: Any = {"color": colour, "fmt": "o", "ms": 4, "lw": 1.4, "label": name}
@@ -105,7 +105,7 @@ def draw_forest(differences: Mapping[str, Mapping[str, Mapping[str, Interval]]],
         panel.set_ylim(max(len(methods), 1) - 0.5, -0.5)
         _finish(panel, setting, grid="x", legend=False)
     panels[-1, 0].set_xlabel(axis, fontsize=9)
-    _legend(figure, panels[0, 0])
+    _legend(figure)
     return figure
 
 
@@ -126,7 +126,7 @@ def draw_learning_curves(logs: Mapping[str, Mapping[str, Sequence[Log]]], highli
                     _highlighted_curve(panel, methods[method], key, method, highlighted)
             _finish(panel, f"{title} loss{f', {setting}' if setting else ''}", legend=False)
             panel.set_xlabel("optimizer step", fontsize=8)
-    _legend(figure, panels[0, 0], order=highlighted)
+    _legend(figure, order=highlighted)
     return figure
 
 
@@ -152,7 +152,7 @@ def draw_tradeoffs(
             _finish(panel, setting, legend=False)
             panel.set_xlabel(title, fontsize=8)
         row[0].set_ylabel(axis, fontsize=8)
-    _legend(figure, panels[0, 0], order=highlighted)
+    _legend(figure, order=highlighted)
     return figure
 
 
@@ -171,9 +171,11 @@ def draw_curves(
         log_y: Logarithmic y axis, from a millionth of the highest value on.
     """
     figure, axes = _panels(len(panels), 3, (3.6, 2.8))
+    styles = _styles(panels.values())
     for panel, (title, curves) in zip(axes, panels.items(), strict=True):
-        for colour, (label, (places, values)) in zip(itertools.cycle(COLOURS), curves.items(), strict=False):
-            panel.plot(places, values.mean(axis=0), color=colour, label=label, linewidth=1.6)
+        for label, (places, values) in curves.items():
+            dashes, colour = styles[label]
+            panel.plot(places, values.mean(axis=0), color=colour, linestyle=dashes, label=label, linewidth=1.6)
             panel.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
         if log_x:
             panel.set_xscale("log")
@@ -183,7 +185,7 @@ def draw_curves(
         _finish(panel, title, legend=False)
         panel.set_xlabel(x_label, fontsize=8)
         panel.set_ylabel(y_label, fontsize=8)
-    _legend(figure, axes[0])
+    _legend(figure)
     return figure
 
 
@@ -209,8 +211,10 @@ def draw_bands(
         ticks: Values of the x axis; those of very different sizes are put on a logarithmic one.
     """
     figure, axes = _panels(len(panels), columns, (4.4, 2.7))
+    styles = _styles(panels.values())
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
-        for (dashes, colour), (label, line) in zip(_LINES, lines.items(), strict=False):
+        for label, line in lines.items():
+            dashes, colour = styles[label]
             means = line.values.mean(axis=0)
             style: Any = {"lw": 1.6, "marker": "o" if len(means) < 30 else "", "ms": 3}
             panel.plot(line.places, means, color=colour, linestyle=dashes, label=label, **style)
@@ -227,7 +231,7 @@ def draw_bands(
             panel.set_xticks([], minor=True)
         _finish(panel, title, legend=False)
         panel.set_xlabel(x_label, fontsize=8)
-    _legend(figure, axes[0])
+    _legend(figure)
     return figure
 
 
@@ -274,8 +278,11 @@ def draw_planes(planes: Mapping[str, Mapping[str, Any]]) -> Figure:
     """
     figure, axes = _panels(len(planes), 4, (3.0, 2.9))
     losses = [np.asarray(one["loss"], dtype=np.float64) for one in planes.values()]
-    levels = np.geomspace(min(loss.min() for loss in losses), max(loss.max() for loss in losses), 16)
+    highest = max(float(loss.max()) for loss in losses) or 1.0  # a loss of zero has no place on a logarithmic scale
+    lowest = max(min(float(loss.min()) for loss in losses), 1e-6 * highest)
+    levels = np.geomspace(lowest, max(highest, 1.001 * lowest), 16)
     for panel, (title, one), loss in zip(axes, planes.items(), losses, strict=True):
+        loss = np.maximum(loss, lowest)
         filled = panel.contourf(one["at"], one["at"], loss, levels=levels, norm="log", cmap="viridis")
         panel.contour(one["at"], one["at"], loss, levels=levels, colors="white", linewidths=0.3)
         panel.set_aspect("equal")
@@ -337,7 +344,7 @@ def _band(axes: Axes, logs: Sequence[Log], key: str, colour: str, label: str) ->
 
 def _dots(axes: Axes, scores: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     names = list(dict.fromkeys(name for of_method in scores.values() for name in of_method))
-    for index, (colour, (method, of_method)) in enumerate(zip(COLOURS, scores.items(), strict=False)):
+    for index, (colour, (method, of_method)) in enumerate(zip(itertools.cycle(COLOURS), scores.items(), strict=False)):
         shift = (index - (len(scores) - 1) / 2) * 0.3
         for position, name in enumerate(names):
             values = of_method.get(name, ())
@@ -386,10 +393,18 @@ def _front(
             axes.annotate(name, (x, score.mean), textcoords="offset points", fontsize=7.5, **place)
 
 
-def _legend(figure: Figure, axes: Axes, order: Sequence[str] = ()) -> None:
-    """One legend above all panels, with each label once, those of `order` first."""
-    handles, labels = axes.get_legend_handles_labels()
-    found = dict(zip(labels, handles, strict=True))
+def _styles(panels: Iterable[Iterable[str]]) -> dict[str, tuple[str, str]]:
+    """Dashes and a colour for each label, which are the same in all panels."""
+    labels = dict.fromkeys(label for panel in panels for label in panel)
+    return dict(zip(labels, itertools.cycle(_LINES), strict=False))
+
+
+def _legend(figure: Figure, order: Sequence[str] = ()) -> None:
+    """One legend above all panels, with each label of any of them once, those of `order` first."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
     names = [name for name in order if name in found] + [name for name in found if name not in order]
     if len(names) > 1:
         figure.legend(

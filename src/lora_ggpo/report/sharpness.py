@@ -36,19 +36,20 @@ class SharpnessReport:
 
 
 def write_sharpness_report(folder: Path) -> SharpnessReport:
-    """Write sharpness.jsonl's tables (sharpness.md, .tex) and figures/ from ``folder/points``.
+    """Write the tables (sharpness.md, .tex) and figures/ of the runs that ``folder/measured.json`` lists.
 
     Raises:
-        UserError: there is nothing in it, or a file is damaged.
+        UserError: there is none, or a file is damaged.
     """
-    points = [read_json(file) for file in sorted((folder / "points").glob("*.json"))]
-    runs = [point for point in points if "measures" in point]
-    lines = [point for point in points if "from" in point]
-    if not runs:
+    if not (folder / "measured.json").is_file():
         raise UserError(f"{folder} holds no measurements; give its `lora-ggpo sharpness` command again.")
-    by_label = _by_label(runs)
+    measured = read_json(folder / "measured.json")
+    by_label: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for one in measured["runs"]:
+        by_label.setdefault(one["label"], {})[one["seed"]] = read_json(folder / "points" / one["file"])
+    lines = [{**read_json(folder / "points" / one["file"]), **one} for one in measured["lines"]]
     header, rows = _cells(by_label)
-    caption = _CAPTION[any(len(seeds) > 1 for seeds in by_label.values())]
+    caption = _CAPTION[_several(by_label)]
     escaped = [[escape_markdown(cell) for cell in row] for row in rows]
     verdicts = _verdicts(by_label)
     text = "".join(f"- {escape_markdown(line)}\n" for line in verdicts)
@@ -61,11 +62,9 @@ def write_sharpness_report(folder: Path) -> SharpnessReport:
     return SharpnessReport(rows_table(header, rows, caption), verdicts)
 
 
-def _by_label(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    by_label: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for run in sorted(runs, key=lambda run: run["order"]):
-        by_label.setdefault(run["label"], {})[run["seed"]] = run
-    return by_label
+def _several(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> bool:
+    """Whether spreads are those over seeds; else they are the errors of the estimates."""
+    return any(len(seeds) > 1 for seeds in by_label.values())
 
 
 def _measures(run: Mapping[str, Any]) -> dict[Key, Interval]:
@@ -83,10 +82,10 @@ def _values(seeds: Mapping[int, Mapping[str, Any]], key: Key) -> dict[int, Inter
     return {seed: interval for seed, interval in found.items() if interval is not None}
 
 
-def _summary(values: Mapping[int, Interval]) -> Interval | None:
+def _summary(values: Mapping[int, Interval], *, several: bool) -> Interval | None:
     if not values:
         return None
-    return next(iter(values.values())) if len(values) == 1 else mean_interval([one.mean for one in values.values()])
+    return mean_interval([one.mean for one in values.values()]) if several else next(iter(values.values()))
 
 
 def _difference(first: Mapping[int, Interval], second: Mapping[int, Interval]) -> Interval | None:
@@ -102,11 +101,13 @@ def _keys(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Key]:
 
 def _cells(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
     first, *others = by_label
-    header = ["measure", *by_label, *(f"{other} - {first}" for other in others)]
+    counts = {label: len(seeds) for label, seeds in by_label.items()}
+    named = {label: label if len(set(counts.values())) == 1 else f"{label} (n = {n})" for label, n in counts.items()}
+    header = ["measure", *named.values(), *(f"{other} - {first}" for other in others)]
     rows = []
     for key in _keys(by_label):
         values = {label: _values(seeds, key) for label, seeds in by_label.items()}
-        shown = [_cell(_summary(found)) for found in values.values()]
+        shown = [_cell(_summary(found, several=_several(by_label))) for found in values.values()]
         shown += [_cell(_difference(values[first], values[other]), sign=True) for other in others]
         rows.append([describe(key), *shown])
     return header, rows
@@ -211,14 +212,24 @@ def _expected_panels(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
 def _stacked(
     by_label: Mapping[str, Mapping[int, Mapping[str, Any]]], what: str, space: str, places: str, values: str
 ) -> Curves:
-    """Curves that share their places; spectra, which do not, are read off at the first one's."""
-    curves: dict[str, tuple[Sequence[float], np.ndarray[Any, Any]]] = {}
-    for label, seeds in by_label.items():
-        found = [run[what][space] for run in seeds.values() if run[what].get(space)]
-        if found:
-            at = found[0][places]
-            curves[label] = (at, np.array([np.interp(at, one[places], one[values], 0, 0) for one in found]))
-    return curves
+    """Curves over the same places; spectra, whose places differ, are read off at places over the range of all."""
+    found = {
+        label: [run[what][space] for run in seeds.values() if run[what].get(space)] for label, seeds in by_label.items()
+    }
+    every = [one[places] for of_label in found.values() for one in of_label]
+    if not every:
+        return {}
+    at = every[0] if all(one == every[0] for one in every) else _over_all(every)
+    return {
+        label: (at, np.array([np.interp(at, one[places], one[values], 0, 0) for one in of_label]))
+        for label, of_label in found.items()
+        if of_label
+    }
+
+
+def _over_all(ranges: Sequence[Sequence[float]]) -> list[float]:
+    """All places of all curves, so that none loses a peak."""
+    return sorted({place for one in ranges for place in one})
 
 
 def _between(lines: Sequence[Mapping[str, Any]]) -> Curves:

@@ -14,6 +14,7 @@ from scipy import optimize, special, stats
 CONFIDENCE = 0.95
 LEVEL = 0.05
 POWER = 0.8
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def verdict(difference: Interval, second: str, *, higher_is_better: bool) -> str
         return "one seed cannot tell"
     if not difference.excludes_zero:
         return "no difference found"
+    if difference.half <= _ROUNDING * abs(difference.mean):
+        return "cannot tell: every seed differs by the same amount"
     better = (difference.mean > 0) == higher_is_better
     return f"{second} is {'better' if better else 'worse'}"
 
@@ -71,7 +74,7 @@ def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
 
 def vary(values: Sequence[float]) -> bool:
     """Whether `values` differ among themselves by more than rounding."""
-    return len(values) > 1 and max(values) - min(values) > 1e-9 * max(map(abs, values))
+    return len(values) > 1 and max(values) - min(values) > _ROUNDING * max(map(abs, values))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

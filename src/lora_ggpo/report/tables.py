@@ -88,7 +88,7 @@ def escape_latex(text: str) -> str:
 
 def format_interval(interval: Interval, *, sign: bool = False, digits: int = 4) -> str:
     """``0.842 ± 0.006``; the mean alone where the width is not known."""
-    form = f".{digits}f" if abs(interval.mean) < 1000 else f".{digits}g"
+    form = f".{digits}f" if abs(interval.mean) < 1000 else f".{max(digits, 4)}g"
     mean = f"{interval.mean:{'+' if sign else ''}{form}}"
     return f"{mean} ± {interval.half:{form}}" if math.isfinite(interval.half) else mean
 

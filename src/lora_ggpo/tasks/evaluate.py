@@ -204,10 +204,11 @@ def _completion_loss(model: torch.nn.Module) -> Score:
         learnt = targets != NO_LOSS
         positions = torch.nonzero(learnt.any(dim=0)).squeeze(1)  # only these need logits over the whole vocabulary
         logits = _logits_at(model, batch["input_ids"], batch["attention_mask"], positions)
-        losses = F.cross_entropy(
-            logits.float().transpose(1, 2), targets[:, positions], ignore_index=NO_LOSS, reduction="none"
-        )
-        return torch.stack([losses.double().sum(dim=1), learnt.sum(dim=1).double()], dim=1)
+        losses = [  # one example at a time: float32 copies of all logits would be most of the memory
+            F.cross_entropy(row.float(), wanted, ignore_index=NO_LOSS, reduction="none").double().sum()
+            for row, wanted in zip(logits, targets[:, positions], strict=True)
+        ]
+        return torch.stack([torch.stack(losses), learnt.sum(dim=1).double()], dim=1)
 
     return score
 

@@ -281,8 +281,15 @@ class Recipe(BaseModel):
 
     @property
     def training_fields(self) -> dict[str, Any]:
-        """The TrainingArguments fields that are set, by the recipe or by `TRAINING_DEFAULTS`."""
-        return TRAINING_DEFAULTS | self.training.model_dump(exclude_unset=True)
+        """The TrainingArguments fields that are set, by the recipe or by `TRAINING_DEFAULTS`.
+
+        Completions are scored in batches as large as those of training, whatever fits that: logits over the whole
+        vocabulary for every token take more memory than anything else of a forward pass.
+        """
+        fields = TRAINING_DEFAULTS | self.training.model_dump(exclude_unset=True)
+        if self.task.kind == "sft" and "per_device_eval_batch_size" not in self.training.model_fields_set:
+            fields["per_device_eval_batch_size"] = fields["per_device_train_batch_size"]
+        return fields
 
     def ggpo_config(self, seed: int) -> GGPOConfig | None:
         """The method's settings in the run with `seed`, or None for plain LoRA."""
