@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 
 import pytest
 
+from lora_ggpo.comparison import engine
 from lora_ggpo.comparison.engine import run_comparison
 from lora_ggpo.comparison.plan import make_plan
 from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
+from lora_ggpo.training.files import write_json
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.source import read_source
 
@@ -108,6 +111,35 @@ def test_another_comparison_in_the_folder_is_refused(compared):
     process = subprocess.run(command(recipe, output, "--trials", "3"), capture_output=True, text=True)
     assert process.returncode == 2
     assert "holds a comparison with another trials; choose another --output" in process.stderr
+
+
+@pytest.fixture
+def undone(recipe_file, tmp_path):
+    """A plan with a folder where nothing of it has run, and all of it counts as done."""
+    plan = make_plan(read_source(recipe_file, OVERRIDES), ["lora", "ggpo"], 1, 1, (), None, tmp_path / "out")
+    for job in plan.final({("", method.name): plan.candidates(method)[0] for method in plan.methods}):
+        job.run_folder.mkdir(parents=True)
+        write_json(job.run_folder / FAILURE, {"message": "none"})
+    return plan
+
+
+def test_a_grown_comparison_tells_all_machines_and_versions_that_made_it(undone, monkeypatch):
+    def made():
+        run_comparison(undone, lambda: pytest.fail("nothing is missing"), "command", Reporter(quiet=True))
+        return json.loads((undone.output / "facts.json").read_text())["environments"]
+
+    assert made() == []  # no run was made here
+    for device, known in (("CPU", ["CPU"]), ("GPU", ["CPU", "GPU"]), ("CPU", ["CPU", "GPU"])):
+        monkeypatch.setattr(engine, "device_name", lambda device=device: device)
+        engine._note_environment(undone)
+        assert [one["device"] for one in made()] == known
+
+
+def test_facts_hold_any_recipe_as_json_gives_it_back():
+    value = {1: float("inf"), "day": date(2026, 1, 2), "all": {3}, "of": [True, None, 0.5, ("a",)]}
+    plain = engine._plain(value)
+    assert plain == {"1": "inf", "day": "2026-01-02", "all": [3], "of": [True, None, 0.5, ["a"]]}
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
 
 def test_a_run_that_diverges_is_a_result(recipe_file, tmp_path):

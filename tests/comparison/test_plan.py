@@ -40,6 +40,11 @@ def test_every_method_gets_the_same_budget_and_rates(tmp_path):
     assert plan.candidates(plan.methods[1])[0]["ggpo.sigma"] == plan.methods[1].tuned["ggpo.sigma"][0]
 
 
+def test_the_recipe_as_it_stands_keeps_all_digits_of_its_rate(tmp_path):
+    plan = plan_of(tmp_path, "lora,recipe", text=RECIPE.replace("1e-3", "1.23456e-3"))
+    assert [values[RATE] for values in plan.candidates(plan.methods[1])] == [1.23456e-3, 2.47e-3, 6.17e-4]
+
+
 def test_recipes_of_methods(tmp_path):
     plan = plan_of(tmp_path, "lora,dora+ggpo,full,head,lora-sam,recipe", seeds=1)
     chosen = {("", method.name): plan.candidates(method)[0] for method in plan.methods}

@@ -2,13 +2,16 @@
 
 import os
 import platform
+import re
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation import sandbox
+from lora_ggpo.evaluation import humaneval, jail, sandbox
 from lora_ggpo.evaluation.sandbox import Limits, run_isolated
 
 
@@ -21,8 +24,8 @@ def isolates():
 
 pytestmark = pytest.mark.skipif(not isolates(), reason="this system has no Landlock")
 
-SHORT = Limits(seconds=2, memory=512, file=4, folder=16)
-ENOUGH = Limits(seconds=20, memory=512, file=4, folder=16)
+SHORT = Limits(seconds=2, memory=512, file=4, written=16)
+ENOUGH = Limits(seconds=20, memory=512, file=4, written=16)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,10 @@ ENOUGH = Limits(seconds=20, memory=512, file=4, folder=16)
         "import threading; t = threading.Thread(target=print); t.start(); t.join()",
         "import time; time.sleep(0.1)",
         "import random, hashlib, decimal, datetime, json, re, functools; random.random(); datetime.datetime.now()",
-        "from __future__ import annotations\nassert __name__ == '__main__'",
+        "if __name__ == '__main__': input()",  # a demonstration behind an answer
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n  x: int\nA(1)",
+        "import fcntl; file = open('a', 'w'); fcntl.flock(file, fcntl.LOCK_EX); fcntl.lockf(file, fcntl.LOCK_UN)",
+        "import mmap; mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE).write(b'x')",
     ],
 )
 def test_harmless_programs_pass(source):
@@ -49,7 +55,8 @@ def test_harmless_programs_pass(source):
         ("assert 1 == 2, 'no'", "AssertionError: no"),
         ("raise SystemExit(0)", "SystemExit"),
         ("import os; os._exit(0)", "ended by itself with code 0"),
-        ("def f(:", "ended by itself"),
+        ("import os; os._exit(97)", "ended by itself with code 97"),
+        ("def f(:", "SyntaxError"),
         ("import ctypes; ctypes.string_at(0)", "ended by itself with code -11"),
         ("f = lambda n: f(n + 1); f(0)", "RecursionError"),
         ("x = bytearray(2**31)", "MemoryError"),
@@ -70,6 +77,11 @@ def test_harmless_programs_pass(source):
         ("import os; os.listdir('/')", "Permission denied"),
         ("import os; os.listdir(os.path.expanduser('~root'))", "Permission denied"),
         ("open('/dev/shm/x', 'w')", "Permission denied"),
+        ("import os; os.truncate('/etc/hostname', 0)", "Operation not permitted"),
+        ("import os; os.posix_fallocate(os.open('a', os.O_CREAT | os.O_RDWR), 0, 4096)", "Operation not permitted"),
+        ("import mmap; mmap.mmap(-1, 4096)", "Operation not permitted"),
+        ("import fcntl, os; fcntl.fcntl(os.pipe()[1], fcntl.F_SETOWN, os.getppid())", "Operation not permitted"),
+        ("import fcntl, os; fcntl.fcntl(os.pipe()[1], 10, 9)", "Operation not permitted"),  # F_SETSIG
         ("import os; os.chmod('.', 0o777)", "Operation not permitted"),
         ("import os; os.symlink('/etc', 'etc')", "Operation not permitted"),
         ("import os; os.link('/etc/passwd', 'p')", "Operation not permitted"),
@@ -98,11 +110,71 @@ def test_thread_bomb_is_bounded_by_memory():
     assert "thread" in outcome.detail
 
 
-def test_filling_the_disk_with_small_files_is_stopped():
-    source = "n = 0\nwhile True:\n  open(str(n), 'wb').write(bytes(1 << 20)); n += 1"
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("while True:\n  open(str(n), 'wb').write(bytes(1 << 20)); n += 1", "wrote more than 16 MiB"),
+        ("while True:\n  open('a', 'wb').write(bytes(1 << 20)); os.unlink('a')", "wrote more than 16 MiB"),
+        ("os.mkdir('d', 0o300)\nwhile True:\n  open(f'd/{n}', 'wb').write(bytes(1 << 20)); n += 1", "wrote|looked"),
+        ("while True:\n  open(str(n), 'wb'); n += 1", "made more than 100 files"),
+        ("while True:\n  os.mkdir('d' * 200); os.chdir('d' * 200)", "made more than 100 files"),
+    ],
+)
+def test_filling_the_disk_is_stopped(source, why, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     began = time.monotonic()
-    assert run_isolated(source, Limits(seconds=20, folder=16)).detail == "wrote more than 16 MiB"
+    outcome = run_isolated(f"import os\nn = 0\n{source}", Limits(seconds=20, written=16, entries=100))
+    assert re.search(why, outcome.detail)
     assert time.monotonic() - began < 10
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("depth", [30, 1500])
+def test_folders_too_deep_for_a_path_are_removed(depth, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    name = "d" * (200 if depth < 100 else 1)
+    source = f"import os\nfor _ in range({depth}): os.mkdir({name!r}); os.chdir({name!r})\nopen('file', 'w')"
+    run_isolated(source, ENOUGH)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("abi", [1, 2, 3, 5])
+def test_an_older_kernel_isolates_as_well(abi, monkeypatch, tmp_path):
+    """Its Landlock knows no truncation, no network and no signals."""
+    old = tmp_path / "old.py"
+    old.write_text(
+        f"import importlib.util\nspec = importlib.util.spec_from_file_location('jail', {jail.__file__!r})\n"
+        "jail = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(jail)\n"
+        f"jail._landlock_abi = lambda: {abi}\njail.main()\n"
+    )
+    monkeypatch.setattr(jail, "__file__", str(old))
+    assert run_isolated("open('a', 'w').write('b')", ENOUGH).passed
+    victim, secret = subprocess.Popen(["sleep", "60"]), tmp_path / "secret"
+    secret.write_text("key")
+    set_owner = (
+        "import fcntl, os\nr, w = os.pipe()\n"
+        f"for command, value in ((fcntl.F_SETOWN, {victim.pid}), (10, 9), (fcntl.F_SETFL, os.O_ASYNC)):\n"
+        "  try: fcntl.fcntl(r, command, value)\n  except OSError: pass\nos.write(w, b'x')"
+    )
+    for source in (f"import os; os.truncate({str(secret)!r}, 0)", f"open({str(secret)!r}, 'w')", set_owner):
+        run_isolated(source, ENOUGH)
+    assert secret.read_text() == "key"
+    assert victim.poll() is None
+    victim.kill()
+    victim.wait()
+
+
+@pytest.mark.parametrize("broken", ["_restrict_files", "_restrict_calls"])
+def test_what_cannot_be_locked_down_is_not_run(broken, monkeypatch, tmp_path):
+    """Nor is it graded: an answer that was not run is not wrong."""
+    script = tmp_path / "broken.py"
+    text = Path(jail.__file__).read_text()
+    script.write_text(text.replace(f"    {broken}(", "    raise OSError(38, 'absent')\n    ("))
+    monkeypatch.setattr(jail, "__file__", str(script))
+    with pytest.raises(UserError, match=r"needs Linux .* \(OSError: .*absent"):
+        run_isolated("pass")
+    with pytest.raises(UserError, match="needs Linux"):
+        humaneval.check_answers([], [])
 
 
 def test_files_outside_are_neither_read_nor_written_nor_removed(tmp_path):

@@ -30,6 +30,9 @@ output: runs/x
         ("  max_stps: 3", "r.yaml, line 9: training.max_stps is not a setting; did you mean max_steps?"),
         ("  lr: 3", "r.yaml, line 9: training.lr is not a setting; did you mean learning_rate?"),
         ("  max_steps: many", "r.yaml, line 9: training.max_steps must be a valid integer"),
+        ("  learning_rate: null", "r.yaml, line 9: training.learning_rate must be a valid number, not null."),
+        ("  learning_rate: fast", "training.learning_rate must be a valid number"),
+        ("  max_grad_norm: .inf", "training.max_grad_norm must be a finite number, not inf."),
         ("  optim: adamm", "r.yaml, line 9: training.optim must be"),
         ("  output_dir: x", "r.yaml, line 9: training.output_dir cannot be set: the recipe's output sets it."),
         ("  seed: 1", "r.yaml, line 9: training.seed cannot be set: the recipe's seeds set it."),
@@ -61,6 +64,16 @@ def test_bad_sections(override, message):
     with pytest.raises(UserError) as error:
         parse_recipe(TEXT, "r.yaml", [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "schedule_free_adamw", "sgd"])
+def test_mgpo_needs_an_optimizer_that_keeps_the_momentum_it_follows(optim):
+    mgpo = ["ggpo=null", "mgpo.rho=0.05"]
+    parse_recipe(TEXT, "r.yaml", [*mgpo, "training.optim=adamw_torch_fused"])
+    with pytest.raises(
+        UserError, match=r"mgpo follows the momentum of torch's Adam; set training.optim to adamw_torch"
+    ):
+        parse_recipe(TEXT, "r.yaml", [*mgpo, f"training.optim={optim}"])
 
 
 def test_a_bad_value_is_found_on_its_line():

@@ -39,7 +39,7 @@ def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, repo
             tuning = plan.tuning()
             final = len(plan.seeds) * len(plan.settings) * len(plan.methods)
             with reporter.task("study" if plan.study else "compare") as shown:
-                progress = _Progress(shown, len(tuning) + final)
+                progress = _Progress(shown, len(tuning) + final, lambda: _note_environment(plan))
                 progress.carry_out(tuning, make_pool)
                 chosen = choose(plan, tuning)
                 runs = plan.final(chosen)
@@ -87,8 +87,8 @@ def _order(value: float | None, metric: str) -> float:
 
 
 class _Progress:
-    def __init__(self, task: Task, total: int) -> None:
-        self._task, self._total, self._done = task, total, 0
+    def __init__(self, task: Task, total: int, begin: Callable[[], None]) -> None:
+        self._task, self._total, self._begin, self._done = task, total, begin, 0
 
     def carry_out(self, jobs: Sequence[Job], make_pool: Callable[[], Pool]) -> None:
         """Run those of `jobs` that are neither finished nor failed."""
@@ -97,6 +97,7 @@ class _Progress:
         self._task.begin(self._done)
         self._task.update(self._done, self._total)
         if missing:
+            self._begin()
             pool = make_pool()
             try:
                 self._carry_out(missing, pool)
@@ -155,14 +156,14 @@ def _claim(plan: Plan, command: str) -> None:
         UserError: the folder holds a comparison of another recipe or with other choices.
     """
     fixed = {
-        "recipe": plan.source.values,
+        "recipe": _plain(plan.source.values),
         "trials": plan.trials,
         "metric": plan.metric,
         "baseline": plan.methods[0].name,
     }
     # Methods and seeds may be added to what is there, and settings to a study.
     grown = {"methods": [method.name for method in plan.methods], "seeds": list(plan.seeds), "command": command}
-    (grown if plan.study else fixed)["settings"] = {name: dict(values) for name, values in plan.settings.items()}
+    (grown if plan.study else fixed)["settings"] = _plain(plan.settings)
     file = plan.output / "facts.json"
     facts: dict[str, Any] = {}
     if file.is_file():
@@ -171,8 +172,25 @@ def _claim(plan: Plan, command: str) -> None:
         if changed:
             held = "study" if plan.study else "comparison"
             raise UserError(f"{plan.output} holds a {held} with another {changed[0]}; choose another --output.")
-    environment = {"versions": versions(), "device": device_name(), "cpus": os.cpu_count()}
-    write_json(file, {**environment, **facts, **fixed, **grown})
+    write_json(file, {"environments": facts.get("environments", []), **fixed, **grown})
+
+
+def _note_environment(plan: Plan) -> None:
+    """Add to facts.json what runs are made with from now on, if none was before."""
+    here = {"versions": versions(), "device": device_name(), "cpus": os.cpu_count()}
+    facts = read_json(plan.output / "facts.json")
+    if here not in facts["environments"]:
+        write_json(plan.output / "facts.json", {**facts, "environments": [*facts["environments"], here]})
+
+
+def _plain(value: Any) -> Any:
+    """`value` of a recipe in types that JSON gives back as they were; the others (dates, infinity) as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(part) for part in value]
+    known = value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
 
 
 def _sorted(plan: Plan, jobs: Iterable[Job]) -> list[Job]:

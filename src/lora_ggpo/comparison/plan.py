@@ -112,8 +112,8 @@ class Plan:
         draw = random.Random(f"candidates of {method.name}")
         found: list[dict[str, Any]] = []
         for trial in range(self.trials):
-            factor = RATE_FACTORS[trial % len(RATE_FACTORS)]
-            rate = float(f"{base * method.learning_rate * factor:.3g}")
+            factor = method.learning_rate * RATE_FACTORS[trial % len(RATE_FACTORS)]
+            rate = base if factor == 1 else float(f"{base * factor:.3g}")
             fresh = [
                 {RATE: rate, **dict(zip(method.tuned, options, strict=True))}
                 for options in itertools.product(*method.tuned.values())
@@ -128,7 +128,8 @@ class Plan:
 
     def _learning_rate(self) -> float:
         training = self.source.values.get("training") or {}
-        return float(training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"]))
+        rate = training.get("learning_rate")
+        return float(TRAINING_DEFAULTS["learning_rate"] if rate is None else rate)
 
     def _job(self, setting: str, method: Method, seed: int, values: Values, trial: int | None) -> Job:
         place = ["tuning", method.name, f"trial-{trial}"] if trial is not None else ["runs", method.name]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation.sandbox import Limits, Outcome, check_system, run_isolated
+from lora_ggpo.evaluation.sandbox import Limits, Outcome, check_isolation, run_isolated
 
 Problem = Mapping[str, Any]
 
@@ -71,7 +71,7 @@ def check_answers(
     Raises:
         UserError: this system cannot isolate a process.
     """
-    check_system()
+    check_isolation(limits)
     programs = [program(problem, answer) for problem, of in zip(problems, answers, strict=True) for answer in of]
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(jobs) as pool:

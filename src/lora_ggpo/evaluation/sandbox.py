@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import platform
 import secrets
+import select
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +22,8 @@ from lora_ggpo.evaluation import jail
 
 _POLL = 0.02
 _MIB = 1 << 20
+_START = 60.0
+"""Seconds that a busy machine may take to start the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,15 @@ class Limits:
         seconds: Of CPU time, and of wall-clock time.
         memory: Address space, the interpreter's own included.
         file: Size of one file.
-        folder: Size of all files in its folder, looked at some fifty times a second.
+        written: Written in all, looked at some fifty times a second.
+        entries: Files and folders in its folder, likewise.
     """
 
     seconds: float = 5.0
     memory: int = 1024
     file: int = 16
-    folder: int = 64
+    written: int = 64
+    entries: int = 4096
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,12 @@ def run_isolated(source: str, limits: Limits | None = None) -> Outcome:
     Raises:
         UserError: this system cannot isolate a process.
     """
-    check_system()
+    if sys.platform != "linux" or platform.machine() not in jail._CALLS:
+        raise UserError(_UNSUPPORTED)
     limits = limits or Limits()
     reader, writer = os.pipe()
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="lora-ggpo-") as folder, os.fdopen(reader, "rb") as results:
+    with _temporary_folder() as folder, os.fdopen(reader, "rb", buffering=0) as results:
         try:
             # Of the environment nothing is passed on: it may hold keys.
             process = subprocess.Popen(
@@ -74,24 +83,25 @@ def run_isolated(source: str, limits: Limits | None = None) -> Outcome:
         finally:
             os.close(writer)
         try:
-            assert process.stdin is not None
-            killed = _feed(process, json.dumps(request)) or _watch(process, Path(folder), limits)
+            begun = _begin(process, json.dumps(request), results)
+            killed = _watch(process, folder, limits) if begun == jail.READY else None
         finally:
             process.kill()
             process.wait()
         # The pipe holds no more than the kernel's buffer, and every writer is gone.
         said = results.read().decode(errors="replace")
-    if process.returncode == jail.LANDLOCK_MISSING:
-        raise UserError(_UNSUPPORTED)
+    if begun != jail.READY:  # what was not run is not wrong
+        raise UserError(f"{_UNSUPPORTED} ({begun.decode(errors='replace') + said or 'It could not be started.'})")
     if said == token and not killed:
         return Outcome(True, "passed")
     return Outcome(False, killed or said or f"ended by itself with code {process.returncode}")
 
 
-def check_system() -> None:
-    """Raise a UserError if this system cannot isolate a process, as far as that shows from outside."""
-    if sys.platform != "linux" or platform.machine() not in jail._CALLS:
-        raise UserError(_UNSUPPORTED)
+def check_isolation(limits: Limits | None = None) -> None:
+    """Raise a UserError if this system cannot isolate a process, or not run the least of programs within `limits`."""
+    outcome = run_isolated("pass", limits)
+    if not outcome.passed:
+        raise UserError(f"{_UNSUPPORTED} (A program that does nothing {outcome.detail}.)")
 
 
 _UNSUPPORTED = (
@@ -109,14 +119,14 @@ def _rlimits(limits: Limits) -> dict[str, int]:
     }
 
 
-def _feed(process: subprocess.Popen[bytes], request: str) -> str | None:
+def _begin(process: subprocess.Popen[bytes], request: str, results: io.FileIO) -> bytes:
+    """Hand over the request; what the jail says when it is locked down, or why it is not."""
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.write(request.encode())
         process.stdin.close()
-    except BrokenPipeError:
-        return "could not be started"
-    return None
+    began = select.select([results], [], [], _START)[0]
+    return os.read(results.fileno(), len(jail.READY)) if began else b""
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> str | None:
@@ -125,18 +135,67 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> st
     while process.poll() is None:
         if time.monotonic() > deadline:
             return f"took more than {limits.seconds:g} s"
-        if _size(folder) > limits.folder * _MIB:
-            return f"wrote more than {limits.folder} MiB"
+        if _written(process.pid) > limits.written * _MIB:
+            return f"wrote more than {limits.written} MiB"
+        if not _few_entries(folder, limits.entries):
+            return f"made more than {limits.entries} files, or folders that cannot be looked into"
         time.sleep(_POLL)
     return None
 
 
-def _size(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
+def _written(pid: int) -> int:
+    """Bytes that the process has handed to calls that write, whatever has become of the files."""
+    try:
+        with open(f"/proc/{pid}/io") as file:
+            return int(next(line for line in file if line.startswith("wchar:")).split()[1])
+    except (ProcessLookupError, FileNotFoundError, StopIteration):  # it has just ended
+        return 0
+    except OSError as error:
+        raise UserError(f"{_UNSUPPORTED} (What a process writes cannot be watched: {error}.)") from error
+
+
+def _few_entries(folder: Path, most: int) -> bool:
+    found, unseen = 0, [str(folder)]
+    while unseen:
+        try:
+            with os.scandir(unseen.pop()) as entries:
+                for entry in entries:
+                    found += 1
+                    if found > most:
+                        return False
+                    if entry.is_dir(follow_symlinks=False):
+                        unseen.append(entry.path)
+        except FileNotFoundError:  # it has just been deleted
+            continue
+        except OSError:  # without the right to read it, or too deep for a path
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="lora-ggpo-"))
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder in which a program may have nested folders without end, or taken rights away."""
+    while names := os.listdir(folder):
         for name in names:
-            try:
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
-            except FileNotFoundError:  # it has just been deleted
+            here = folder / name
+            if not here.is_dir():
+                here.unlink()
                 continue
-    return total
+            here.chmod(0o700)
+            for inner in here.iterdir():
+                if inner.is_dir():  # to the top, where paths are short
+                    inner.chmod(0o700)
+                    inner.rename(folder / secrets.token_hex(16))
+                else:
+                    inner.unlink()
+            here.rmdir()
+    folder.rmdir()

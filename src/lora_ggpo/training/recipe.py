@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
-from types import NoneType
 from typing import Any, Literal
 
 import yaml
@@ -50,6 +49,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 """What a run uses where the recipe's ``training`` says nothing; everything else is transformers' own default."""
 
+_MOMENTUM_KEPT = ("adamw_torch", "adamw_torch_fused")
 _BY_TASK = "the task and the model set it"
 _ADAPTER_OWNED = dict.fromkeys(
     ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), _BY_TASK
@@ -129,14 +129,17 @@ def _mirror(
             missing = field.default is dataclasses.MISSING
             default = None if missing else field.default
             description = field.metadata.get("help")
-            fields[field.name] = (_describable(hints[field.name]) | None, Field(default, description=description))
-    return create_model(name, __config__=ConfigDict(extra="forbid", frozen=True), **(fields | further))
+            hint = _describable(hints[field.name])
+            fields[field.name] = (hint | None if default is None else hint, Field(default, description=description))
+    return create_model(
+        name, __config__=ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False), **(fields | further)
+    )
 
 
 def _describable(hint: Any) -> Any:
     """`hint`, or Any where pydantic cannot express the type."""
     if hint is float:
-        return int | float  # a whole number stays one: transformers' step counts are declared as floats
+        return float | int  # a whole number stays one: transformers' step counts are declared as floats
     members = typing.get_args(hint)
     if str in members and any(isinstance(member, type) and issubclass(member, Enum) for member in members):
         return typing.Union[tuple(member for member in members if member is not str)]  # noqa: UP007  built from parts
@@ -354,8 +357,8 @@ def _mgpo_problem(recipe: Recipe, mgpo: MGPOFields) -> str | None:
         return f"and {other} both decide where the gradient is taken; set one of them to null"
     if recipe.optimizer and recipe.optimizer.kind == "lora-fa":
         return "follows Adam's momentum, which LoRA-FA does not keep; set optimizer: null"
-    if "adam" not in str(recipe.training_fields.get("optim", "adamw")):
-        return "follows Adam's momentum; choose an Adam optimizer in training.optim"
+    if recipe.training_fields.get("optim", _MOMENTUM_KEPT[0]) not in _MOMENTUM_KEPT:
+        return f"follows the momentum of torch's Adam; set training.optim to {' or '.join(_MOMENTUM_KEPT)}"
     return None
 
 
@@ -503,8 +506,10 @@ def _explain(source: Source, error: ValidationError) -> str:
 
 def _shown(error: ErrorDetails) -> str:
     value = error["input"]
-    if error["type"] == "value_error" or isinstance(value, (dict, list, BaseModel, NoneType)):
+    if error["type"] in ("value_error", "missing") or isinstance(value, (dict, list, BaseModel)):
         return ""
+    if value is None:
+        return ", not null"
     return f", not {value!r}"
 
 
