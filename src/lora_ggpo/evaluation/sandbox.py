@@ -135,7 +135,7 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> st
     while process.poll() is None:
         if time.monotonic() > deadline:
             return f"took more than {limits.seconds:g} s"
-        if _written(process.pid) > limits.written * _MIB:
+        if _written(process) > limits.written * _MIB:
             return f"wrote more than {limits.written} MiB"
         if not _few_entries(folder, limits.entries):
             return f"made more than {limits.entries} files, or folders that cannot be looked into"
@@ -143,14 +143,15 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> st
     return None
 
 
-def _written(pid: int) -> int:
+def _written(process: subprocess.Popen[bytes]) -> int:
     """Bytes that the process has handed to calls that write, whatever has become of the files."""
     try:
-        with open(f"/proc/{pid}/io") as file:
+        with open(f"/proc/{process.pid}/io") as file:
             return int(next(line for line in file if line.startswith("wchar:")).split()[1])
-    except (ProcessLookupError, FileNotFoundError, StopIteration):  # it has just ended
-        return 0
-    except OSError as error:
+    except (OSError, StopIteration) as error:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)  # a process at its end can no longer be looked into
+            return 0
         raise UserError(f"{_UNSUPPORTED} (What a process writes cannot be watched: {error}.)") from error
 
 
