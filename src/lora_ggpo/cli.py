@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shlex
 import sys
@@ -210,6 +211,8 @@ def chat(
         if len(targets) > 1:
             raise UserError(f"{model} holds {len(targets)} runs; choose one, such as {targets[0]}.")
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a pipe may hold anything
         run_chat(Chat(load_target(targets[0]), sampling, system), sys.stdin, Reporter().say)
 
 

@@ -55,8 +55,6 @@ _PEFT_TASKS: dict[TaskKind, str] = {
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the libraries raise for a damaged file: it may hold anything, where they expect a certain structure.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
-# Tokenizers that know no limit carry int(1e30); anything above this is no real limit.
-_NO_LENGTH_LIMIT = 10**9
 
 
 class Bundled(NamedTuple):
@@ -325,8 +323,14 @@ def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     model.config.pad_token_id = tokenizer.pad_token_id
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and tokenizer.model_max_length > _NO_LENGTH_LIMIT:
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not generation.do_sample:
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # Llama-2 came with a temperature but without sampling, and could not be saved again
+            generation.do_sample = True
+    limit = getattr(model.config, "max_position_embeddings", None)  # tokenizers may know none, or a longer one
+    if limit and tokenizer.model_max_length > limit:
         tokenizer.model_max_length = limit
 
 

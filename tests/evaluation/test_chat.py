@@ -72,7 +72,7 @@ def test_draws_are_those_of_the_seed(target, capsys):
 def test_what_is_no_command_or_too_long_is_said(target, capsys):
     said = talk(target, f"/rest\n{'word ' * 3000}\none\n")
     assert said[0] == "/rest is no command: /reset begins a new conversation, /quit ends."
-    assert said[1] == "The conversation is longer than the 4096 tokens that the model can read: /reset."
+    assert said[1] == "The conversation is longer than the 2048 tokens that the model can read: /reset."
     assert capsys.readouterr().out.strip() == expected(target, [user("one")])
 
 

@@ -41,6 +41,33 @@ def test_an_answer_may_be_the_whole_function_in_a_fenced_block(problems):
 
 
 @needs_isolation
+@pytest.mark.parametrize(
+    "form",
+    [
+        "```bash\npip install numpy\n```\nThen:\n```python\n{0}```\nDone.",
+        "```python3\n{0}```",
+        '``` python title="a"\n{0}```',
+        "An example:\n```python\nprint(1)\n```\n```py\n{0}```",
+        "~~~\n{0}\n~~~",
+        "````python\n{0}\n# ```\n````",
+        "```python\n{0}\nif __name__ == '__main__':\n    input()\n```",
+        "1. So:\n   ```python\n   {1}   ```",
+    ],
+)
+def test_the_function_is_found_among_blocks(form, problems):
+    problem = problems[0]
+    whole = problem["prompt"] + problem["canonical_solution"]
+    answer = form.format(whole, whole.replace("\n", "\n   "))
+    assert check_answers([problem], [[answer, answer.replace("\n", "\r\n")]]) == [[True, True]]
+
+
+def test_a_block_that_continues_the_function_keeps_its_indentation(problems):
+    assert program(problems[2], "```python\n    return number % 1.0\n```") == program(
+        problems[2], "    return number % 1.0\n"
+    )
+
+
+@needs_isolation
 def test_an_answer_cannot_pass_by_ending_early(problems):
     answers = ["    import os; os._exit(0)\n", "    raise SystemExit\n", "    return 1\nimport sys; sys.exit(0)\n"]
     assert check_answers(problems[:1], [answers]) == [[False, False, False]]

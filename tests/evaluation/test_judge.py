@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -57,7 +61,7 @@ def ask(answer, **settings):
     """(what the judge said, requests, pauses)."""
     pauses = []
     with serving(answer) as (url, requests):
-        said = Server(url, "gpt-x", pause=pauses.append, **settings).ask(MESSAGES)
+        said = Server(url, "gpt-x", **settings).ask(MESSAGES, pauses.append)
     return said, requests, pauses
 
 
@@ -107,7 +111,7 @@ def test_a_server_that_fails_is_one_sentence(answer, message, asked, monkeypatch
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with serving(lambda *_: answer) as (url, requests):
         with pytest.raises(UserError, match=message) as caught:
-            Server(url, "gpt-x", pause=lambda _: None).ask(MESSAGES)
+            Server(url, "gpt-x").ask(MESSAGES, lambda _: None)
         assert len(requests) == asked
     assert "secret" not in str(caught.value)
 
@@ -116,13 +120,13 @@ def test_a_server_that_is_not_there_or_hangs(monkeypatch):
     with serving(lambda *_: reply("x")) as (url, _):
         pass
     with pytest.raises(UserError, match=r"cannot be reached \(.*refused"):
-        Server(url, "m", pause=lambda _: None).ask(MESSAGES)
+        Server(url, "m").ask(MESSAGES, lambda _: None)
     monkeypatch.setattr(judge, "TIMEOUT", 0.05)
     monkeypatch.setattr(judge, "RETRIES", 1)
     done = threading.Event()
     with serving(lambda *_: (done.wait(5), reply("x"))[1]) as (url, requests):
         with pytest.raises(UserError, match=r"cannot be reached \(timed out\)"):
-            Server(url, "m", pause=lambda _: None).ask(MESSAGES)
+            Server(url, "m").ask(MESSAGES, lambda _: None)
         done.set()
         assert len(requests) == 2
 
@@ -135,8 +139,8 @@ def questions(count):
 
 def run(url, count, path, jobs=3):
     seen = []
-    server = Server(url, "m", pause=lambda _: None)
-    kept = ask_server(server, questions(count), AnswerFile(path), jobs=jobs, progress=lambda *done: seen.append(done))
+    options = {"jobs": jobs, "progress": lambda *done: seen.append(done), "pause": lambda _: None}
+    kept = ask_server(Server(url, "m"), questions(count), AnswerFile(path), **options)
     return {id_: answer.text for (id_, _), answer in kept.items()}, seen
 
 
@@ -164,3 +168,74 @@ def test_an_answer_of_another_form_is_asked_for_twice_more(tmp_path):
     with serving(lambda n, _: reply(None if n < 3 else "half \ud800")) as (url, requests):
         assert run(url, 1, tmp_path / "b.jsonl")[0] == {"0": "half ?"}
         assert len(requests) == 3
+
+
+def test_answers_on_their_way_are_kept_when_one_fails(tmp_path):
+    asked = threading.Barrier(3)
+
+    def answer(_, body):
+        n = int(body["messages"][0]["content"].split()[1])
+        asked.wait(5)  # all three are asked before the first is answered
+        if n:
+            time.sleep(0.3)
+        return reply(f"[[{n}]]") if n else reply("gone", 404)
+
+    path = tmp_path / "judgements.jsonl"
+    with serving(answer) as (url, requests):
+        with pytest.raises(UserError, match="HTTP 404"):
+            run(url, 9, path)
+        assert len(requests) == 3
+    assert sorted(row["id"] for row in map(json.loads, path.read_text().splitlines())) == ["1", "2"]
+
+
+def test_questions_that_the_judge_does_not_take_are_left_out_unless_it_takes_none(tmp_path):
+    def answer(_, body):
+        n = int(body["messages"][0]["content"].split()[1])
+        return reply("content filter", 400) if n == 3 else reply(f"[[{n}]]")
+
+    path = tmp_path / "judgements.jsonl"
+    with serving(answer) as (url, requests):
+        assert run(url, 6, path, jobs=1)[0] == {str(n): "" if n == 3 else f"[[{n}]]" for n in range(6)}
+        assert run(url, 6, path, jobs=1)[0]["3"] == ""
+        assert len(requests) == 7  # it is asked again, and no other
+    for count in (3, 20):
+        with serving(lambda *_: reply("no model m", 400)) as (url, requests):
+            with pytest.raises(UserError, match=r"HTTP 400 \(no model m\)"):
+                run(url, count, tmp_path / "none.jsonl", jobs=1)
+            assert min(count, 8) <= len(requests) <= 9  # one more may be on its way
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_fails(tmp_path):
+    script = (
+        "import sys\nfrom lora_ggpo.evaluation.generate import AnswerFile\n"
+        "from lora_ggpo.evaluation.judge import Question, Server, ask_server\n"
+        "questions = [Question(str(n), [], bool) for n in range(9)]\n"
+        "shown = lambda *_: None\nprint('ready', flush=True)\n"
+        "ask_server(Server(sys.argv[1], 'm'), questions, AnswerFile(None), jobs=3, progress=shown)\n"
+    )
+    with serving(lambda *_: reply("busy", 503)) as (url, requests):
+        process = subprocess.Popen([sys.executable, "-c", script, url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        while len(requests) < 6:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert b"Interrupted: Stopped" in process.communicate(timeout=10)[1]
+
+
+@pytest.mark.parametrize("key", ["sk-secret\u201d", "sk-\rsecret"])
+def test_a_key_that_is_none_is_not_shown(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds characters that no key has") as caught:
+        Server("http://localhost", "m")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_key_from_a_file_with_line_ends(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret\r\n")
+    assert ask(lambda *_: reply("x"))[1][0]["key"] == "Bearer sk-secret"
+
+
+@pytest.mark.parametrize("url", ["http://[x", "http://", "http://a b/v1", "http://localhost/v\u00e9"])
+def test_an_address_that_is_none(url):
+    with pytest.raises(UserError, match="is no address"):
+        Server(url, "m")

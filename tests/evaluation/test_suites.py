@@ -119,6 +119,12 @@ def test_other_data_is_refused(tiny_llama, maths, here):
         run(tiny_llama, "gsm8k", data=str(other))
 
 
+def test_a_refused_command_claims_nothing(tiny_llama, maths, here):
+    with pytest.raises(UserError, match="lower --max-new-tokens"):
+        run(tiny_llama, "gsm8k", data=maths, max_new_tokens=10**6)
+    run(tiny_llama, "gsm8k", data=maths, max_new_tokens=4)
+
+
 def test_every_seed_of_a_run_has_its_own_results(chat_runs, maths, here):
     scores = run(chat_runs, "gsm8k", data=maths, limit=2)
     assert len(scores) == 2
@@ -273,11 +279,20 @@ def test_mtbench_with_a_server(chat_llama, talks, here):
     assert scores["mt-bench"]["first turn"]["value"] == pytest.approx(4.0)
     assert scores["mt-bench"]["second turn"] == {"value": 5.0, "se": 0.0, "n": 2}
     [folder] = (here / "runs" / "evaluation").iterdir()
-    assert {path.name for path in (folder / "mt-bench").iterdir()} >= {"answers.jsonl", "judgements-gpt-x.jsonl"}
+    assert (folder / "mt-bench" / "answers.jsonl").is_file()
+    assert len(list((folder / "mt-bench").glob("judgements-gpt-x-*.jsonl"))) == 1
     answers = {row["id"]: row["text"] for row in lines(folder / "mt-bench" / "answers.jsonl")}
     asked = next(one["body"]["messages"][1]["content"] for one in requests if "Write 1." in str(one["body"]))
     assert answers["1:1"].strip() in asked
     assert "secret" not in (folder / "mt-bench" / "scores.json").read_text()
+
+
+def test_judges_of_one_name_are_told_apart(chat_llama, talks, here):
+    for rating in (5, 9):
+        with serving(lambda *_, rating=rating: reply(f"[[{rating}]]")) as (url, requests):
+            [scores] = run(chat_llama, "mt-bench", data=talks, judge=url, judge_model="m")
+            assert scores["mt-bench"]["score"]["value"] == rating
+            assert len(requests) == 6
 
 
 def test_the_second_turn_follows_the_first_answer(chat_llama, talks, says, here, monkeypatch):

@@ -31,10 +31,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.tasks.evaluate import Progress, autocasting, evaluating
 from lora_ggpo.training.files import read_json_lines, write_json_lines
 from lora_ggpo.training.interrupt import Interrupted
+
+_COLDEST = 1e-3
 
 Key = tuple[str, int]
 """An answer's prompt and the number of the sample."""
@@ -73,6 +75,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if 0 < self.temperature < _COLDEST:
+            raise UserError(f"--temperature {self.temperature:g} is too small; 0 takes the most probable token.")
         pointless = "--samples" if self.samples > 1 else "--top-p" if self.top_p < 1 else None
         if pointless and not self.temperature:
             raise UserError(
@@ -115,7 +119,10 @@ class AnswerFile:
         rows = read_json_lines(path) if path else []
         if path and path.exists():
             write_json_lines(path, rows)  # without the line that was cut, or the next one would continue it
-        self.answers = {answer.key: answer for answer in (Answer(**row) for row in rows)}
+        try:
+            self.answers = {answer.key: answer for answer in (Answer(**row) for row in rows)}
+        except TypeError as error:
+            raise UserError(f"{path} is damaged: a line holds no answer; choose another --output.") from error
 
     def missing(self, prompts: Sequence[Prompt], samples: int) -> list[tuple[Prompt, int]]:
         """The prompts and numbers that have no answer yet.
@@ -203,7 +210,7 @@ def generation_arguments(
     draws: Tensor,
 ) -> dict[str, Any]:
     """Arguments of transformers' `generate` for prompts of `start` tokens; `draws` (rows, new tokens) are in [0, 1)."""
-    chosen = [_Draw(sampling, start, draws)] if sampling.temperature else []
+    chosen = [_finite, *([_Draw(sampling, start, draws)] if sampling.temperature else [])]
     stops = [_Stops(tokenizer, sampling.stop, start)] if sampling.stop else []
     return {
         # Drawing is left to the processor, whose random numbers do not depend on the batch.
@@ -290,6 +297,12 @@ def _padded_left(rows: list[list[int]], pad: int, width: int) -> tuple[Tensor, T
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+def _finite(_: Any, scores: Any) -> Any:
+    if scores.isnan().any():
+        raise DivergedError("The model's outputs are not finite: training has diverged, or the weights are damaged.")
+    return scores
 
 
 class _Draw(LogitsProcessor):

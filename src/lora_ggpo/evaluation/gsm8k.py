@@ -20,6 +20,7 @@ _NUMBER = re.compile(
     r"(?:(?P<whole>\d+) (?=\d+/\d))?"  # 3 1/2
     rf"(?P<over>{_DIGITS})(?:\s?/\s?(?P<under>\d+))?"
 )
+_LONGEST = 1000  # characters: what repeats a digit for ever is no answer, and Python refuses to read it
 _MARKS = (re.compile(r"####(.*)"), re.compile(r"\banswer\s+is\b(.*)", re.IGNORECASE))
 _LATEX = ((re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"), (re.compile(r"\{,\}|\\[,!]|(?<=\d)\\ "), ""))
 
@@ -76,6 +77,8 @@ def extract(text: str) -> Fraction | None:
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
+    if len(number[0]) > _LONGEST:
+        return None
     over, under = Fraction(number["over"].replace(",", "")), Fraction(number["under"] or 1)
     if not under:
         return None

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ Problem = Mapping[str, Any]
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@")
 """Where a completion of a function's body has ended (the paper's stop sequences)."""
 
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*(\w*)(.*)")
 
 
 def load_problems() -> list[dict[str, Any]]:
@@ -43,14 +43,36 @@ def program(problem: Problem, answer: str) -> str:
     An answer is the rest of the function behind the prompt, or, as chat models give it, the whole function, in a fenced
     block or without one.
     """
-    fenced = _FENCE.search(answer)
-    code = fenced.group(1) if fenced else answer
     name = re.escape(problem["entry_point"])
-    whole = re.search(rf"^def {name}\b", code, re.MULTILINE)
+    defines = re.compile(rf"^(?:async )?def {name}\b", re.MULTILINE)
+    code = _code(answer, defines)
+    whole = defines.search(code)
     # A whole function may use what the prompt defines before its own: imports, and helpers.
     before = problem["prompt"][: re.search(rf"^def {name}\b", problem["prompt"], re.MULTILINE).start()]  # type: ignore[union-attr]
     solution = before + code if whole else problem["prompt"] + code
     return f"{solution}\n{problem['test']}\ncheck({problem['entry_point']})\n"
+
+
+def _code(answer: str, defines: re.Pattern[str]) -> str:
+    """The fenced block that defines the function, else the first one of Python or of no language, else all of it."""
+    blocks = list(_blocks(answer))
+    python = [text for language, text in blocks if language.lower().startswith("py") or not language]
+    return next((text for _, text in blocks if defines.search(text)), python[0] if python else answer)
+
+
+def _blocks(answer: str) -> Iterator[tuple[str, str]]:
+    """Language and text of each fenced block of Markdown; one that is not closed goes on to the end."""
+    opening: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in [*answer.splitlines(), None]:
+        fence = _FENCE.fullmatch(line) if line is not None else None
+        if opening is None:
+            opening, lines = fence, []
+        elif line is None or (fence and fence[2].startswith(opening[2]) and not fence[3] + fence[4].strip()):
+            yield opening[3], "".join(f"{one}\n" for one in lines)
+            opening = None
+        else:
+            lines.append(line.removeprefix(opening[1]))
 
 
 def check_answers(

@@ -3,14 +3,18 @@
 FOLDER/SUITE/  settings.json      what decides the answers; other settings in the same place are refused
                answers.jsonl      a line for each answer, as they come: a stopped evaluation goes on from there
                judgements-*.jsonl mt-bench: a line for each judgement, by judge
+               measured-*.json    harness: scores of finished measurements, by tasks' files and limit
                grades.jsonl       a line for each answer: right or wrong, or the judge's rating
                scores.json        scores with standard errors, settings and versions; written last
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +32,7 @@ from lora_ggpo.tasks.config import PLAIN
 from lora_ggpo.tasks.metrics import mean_metric
 from lora_ggpo.training.evaluation import Scores, file_name, plain
 from lora_ggpo.training.files import (
+    digests,
     disk_errors,
     locked,
     read_json,
@@ -197,12 +202,14 @@ def _settings(suite: str, target: Target, sampling: Sampling) -> dict[str, Any]:
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings into `folder`, or check that those there are the same."""
+    """Write the settings into `folder`, or check that those of the answers there are the same."""
     file = folder / "settings.json"
-    if not file.exists():
+    if not any(folder.glob("*.jsonl")) and not (folder / "scores.json").exists():
         write_json(file, settings)
         return
     there = read_json(file)
+    if not isinstance(there, dict):
+        raise UserError(f"{file} is damaged: it holds no settings; choose another --output.")
     changed = [key for key in settings if settings[key] != there.get(key)]
     if changed:
         shown = "; ".join(f"{key} is {there.get(key)} there and {settings[key]} here" for key in changed)
@@ -323,29 +330,46 @@ def _judge(job: Job) -> Callable[[Sequence[Question]], dict[Key, Answer]]:
             "needs --judge-model, its name there" if server else "is no http:// address, so leave out --judge-model"
         )
         raise UserError(f"--judge {options.judge} {problem}.")
-    name = options.judge_model or options.judge
+    if options.judge_model:
+        asked = Server(options.judge, options.judge_model)
+        identity = [asked.url, asked.model]
+        return partial(_judged, job, asked.model, identity, partial(ask_server, asked, jobs=job.jobs))
+    return partial(_judged_by_model, job, options.judge)
 
-    def ask(questions: Sequence[Question]) -> dict[Key, Answer]:
-        kept = AnswerFile(job.folder / f"judgements-{file_name(name)}.jsonl")
-        with job.reporter.task(f"judge {job.target.name}") as shown:
-            shown.begin(len(kept.answers))
-            if server:
-                asked = Server(str(options.judge), name)
-                return ask_server(asked, questions, kept, jobs=job.jobs, progress=shown.update)
-            return ask_model(name, questions, kept, batch_size=job.batch_size, progress=shown.update)
 
-    return ask
+def _judged_by_model(job: Job, name: str, questions: Sequence[Question]) -> dict[Key, Answer]:
+    target = load_target(name)
+    if not target.chat:
+        raise UserError(f"The judge {name} has no chat template; choose an instruction-tuned model.")
+    identity = [target.fingerprint(), str(target.model.dtype), str(target.autocast)]
+    return _judged(job, name, identity, partial(ask_model, target, batch_size=job.batch_size), questions)
+
+
+def _judged(
+    job: Job, name: str, identity: list[str], ask: Callable[..., dict[Key, Answer]], questions: Sequence[Question]
+) -> dict[Key, Answer]:
+    """Judgements of the judge that `identity` tells from all others, whatever they are called, from its own file."""
+    kept = AnswerFile(job.folder / f"judgements-{file_name(name)}-{_digest(identity)}.jsonl")
+    with job.reporter.task(f"judge {job.target.name}") as shown:
+        shown.begin(len(kept.answers))
+        return ask(questions, kept, progress=shown.update)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
 def _harness(job: Job) -> Scores:
-    file = job.folder / "scores.json"
+    data, limit = job.options.data, job.options.limit
+    files = sorted(path for path in Path(data).rglob("*") if path.is_file()) if data else []
+    asked = [data, limit, _version("lm-eval"), digests(files, Path(data)) if data else {}]
+    file = job.folder / f"measured-{_digest(asked)}.json"  # the harness cannot go on with half of its work
     if file.is_file():
-        there = read_json(file)
-        if all(there["settings"][name] == getattr(job.options, name) for name in ("data", "limit")):
-            job.reporter.say(f"{file} is there already; it is not measured again.")
-            return {name: {key: _metric(one) for key, one in row.items()} for name, row in there["evaluation"].items()}
-    tasks = job.suite.partition(":")[2]
-    return run_harness(job.target, tasks, job.options.data, job.options.limit, job.batch_size)
+        job.reporter.say(f"{file} is there already; it is not measured again.")
+        return {name: {key: _metric(one) for key, one in row.items()} for name, row in read_json(file).items()}
+    scores = run_harness(job.target, job.suite.partition(":")[2], data, limit, job.batch_size)
+    write_json(file, plain(scores))
+    return scores
 
 
 def _metric(row: Mapping[str, Any]) -> Metric:

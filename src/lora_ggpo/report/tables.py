@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from lora_ggpo.report.statistics import Interval, mean_interval
@@ -43,7 +44,7 @@ def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
     for name in sets:
         found = [evaluation[name] for evaluation in evaluations if name in evaluation]
         rows = str(next(iter(found[0].values()))["n"])
-        table.add_row(name, rows, *(_cell([metrics.get(metric) for metrics in found]) for metric in metrics))
+        table.add_row(escape(name), rows, *(_cell([metrics.get(metric) for metrics in found]) for metric in metrics))
     return table
 
 
@@ -51,7 +52,7 @@ def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     """A table of ready-made cells, the first column on the left."""
     table = _table(*header, title=title)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lora_ggpo.training.progress import Reporter
 
 TRAIN_ROWS = 1000
 """Rows of the training split that are scored, at most."""
+
+_LONGEST_NAME = 100
 
 Scores = dict[str, dict[str, Metric]]
 
@@ -99,7 +102,8 @@ def plain(scores: Scores) -> dict[str, dict[str, Any]]:
 
 def file_name(name: str) -> str:
     """`name`, which may be a path or a hub id, as the name of a file."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "set"
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "set"
+    return plain if len(plain) <= _LONGEST_NAME else f"{plain[-_LONGEST_NAME:]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _predictions(rows: Dataset, probabilities: np.ndarray[Any, Any]) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ def merge_run(path: Path, out: Path) -> Merged:
             something else; then nothing is written.
     """
     quiet_libraries()
+    out = out.resolve()
     runs = find_runs(path)
     if len(runs) > 1:
         raise UserError(f"{path} holds {len(runs)} runs; choose one, such as {runs[0].folder}.")
