@@ -150,6 +150,27 @@ def test_wrong_arguments(arguments, sentence):
         load_model(*arguments)
 
 
+def test_a_model_that_came_with_settings_of_generation_that_clash_can_be_saved(tiny_llama, tmp_path):
+    """Llama-2-chat has a temperature, but no sampling, which transformers does not save."""
+    shutil.copytree(tiny_llama, tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9, "top_p": 0.6}')
+    model, _ = load_model(str(tmp_path / "a"), "sft")
+    model.save_pretrained(tmp_path / "b")
+    saved = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"]) == (0.9, 0.6)
+
+
+def test_a_tokenizer_s_limit_is_the_model_s_where_that_is_less(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "a")
+    for file, key, value in (
+        ("config.json", "max_position_embeddings", 64),
+        ("tokenizer_config.json", "model_max_length", 4096),
+    ):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, key: value}))
+    assert load_model(str(folder), "sft")[1].model_max_length == 64
+
+
 def test_an_encoder_decoder_is_loaded_as_one(tiny_t5, tmp_path):
     model, tokenizer = load_model(tiny_t5, "seq2seq-classification")
     assert type(model).__name__ == "T5ForConditionalGeneration"

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 
 from lora_ggpo import GGPO, GGPOConfig
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Prompt, Sampling, generate
 from lora_ggpo.models import load_model
 from lora_ggpo.tasks.encode import prompt_ids
@@ -188,9 +188,26 @@ def test_answers_to_other_prompts_are_refused(llama, prompts, tmp_path):
         run(llama, [Prompt("q0", prompts[1].ids)], WARM, tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_has_diverged_answers_nothing(tiny_llama, prompts, temperature):
+    model, tokenizer = load_model(tiny_llama, "sft")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="outputs are not finite"):
+        run((model, tokenizer), prompts, Sampling(max_new_tokens=2, temperature=temperature))
+
+
+def test_lines_that_are_no_answers_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "q", "note": 1}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl is damaged: a line holds no answer"):
+        AnswerFile(tmp_path / "a.jsonl")
+
+
 def test_too_long_and_pointless_requests_are_refused(llama, prompts):
     with pytest.raises(UserError, match=r"The prompt q3 has \d+ tokens; with 4090 of an answer .* the 2048 that"):
         run(llama, prompts, Sampling(max_new_tokens=4090))
+    with pytest.raises(UserError, match="--temperature 1e-05 is too small"):
+        Sampling(temperature=1e-5)
     with pytest.raises(UserError, match="--samples needs a --temperature above 0"):
         Sampling(samples=2)
     with pytest.raises(UserError, match="--top-p needs a --temperature above 0"):

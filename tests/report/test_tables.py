@@ -8,6 +8,7 @@ from lora_ggpo.report.tables import (
     latex_table,
     markdown_table,
     metrics_table,
+    rows_table,
     sparkline,
 )
 
@@ -31,6 +32,13 @@ def test_several_runs_show_the_mean_and_its_interval():
     text = _text(metrics_table(runs))
     assert format_interval(mean_interval([0.8, 0.9])) in text
     assert "mean of 2 seeds" in text
+
+
+def test_names_are_shown_as_they_are():
+    text = _text(rows_table(["a", "b"], [["how [/x]", "[red]1"]]))
+    assert "how [/x]" in text
+    assert "[red]1" in text
+    assert "[/b]" in _text(metrics_table([{"[/b]": {"loss": {"value": 1.0, "se": None, "n": 2}}}]))
 
 
 def test_a_set_that_lacks_a_metric():
