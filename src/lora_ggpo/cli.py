@@ -362,7 +362,7 @@ def study(
 def sharpness(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs, or folders of seeds; the first is the baseline.")],
     on: Annotated[Literal["train", "validation", "test"], typer.Option(help="Set to measure the loss on.")] = "train",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of it, at most.")] = 128,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of it, at most.")] = 64,
     space: Annotated[
         Literal["weights", "adapter", "both"], typer.Option(help="Space of W0 + sBA, of A and B, or both.")
     ] = "both",
@@ -370,7 +370,7 @@ def sharpness(
     rho: Annotated[str, typer.Option(help="Radii of worst-case sharpness.")] = "0.0003,0.001",
     draws: Annotated[int, typer.Option(min=2, help="Pairs of draws of the noise, and draws of the trace.")] = 10,
     eigenvalues: Annotated[int, typer.Option(min=0, help="Top Hessian eigenvalues; 0 leaves the Hessian out.")] = 3,
-    products: Annotated[int, typer.Option(min=9, help="Hessian products for eigenvalues, and for the density.")] = 60,
+    products: Annotated[int, typer.Option(min=9, help="Hessian products for eigenvalues, and for the density.")] = 45,
     plane: Annotated[int, typer.Option(min=0, help="Points a side of a two-dimensional slice; 0 draws none.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the measurements and figures.")] = Path("runs/sharpness"),
     debug: Debug = False,

@@ -61,13 +61,13 @@ class Settings:
     """
 
     split: str = "train"
-    rows: int = 128
+    rows: int = 64
     spaces: tuple[Space, ...] = get_args(Space)
     sigmas: tuple[float, ...] = (0.03, 0.1, 0.2)
     draws: int = 10
     rhos: tuple[float, ...] = (0.0003, 0.001)
     eigenvalues: int = 3
-    products: int = 60
+    products: int = 45
     points: int = 21
     plane: int = 0
 
