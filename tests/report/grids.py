@@ -62,9 +62,10 @@ def write_results(folder, runs, tuning=(), curves=(), metric="accuracy", baselin
         "command": command,
         "metric": metric,
         "baseline": baseline,
-        "versions": {"lora-ggpo": "0.1.0", "torch": "2.9"},
-        "device": "CPU",
-        "cpus": 2,
+        "environments": [
+            {"versions": {"lora-ggpo": "0.1.0", "torch": "2.9"}, "device": "CPU", "cpus": 2},
+            {"versions": {"lora-ggpo": "0.1.0", "torch": "2.13"}, "device": "NVIDIA H200", "cpus": 16},
+        ],
         "trials": 2 if tuning else 1,
         "seeds": sorted({row["seed"] for row in runs}),
     }

@@ -166,6 +166,8 @@ def test_evaluation_of_a_finished_run(finished, reviews):
     scores = evaluate_run(run.folder, str(other), QUIET)
     assert list(scores) == [str(other)]
     assert scores[str(other)]["accuracy"]["n"] == 20
+    kept = [json.loads(file.read_text()) for file in sorted((run.folder / "evaluation").glob("sets-*.json"))]
+    assert {one["on"]: one["evaluation"] for one in kept} == {None: run.metrics["evaluation"], str(other): scores}
 
 
 def test_merge(finished, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from lora_ggpo.errors import UserError
@@ -59,7 +60,7 @@ def write_sharpness_report(folder: Path) -> SharpnessReport:
     for name, figure in _figures(by_label, lines).items():
         for kind in ("png", "svg"):
             write_bytes(folder / "figures" / f"{name}.{kind}", render(figure, kind))
-    return SharpnessReport(rows_table(header, rows, caption), verdicts)
+    return SharpnessReport(rows_table([*map(escape, header)], rows, caption), verdicts)
 
 
 def _several(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> bool:

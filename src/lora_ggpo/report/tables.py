@@ -40,7 +40,7 @@ def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
         dict.fromkeys(metric for evaluation in evaluations for rows in evaluation.values() for metric in rows)
     )
     spread = "± standard error" if len(evaluations) == 1 else f"mean of {len(evaluations)} seeds ± 95 % t interval"
-    table = _table("set", "rows", *metrics, title=spread)
+    table = _table("set", "rows", *map(escape, metrics), title=spread)
     for name in sets:
         found = [evaluation[name] for evaluation in evaluations if name in evaluation]
         rows = str(next(iter(found[0].values()))["n"])
@@ -49,10 +49,10 @@ def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A table of ready-made cells, the first column on the left."""
+    """A table of ready-made cells in rich's markup, the first column on the left."""
     table = _table(*header, title=title)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return table
 
 

@@ -8,11 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ggpo.data import digest
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.evaluation import evaluation_sets, plain
-from lora_ggpo.training.files import disk_errors, new_folder
+from lora_ggpo.training.evaluation import evaluation_sets, file_name, plain
+from lora_ggpo.training.files import disk_errors, new_folder, write_json
 from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.run import find_runs, load_splits, load_trained, quiet_libraries, scorer, training_arguments
+from lora_ggpo.training.run import (
+    find_runs,
+    load_splits,
+    load_trained,
+    quiet_libraries,
+    scorer,
+    training_arguments,
+    versions,
+)
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Allowed difference of merged and unmerged logits, relative to the largest logit: rounding of the merged weights."""
@@ -37,7 +46,7 @@ _PROBES = ["The film was a delight from start to finish.", "A dull, overlong mes
 
 
 def evaluate_run(folder: Path, on: str | None = None, reporter: Reporter | None = None) -> dict[str, dict[str, Any]]:
-    """Score the finished run in `folder`.
+    """Score the finished run in `folder`; keep the scores in ``folder/evaluation/sets-*.json`` if that can be written.
 
     Args:
         on: Data to score on (a bundled name, file, folder or hub id, with the run's columns or default ones); None is
@@ -50,14 +59,24 @@ def evaluate_run(folder: Path, on: str | None = None, reporter: Reporter | None 
         UserError: the run is unfinished, or the data does not fit it.
     """
     quiet_libraries()
+    reporter = reporter or Reporter()
     model, tokenizer, recipe, labels = load_trained(folder)
     data = recipe.data if on is None else recipe.data.model_copy(update={"out_of_domain": [on]})
     splits = load_splits(recipe.task, data)
     if splits.labels != labels:
         raise UserError(f"The labels of {recipe.data.source} have changed since {folder} was trained on them.")
     args = training_arguments(recipe, folder, recipe.seeds[0])
-    score = scorer(model, tokenizer, recipe.task.for_labels(labels), args, reporter or Reporter())
-    return plain(score.score(evaluation_sets(splits) if on is None else splits.out_of_domain, None))
+    score = scorer(model, tokenizer, recipe.task.for_labels(labels), args, reporter)
+    sets = evaluation_sets(splits) if on is None else splits.out_of_domain
+    scores = plain(score.score(sets, None))
+    kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}.json"
+    facts = {"on": on, "data": {name: digest(rows) for name, rows in sets.items()}, "versions": versions()}
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        write_json(kept, {"evaluation": scores, **facts})
+    except OSError as error:
+        reporter.say(f"{kept} cannot be written ({error.strerror}); the scores are not kept.")
+    return scores
 
 
 def merge_run(path: Path, out: Path) -> Merged:
