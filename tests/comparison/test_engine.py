@@ -88,7 +88,7 @@ def test_killed_and_stopped_comparisons_go_on(compared, tmp_path):
                 os.kill(process.pid, kill)
                 break
             time.sleep(0.05)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         if kill == signal.SIGINT:
             assert process.returncode == 130
             assert "give the same command again" in errors
