@@ -30,6 +30,11 @@ output: runs/x
         ("  max_stps: 3", "r.yaml, line 9: training.max_stps is not a setting; did you mean max_steps?"),
         ("  lr: 3", "r.yaml, line 9: training.lr is not a setting; did you mean learning_rate?"),
         ("  max_steps: many", "r.yaml, line 9: training.max_steps must be a valid integer"),
+        ("  per_device_train_batch_size: 0", "training.per_device_train_batch_size must be at least 1, not 0."),
+        ("  gradient_accumulation_steps: -1", "training.gradient_accumulation_steps must be at least 1, not -1."),
+        ("  max_steps: 0", "r.yaml, line 9: training.max_steps must be above 0"),
+        ("  num_train_epochs: -1", "r.yaml, line 9: training.num_train_epochs must be above 0"),
+        ("  train_sampling_strategy: group_by_lenght", "train_sampling_strategy must be group_by_length, random"),
         ("  learning_rate: null", "r.yaml, line 9: training.learning_rate must be a valid number, not null."),
         ("  learning_rate: fast", "training.learning_rate must be a valid number"),
         ("  max_grad_norm: .inf", "training.max_grad_norm must be a finite number, not inf."),
@@ -55,6 +60,7 @@ def test_bad_training_settings(line, message):
         ("adapter.task_type=CAUSAL_LM", "adapter.task_type cannot be set"),
         ("ggpo.sigma=-1", "override 'ggpo.sigma=-1': ggpo.sigma must be a finite number >= 0"),
         ("ggpo.rule=papre", "ggpo.rule must be 'paper', 'relative' or 'sd-scripts', not 'papre'."),
+        ("data.out_of_domain=[test]", "data.out_of_domain has a source named test, as a set of the run's own is"),
         ("data.sorce=x", "data.sorce is not a setting; did you mean source?"),
         ("task.kind=classify", "task.kind must be 'classification'"),
         ("adapter=null", "r.yaml, line 6: ggpo perturbs a LoRA adapter, but adapter is null"),
@@ -108,6 +114,11 @@ def test_completions_are_scored_in_batches_as_large_as_those_of_training_unless_
 
 def test_a_set_noise_seed_is_kept():
     assert parse_recipe(TEXT, "r.yaml", ["ggpo.seed=5"]).ggpo_config(7).seed == 5
+
+
+def test_schema_has_the_defaults_that_runs_use():
+    fields = json.loads(json_schema())["$defs"]["TrainingFields"]["properties"]
+    assert {name: fields[name]["default"] for name in TRAINING_DEFAULTS} == TRAINING_DEFAULTS
 
 
 def test_schema_has_every_field_that_can_be_set():

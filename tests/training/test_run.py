@@ -158,6 +158,16 @@ print(json.dumps(model(**batch).logits.tolist()))
     assert labels == ["negative", "positive"]
 
 
+def test_a_mistake_before_the_first_step_can_be_corrected(recipe_file, tmp_path):
+    few = ["training.max_steps=2", f"output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="nope"):
+        train(load_recipe(recipe_file, [*few, "adapter.target_modules=[nope]"]), QUIET)
+    (run,) = train(load_recipe(recipe_file, few), QUIET)
+    assert run.metrics["training"]["steps"] == 2
+    with pytest.raises(UserError, match="holds a run of another recipe"):
+        train(load_recipe(recipe_file, [*few, "training.learning_rate=1e-2"]), QUIET)
+
+
 def test_evaluation_of_a_finished_run(finished, reviews):
     _, run = finished
     assert evaluate_run(run.folder, reporter=QUIET) == run.metrics["evaluation"]

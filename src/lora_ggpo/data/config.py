@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+_OWN_SETS = {"train", "train-clean", "train-noisy", "validation", "test", "validation_mismatched"}
+
 
 class DataConfig(BaseModel):
     """Where the text comes from, which columns hold it, and how it is split, cut down and corrupted."""
@@ -65,4 +67,7 @@ class DataConfig(BaseModel):
         repeated = {self.source, *self.out_of_domain}
         if len(repeated) <= len(self.out_of_domain):
             raise ValueError("out_of_domain must name different sources, none of them the training source")
+        taken = sorted(_OWN_SETS & set(self.out_of_domain))
+        if taken:
+            raise ValueError(f"out_of_domain has a source named {taken[0]}, as a set of the run's own is; rename it")
         return self

@@ -60,6 +60,18 @@ def with_init_config(fields: Mapping[str, Any]) -> dict[str, Any]:
             f"init_lora_weights {init!r} moves the base weights, which DoRA's magnitudes tie the adapter to; "
             "use one of the two"
         )
+    if init.startswith(_MOVES_BASE) and not fields.get("use_dora"):
+        patterns = any(fields.get(name) for name in ("rank_pattern", "alpha_pattern"))
+        clash = {
+            "bias": fields.get("bias", "none") != "none",
+            "layer_replication": fields.get("layer_replication") is not None,
+            "use_rslora with a rank_pattern or alpha_pattern": bool(fields.get("use_rslora")) and patterns,
+        }
+        for setting in (name for name, is_set in clash.items() if is_set):
+            raise ValueError(
+                f"init_lora_weights {init!r} is saved as a difference of two adapters, which peft cannot do with "
+                f"{setting}; use one of the two"
+            )
     if init not in _CONFIGS:
         return dict(fields)
     name, cls = _CONFIGS[init]

@@ -49,6 +49,11 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 """What a run uses where the recipe's ``training`` says nothing; everything else is transformers' own default."""
 
+# What transformers takes without a word, or with a traceback.
+_LEAST = dict.fromkeys(
+    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
+) | dict.fromkeys(("learning_rate", "dataloader_num_workers", "warmup_steps", "weight_decay", "save_steps"), 0)
+_SAMPLING = ("group_by_length", "random", "sequential")
 _MOMENTUM_KEPT = ("adamw_torch", "adamw_torch_fused")
 _BY_TASK = "the task and the model set it"
 _ADAPTER_OWNED = dict.fromkeys(
@@ -119,9 +124,17 @@ def _owned(name: str) -> str | None:
 
 
 def _mirror(
-    name: str, cls: type, owned: typing.Callable[[str], str | None], **further: tuple[Any, Any]
+    name: str,
+    cls: type,
+    owned: typing.Callable[[str], str | None],
+    defaults: typing.Mapping[str, Any] | None = None,
+    **further: tuple[Any, Any],
 ) -> type[BaseModel]:
-    """A pydantic model with the fields of dataclass `cls`, so that they are checked and described like our own."""
+    """A pydantic model with the fields of dataclass `cls`, so that they are checked and described like our own.
+
+    Args:
+        defaults: Those that differ from the dataclass's.
+    """
     hints = typing.get_type_hints(cls)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
@@ -130,7 +143,8 @@ def _mirror(
             default = None if missing else field.default
             description = field.metadata.get("help")
             hint = _describable(hints[field.name])
-            fields[field.name] = (hint | None if default is None else hint, Field(default, description=description))
+            shown = (defaults or {}).get(field.name, default)
+            fields[field.name] = (hint | None if default is None else hint, Field(shown, description=description))
     return create_model(
         name, __config__=ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False), **(fields | further)
     )
@@ -171,7 +185,7 @@ else:
         init_lora_weights=(_Init | bool, Field(True, description="Starting values; true is LoRA's own.")),
     )
     GGPOFields = _mirror("GGPOFields", GGPOConfig, lambda _: None)
-    TrainingFields = _mirror("TrainingFields", TrainingArguments, _owned)
+    TrainingFields = _mirror("TrainingFields", TrainingArguments, _owned, TRAINING_DEFAULTS)
 
 
 class OptimizerFields(BaseModel):
@@ -252,6 +266,21 @@ class Recipe(BaseModel):
         if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
             raise ValueError("seeds must be different whole numbers from 0 to 4294967295")
         return seeds
+
+    @field_validator("training")
+    @classmethod
+    def _usable_training(cls, fields: BaseModel) -> BaseModel:
+        values = fields.model_dump(exclude_unset=True)
+        for name, least in _LEAST.items():
+            if name in values and values[name] < least:
+                raise ValueError(f"{name} must be at least {least}, not {values[name]}")
+        for name in ("max_steps", "num_train_epochs"):
+            if values.get(name) == 0 or (name == "num_train_epochs" and values.get(name, 1) < 0):
+                raise ValueError(f"{name} must be above 0, or there is nothing to train")
+        sampling = values.get("train_sampling_strategy", _SAMPLING[0])
+        if sampling not in _SAMPLING:
+            raise ValueError(f"train_sampling_strategy must be {', '.join(_SAMPLING)}, not {sampling!r}")
+        return fields
 
     @field_validator("ggpo")
     @classmethod

@@ -214,8 +214,9 @@ def optimizer_steps(args: TrainingArguments, rows: int) -> int:
     """Optimizer steps of a run over `rows` training rows, in as many processes as there are."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    batches = rows / (args.per_device_train_batch_size * args.world_size)
+    whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * math.ceil(whole / args.gradient_accumulation_steps))
 
 
 def summary(recipe: dict[str, Any]) -> str:
@@ -276,9 +277,9 @@ def _run_seed(recipe: Recipe, seed: int, splits: Callable[[], Splits], reporter:
 
 
 def _claim(folder: Path, resolved: dict[str, Any]) -> None:
-    """Write the recipe into `folder`, or check that the one there is the same."""
+    """Write the recipe into `folder`, or check that the one that was begun there is the same."""
     file = folder / "recipe.yaml"
-    if not file.exists():
+    if not file.exists() or not _is_begun(folder):
         write_text(file, dump_yaml(resolved))
         return
     here, there = (
@@ -293,6 +294,12 @@ def _claim(folder: Path, resolved: dict[str, Any]) -> None:
         )
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(f"{folder} holds a run of another recipe: {shown}{more}; choose another output.")
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is anything that a correction of recipe or data would spoil."""
+    names = ("log.jsonl", "adapter", "model", "metrics.json")
+    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoints/checkpoint-*"))
 
 
 def _defaults_filled_in(file: Path) -> dict[str, Any]:
@@ -567,7 +574,7 @@ def _record_data(folder: Path, splits: Splits) -> None:
         "splits": {name: {"rows": len(rows), "sha256": digest(rows)} for name, rows in sets.items()},
     }
     file = folder / "data.json"
-    if file.exists() and read_json(file) != record:
+    if file.exists() and _is_begun(folder) and read_json(file) != record:
         raise UserError(f"The data has changed since {folder} was begun; choose another output.")
     write_json(file, record)
 
