@@ -83,6 +83,25 @@ def test_packing_where_it_cannot_be(run, overrides, message):
         run("a", *overrides)
 
 
+def test_a_further_set_that_cannot_be_read_is_refused_before_training(run, tmp_path):
+    turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "it"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("\n".join([json.dumps({"messages": turns})] * 3))
+    with pytest.raises(UserError, match=r"chats\.jsonl: The tokenizer has no chat template"):
+        run("a", f"data.out_of_domain=[{chats}]")
+    assert not (tmp_path / "a" / "seed-0" / "log.jsonl").exists()
+    run("a")  # which may be corrected
+
+
+@pytest.mark.parametrize(
+    "setting", ["bias=all", "layer_replication=[[0,2],[1,2]]", "use_rslora=true adapter.rank_pattern={q_proj: 4}"]
+)
+def test_starting_values_that_cannot_be_saved_are_refused_before_training(run, setting):
+    overrides = [f"adapter.{one}" for one in setting.split(" adapter.")]
+    with pytest.raises(UserError, match="is saved as a difference of two adapters"):
+        run("a", "adapter.init_lora_weights=pissa", *overrides)
+
+
 def test_a_run_of_an_earlier_release_goes_on(run, tmp_path):
     """Its recipe.yaml does not know a setting that has come since: it had the default."""
     first = run("old")

@@ -379,6 +379,7 @@ def _trained(
     start = folder / "start"
     moved = model if isinstance(model, PeftModel) and is_first() and save_start(model, start) else None
     score = scorer(model, tokenizer, task, args, reporter)
+    _check_further_sets(recipe, splits, score)
     trainer = make_trainer(recipe, model, tokenizer, args, rows)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
     enough = partial(_enough, recipe)
@@ -412,6 +413,15 @@ def _trained(
                 model.save_pretrained(str(target))
             tokenizer.save_pretrained(target)
     return model, tokenizer
+
+
+def _check_further_sets(recipe: Recipe, splits: Splits, score: Scorer) -> None:
+    """Encode the out-of-domain sets, which have a shape of their own, before hours of training and not after."""
+    for name, rows in splits.out_of_domain.items() if recipe.score_test else ():
+        try:
+            score.encode(rows)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def _validation(recipe: Recipe, splits: Splits, score: Scorer) -> Callable[[], dict[str, float]]:
