@@ -125,6 +125,14 @@ def test_a_refused_command_claims_nothing(tiny_llama, maths, here):
     run(tiny_llama, "gsm8k", data=maths, max_new_tokens=4)
 
 
+def test_a_finished_measurement_holds_its_folder(tmp_path):
+    """As after a kill between the harness's measurement and its scores."""
+    suites._claim(tmp_path, {"weights": "a"})
+    (tmp_path / "measured-0.json").write_text("{}")
+    with pytest.raises(UserError, match="weights is a there and b here"):
+        suites._claim(tmp_path, {"weights": "b"})
+
+
 def test_every_seed_of_a_run_has_its_own_results(chat_runs, maths, here):
     scores = run(chat_runs, "gsm8k", data=maths, limit=2)
     assert len(scores) == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import time
@@ -31,10 +29,10 @@ from lora_ggpo.analysis.sharpness import (
     worst_sharpness,
 )
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.files import disk_errors, locked, read_json, write_json
+from lora_ggpo.training.files import disk_errors, json_digest, locked, read_json, write_json
 from lora_ggpo.training.progress import Reporter, Task
 from lora_ggpo.training.recipe import load_recipe
-from lora_ggpo.training.run import Run, find_runs, quiet_libraries, versions
+from lora_ggpo.training.run import Run, find_runs, finished_metrics, quiet_libraries, versions
 
 STARTS = 3
 """Random starts of the spectral density."""
@@ -141,10 +139,7 @@ def _measured(run: Run, name: str, settings: Settings, output: Path, reporter: R
 
 def identity(run: Run) -> str:
     """A digest that no other run has, nor the same one trained again: of its results, its data and its weights."""
-    if run.metrics is None:
-        raise UserError(f"{run.folder} is not finished; give its `lora-ggpo train` command again to finish it.")
-    facts = json.dumps([run.metrics, read_json(run.folder / "data.json")], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    return json_digest([finished_metrics(run), read_json(run.folder / "data.json")])
 
 
 def measure(folder: Path, settings: Settings, task: Task) -> dict[str, Any]:

@@ -128,8 +128,7 @@ class Plan:
 
     def _learning_rate(self) -> float:
         training = self.source.values.get("training") or {}
-        rate = training.get("learning_rate")
-        return float(TRAINING_DEFAULTS["learning_rate"] if rate is None else rate)
+        return float(training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"]))
 
     def _job(self, setting: str, method: Method, seed: int, values: Values, trial: int | None) -> Job:
         place = ["tuning", method.name, f"trial-{trial}"] if trial is not None else ["runs", method.name]

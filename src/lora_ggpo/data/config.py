@@ -6,7 +6,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_OWN_SETS = {"train", "train-clean", "train-noisy", "validation", "test", "validation_mismatched"}
+from lora_ggpo.data.sources import FURTHER_TESTS
+
+_OWN_SETS = {"train", "train-clean", "train-noisy", "validation", "test", *FURTHER_TESTS}
 
 
 class DataConfig(BaseModel):

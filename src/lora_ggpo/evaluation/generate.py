@@ -33,7 +33,7 @@ from transformers import (
 
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.tasks.evaluate import Progress, autocasting, evaluating
-from lora_ggpo.training.files import read_json_lines, write_json_lines
+from lora_ggpo.training.files import json_digest, read_json_lines, write_json_lines
 from lora_ggpo.training.interrupt import Interrupted
 
 _COLDEST = 1e-3
@@ -51,7 +51,7 @@ class Prompt(NamedTuple):
     @property
     def digest(self) -> str:
         """Tells prompts of another text apart."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
+        return json_digest(self.ids)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ FOLDER/SUITE/  settings.json      what decides the answers; other settings in th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -34,6 +32,7 @@ from lora_ggpo.training.evaluation import Scores, file_name, plain
 from lora_ggpo.training.files import (
     digests,
     disk_errors,
+    json_digest,
     locked,
     read_json,
     write_json,
@@ -204,7 +203,7 @@ def _settings(suite: str, target: Target, sampling: Sampling) -> dict[str, Any]:
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings into `folder`, or check that those of the answers there are the same."""
     file = folder / "settings.json"
-    if not any(folder.glob("*.jsonl")) and not (folder / "scores.json").exists():
+    if not any(path.name != file.name for path in folder.glob("[!.]*.json*")):
         write_json(file, settings)
         return
     there = read_json(file)
@@ -349,21 +348,17 @@ def _judged(
     job: Job, name: str, identity: list[str], ask: Callable[..., dict[Key, Answer]], questions: Sequence[Question]
 ) -> dict[Key, Answer]:
     """Judgements of the judge that `identity` tells from all others, whatever they are called, from its own file."""
-    kept = AnswerFile(job.folder / f"judgements-{file_name(name)}-{_digest(identity)}.jsonl")
+    kept = AnswerFile(job.folder / f"judgements-{file_name(name)}-{json_digest(identity)[:8]}.jsonl")
     with job.reporter.task(f"judge {job.target.name}") as shown:
         shown.begin(len(kept.answers))
         return ask(questions, kept, progress=shown.update)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
-
-
 def _harness(job: Job) -> Scores:
     data, limit = job.options.data, job.options.limit
-    files = sorted(path for path in Path(data).rglob("*") if path.is_file()) if data else []
-    asked = [data, limit, _version("lm-eval"), digests(files, Path(data)) if data else {}]
-    file = job.folder / f"measured-{_digest(asked)}.json"  # the harness cannot go on with half of its work
+    files = digests((path for path in Path(data).rglob("*") if path.is_file()), Path(data)) if data else {}
+    asked = [data, limit, _version("lm-eval"), files]
+    file = job.folder / f"measured-{json_digest(asked)[:8]}.json"  # the harness cannot go on with half of its work
     if file.is_file():
         job.reporter.say(f"{file} is there already; it is not measured again.")
         return {name: {key: _metric(one) for key, one in row.items()} for name, row in read_json(file).items()}

@@ -60,23 +60,28 @@ def with_init_config(fields: Mapping[str, Any]) -> dict[str, Any]:
             f"init_lora_weights {init!r} moves the base weights, which DoRA's magnitudes tie the adapter to; "
             "use one of the two"
         )
-    if init.startswith(_MOVES_BASE) and not fields.get("use_dora"):
-        patterns = any(fields.get(name) for name in ("rank_pattern", "alpha_pattern"))
-        clash = {
-            "bias": fields.get("bias", "none") != "none",
-            "layer_replication": fields.get("layer_replication") is not None,
-            "use_rslora with a rank_pattern or alpha_pattern": bool(fields.get("use_rslora")) and patterns,
-        }
-        for setting in (name for name, is_set in clash.items() if is_set):
-            raise ValueError(
-                f"init_lora_weights {init!r} is saved as a difference of two adapters, which peft cannot do with "
-                f"{setting}; use one of the two"
-            )
+    clash = _clash_with_difference(fields)
+    if clash and _moves_base(init, fields.get("use_dora")):
+        raise ValueError(
+            f"init_lora_weights {init!r} is saved as a difference of two adapters, which peft cannot do with {clash}; "
+            "use one of the two"
+        )
     if init not in _CONFIGS:
         return dict(fields)
     name, cls = _CONFIGS[init]
     given = fields.get(name) or {}
     return {**fields, name: given if dataclasses.is_dataclass(given) else cls(**given)}
+
+
+def _clash_with_difference(fields: Mapping[str, Any]) -> str | None:
+    """The setting with which peft cannot save an adapter as a difference."""
+    if fields.get("bias", "none") != "none":
+        return "bias"
+    if fields.get("layer_replication") is not None:
+        return "layer_replication"
+    if fields.get("use_rslora") and (fields.get("rank_pattern") or fields.get("alpha_pattern")):
+        return "use_rslora with a rank_pattern or alpha_pattern"
+    return None
 
 
 def initialised(model: PreTrainedModel, config: LoraConfig, batches: Batches | None) -> PeftModel:
@@ -110,7 +115,11 @@ def save_start(model: PeftModel, folder: Path) -> bool:
 def moves_base(model: PeftModel) -> bool:
     """Whether an adapter is saved as the difference to its starting values, with factors of twice the rank."""
     config: Any = model.peft_config["default"]
-    return not config.use_dora and str(config.init_lora_weights).startswith(_MOVES_BASE)
+    return _moves_base(config.init_lora_weights, config.use_dora)
+
+
+def _moves_base(init: Any, use_dora: Any) -> bool:
+    return not use_dora and str(init).startswith(_MOVES_BASE)
 
 
 def save_difference(model: PeftModel, folder: Path, start: Path) -> None:

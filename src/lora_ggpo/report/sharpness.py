@@ -213,24 +213,16 @@ def _expected_panels(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
 def _stacked(
     by_label: Mapping[str, Mapping[int, Mapping[str, Any]]], what: str, space: str, places: str, values: str
 ) -> Curves:
-    """Curves over the same places; spectra, whose places differ, are read off at places over the range of all."""
+    """Curves over the places of all, which slices share; of spectra, whose places differ, none so loses a peak."""
     found = {
         label: [run[what][space] for run in seeds.values() if run[what].get(space)] for label, seeds in by_label.items()
     }
-    every = [one[places] for of_label in found.values() for one in of_label]
-    if not every:
-        return {}
-    at = every[0] if all(one == every[0] for one in every) else _over_all(every)
+    at = sorted({place for of_label in found.values() for one in of_label for place in one[places]})
     return {
         label: (at, np.array([np.interp(at, one[places], one[values], 0, 0) for one in of_label]))
         for label, of_label in found.items()
         if of_label
     }
-
-
-def _over_all(ranges: Sequence[Sequence[float]]) -> list[float]:
-    """All places of all curves, so that none loses a peak."""
-    return sorted({place for one in ranges for place in one})
 
 
 def _between(lines: Sequence[Mapping[str, Any]]) -> Curves:

@@ -96,6 +96,11 @@ def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     return found
 
 
+def json_digest(value: Any) -> str:
+    """Sixteen hexadecimal digits that tell values which JSON holds apart."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill, which becomes `path` in one move when all went well."""

@@ -274,9 +274,10 @@ class Recipe(BaseModel):
         for name, least in _LEAST.items():
             if name in values and values[name] < least:
                 raise ValueError(f"{name} must be at least {least}, not {values[name]}")
-        for name in ("max_steps", "num_train_epochs"):
-            if values.get(name) == 0 or (name == "num_train_epochs" and values.get(name, 1) < 0):
-                raise ValueError(f"{name} must be above 0, or there is nothing to train")
+        if values.get("max_steps") == 0:
+            raise ValueError("max_steps must be above 0, or there is nothing to train")
+        if values.get("num_train_epochs", 1) <= 0:
+            raise ValueError("num_train_epochs must be above 0, or there is nothing to train")
         sampling = values.get("train_sampling_strategy", _SAMPLING[0])
         if sampling not in _SAMPLING:
             raise ValueError(f"train_sampling_strategy must be {', '.join(_SAMPLING)}, not {sampling!r}")

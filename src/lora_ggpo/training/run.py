@@ -125,6 +125,17 @@ def read_run(folder: Path) -> Run:
     return Run(folder, recipe, read_json_lines(folder / "log.jsonl"), metrics)
 
 
+def finished_metrics(run: Run) -> dict[str, Any]:
+    """What the run ended with.
+
+    Raises:
+        UserError: it is unfinished.
+    """
+    if run.metrics is None:
+        raise UserError(f"{run.folder} is not finished; give its `lora-ggpo train` command again to finish it.")
+    return run.metrics
+
+
 def find_runs(path: Path) -> list[Run]:
     """The runs at `path`: itself, or the seeds below it, in the order of the seeds.
 
@@ -155,15 +166,13 @@ def load_trained(
     Raises:
         UserError: the run is unfinished, or its weights are missing or not those that it ended with.
     """
-    run = read_run(folder)
-    if run.metrics is None:
-        raise UserError(f"{folder} is not finished; give its `lora-ggpo train` command again to finish it.")
+    metrics = finished_metrics(read_run(folder))
     recipe = load_recipe(folder / "recipe.yaml")
     data = read_json(folder / "data.json")
     if not isinstance(data, dict) or "labels" not in data:
         raise UserError(f"{folder / 'data.json'} is damaged: it names no labels.")
     labels = data["labels"]
-    _check_weights(folder / _weights_name(recipe), run.metrics)
+    _check_weights(folder / _weights_name(recipe), metrics)
     model, tokenizer = _load_weights(recipe, labels, folder, quantised)
     return model, tokenizer, recipe, labels
 
