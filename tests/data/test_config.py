@@ -17,6 +17,7 @@ from lora_ggpo.data import DataConfig
         ("test_fraction", 0.95, "validation_fraction and test_fraction must add up to less than 1"),
         ("out_of_domain", ["a.csv"], "none of them the training source"),
         ("out_of_domain", ["b.csv", "b.csv"], "must name different sources"),
+        ("out_of_domain", ["b.csv", "./b.csv"], "must name different sources"),
         ("test_split", "valid", "should be 'validation'"),
         ("txet", "body", "Extra inputs"),
     ],

@@ -1,6 +1,7 @@
 """`lora-ggpo plan`: MiniLM on real reviews, a few steps, against independent counts and against a real run."""
 
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +150,9 @@ def test_the_largest_batch_is_on_the_line_through_two_peaks():
 def test_longest_rows_go_round():
     assert longest_rows([3, 9, 5], 2) == [1, 2]
     assert longest_rows([3, 9], 5) == [1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("save_steps", "made"), [(0, 1), (4, 3), (0.5, 2)])
+def test_checkpoints_that_a_run_leaves(save_steps, made):
+    recipe = SimpleNamespace(adalora=False, training_fields={"save_total_limit": None})
+    assert module._checkpoints(recipe, SimpleNamespace(save_steps=save_steps), 10) == made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -66,8 +67,8 @@ class DataConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction and test_fraction must add up to less than 1")
-        repeated = {self.source, *self.out_of_domain}
-        if len(repeated) <= len(self.out_of_domain):
+        places = {os.path.normpath(source) for source in (self.source, *self.out_of_domain)}
+        if len(places) <= len(self.out_of_domain):
             raise ValueError("out_of_domain must name different sources, none of them the training source")
         taken = sorted(_OWN_SETS & set(self.out_of_domain))
         if taken:

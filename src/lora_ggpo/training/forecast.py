@@ -355,7 +355,7 @@ def _checkpoints(recipe: Recipe, args: TrainingArguments, steps: int) -> int:
         return 0
     every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
     keep = recipe.training_fields["save_total_limit"]
-    made = math.ceil(steps / every)
+    made = math.ceil(steps / every) if every else 1  # 0 saves as the run ends alone
     return min(made, keep) if keep else made
 
 
