@@ -52,7 +52,7 @@ def with_init_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """LoraConfig's fields, with the sub-configuration that their initialisation needs as an object.
 
     Raises:
-        ValueError: the initialisation cannot be combined with DoRA.
+        ValueError: the initialisation cannot be combined with DoRA, or with what peft cannot save as a difference.
     """
     init = str(fields.get("init_lora_weights"))
     if fields.get("use_dora") and (init in ("corda", "lora_ga") or init.startswith("pissa_niter")):
