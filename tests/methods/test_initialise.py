@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import lora_fa, lora_plus
-from lora_ggpo.models import add_adapter, freeze_body
+from lora_ggpo.models import add_adapter, freeze_body, load_model
 
 TEXTS = ["A delight from start to finish.", "Dull, overlong and badly acted.", "I laughed.", "Why was this made?"]
 FIELDS = {"r": 4, "lora_alpha": 6, "target_modules": r".*layer\.[01]\.attention\.self\.query|.*pooler\.dense"}
@@ -64,6 +64,14 @@ def test_the_full_weight_starts_where_it_was(base, minilm, init):
         original = weights[name.removeprefix("base_model.model.") + ".weight"]
         torch.testing.assert_close(whole, original, rtol=1e-4, atol=1e-5)
         assert product(layer).norm() > 0
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_starting_values_of_embeddings_cannot_be_saved_as_a_difference(tiny_llama, target):
+    base, _ = load_model(str(tiny_llama), "sft")
+    fields = {"r": 4, "target_modules": ["q_proj", target], "init_lora_weights": "pissa"}
+    with pytest.raises(UserError, match=rf"which peft cannot do for .*{target}; leave it out of target_modules"):
+        add_adapter(base, fields, "sft")
 
 
 def test_pissa_holds_the_principal_part(base):

@@ -19,7 +19,7 @@ from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Batch = Mapping[str, Tensor]
@@ -88,13 +88,29 @@ def initialised(model: PreTrainedModel, config: LoraConfig, batches: Batches | N
     """Put the LoRA adapter of `config` on `model` (in place) with its starting values.
 
     Raises:
-        ValueError: the values need data, and `batches` is None.
+        ValueError: the values need data, and `batches` is None; or they move weights that peft would save as they are.
     """
     if not needs_data(config):
-        return peft.get_peft_model(model, config)
-    if batches is None:
+        adapted: PeftModel = peft.get_peft_model(model, config)
+    elif batches is None:
         raise ValueError(f"init_lora_weights {config.init_lora_weights!r} needs training data")
-    return _FROM_DATA[str(config.init_lora_weights)](model, config, batches)
+    else:
+        adapted = _FROM_DATA[str(config.init_lora_weights)](model, config, batches)
+    if moves_base(adapted):
+        _refuse_embeddings(adapted)
+    return adapted
+
+
+def _refuse_embeddings(model: PeftModel) -> None:
+    """peft's difference leaves out the factors of an embedding, and keeps an output layer's moved W0 beside it."""
+    config: Any = model.peft_config["default"]
+    output = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (module is output or isinstance(module.get_base_layer(), nn.Embedding)):
+            raise ValueError(
+                f"init_lora_weights {config.init_lora_weights!r} is saved as a difference of two adapters, which peft "
+                f"cannot do for {name.removeprefix('base_model.model.')}; leave it out of target_modules"
+            )
 
 
 def save_start(model: PeftModel, folder: Path) -> bool:
