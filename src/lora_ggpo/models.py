@@ -101,7 +101,7 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
     if kind == "classification" and len(labels or []) < 2:
         raise UserError(f"A classification model needs at least two labels, not {labels!r}.")
-    source, gguf_file = _locate(name)
+    source, gguf_file = locate(name)
     if quantisation and gguf_file:
         raise UserError(
             f"quantise {quantisation.kind} does not read GGUF files such as that of model {name!r}; save the model in "
@@ -186,8 +186,12 @@ def freeze_body(model: PreTrainedModel) -> PreTrainedModel:
 # --- finding and loading -------------------------------------------------------------------------------------------
 
 
-def _locate(name: str) -> tuple[str, str | None]:
-    """Return what `from_pretrained` takes (a folder or a hub id) and the GGUF file in it, if any."""
+def locate(name: str) -> tuple[str, str | None]:
+    """Return what `from_pretrained` takes (a folder or a hub id) and the GGUF file in it, if any.
+
+    Raises:
+        UserError: a folder that is not there, or holds no model.
+    """
     if name in BUNDLED:
         return _locate_bundled(name)
     path = Path(name).expanduser()

@@ -1,14 +1,17 @@
 """What a run promises when it is killed, when the disk fills up, and when somebody has been at its files."""
 
+import io
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -16,6 +19,9 @@ from typer.testing import CliRunner
 from lora_ggpo.cli import app
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.training import checkpoints
+from lora_ggpo.training.callbacks import RunCallback
+from lora_ggpo.training.evaluation import Scorer
+from lora_ggpo.training.interrupt import Interrupted
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import train
@@ -86,6 +92,14 @@ def _refused(result, message):
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
         result.stderr.splitlines()[-1]
     ]
+
+
+def _model_in(folder, run, tiny_llama):
+    """Give `run` a copy of its base model, and return that folder."""
+    model = shutil.copytree(tiny_llama, folder / "base")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(tiny_llama), str(model)))
+    return model
 
 
 def _assert_same(run, other):
@@ -280,6 +294,128 @@ def test_data_that_changed_under_an_unfinished_run_is_refused(whole, unfinished,
         for file in (unfinished / "recipe.yaml", tmp_path / "recipe.yaml"):
             file.write_text(recipe.replace(str(whole[0].with_name("data.jsonl")), str(changed)))
         _refused(_run("train", tmp_path / "recipe.yaml", f"output={unfinished.parent}"), message)
+
+
+@pytest.mark.parametrize("use", ["eval", "merge", "chat", "sharpness"])
+def test_a_base_model_that_changed_after_the_run_is_refused(copy, tiny_llama, use, tmp_path):
+    _flip(_model_in(tmp_path, copy, tiny_llama) / "model.safetensors")
+    _refused(_run(*USES[use](copy, tmp_path / "out")), f"is not what {copy} was trained on: its files have changed")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_base_model_that_changed_before_the_command_is_given_again_is_refused(
+    whole, copy, tiny_llama, finished, tmp_path
+):
+    if not finished:
+        (copy / "metrics.json").unlink()
+        shutil.rmtree(copy / "adapter")
+    model = _model_in(tmp_path, copy, tiny_llama)
+    command = ("train", whole[0], f"output={copy.parent}", f"model={model}")
+    if finished:
+        assert _run(*command).exit_code == 0  # the same files in another place
+    _flip(model / "model.safetensors")
+    _refused(_run(*command), f"The model has changed since {copy} was begun")
+
+
+def test_data_that_changed_after_the_run_is_refused(whole, copy, tmp_path):
+    data = whole[0].with_name("data.jsonl")
+    changed = tmp_path / "data.jsonl"
+    changed.write_text(data.read_text().replace("good", "bad", 1))
+    recipe = copy / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(data), str(changed)))
+    _refused(_run("eval", copy), f"The data has changed since {copy} was trained on it; name what to score with --on.")
+    command = ("train", whole[0], f"output={copy.parent}", f"data.source={changed}")
+    _refused(_run(*command), f"The data has changed since {copy} was begun")
+
+
+# --- too little memory -----------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_is_one_sentence_and_smaller_batches_go_on(whole, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    command = ["train", whole[0], f"output={tmp_path}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "training_step", full)
+        _refused(_run(*command), "The memory is full with training.per_device_train_batch_size 4 and task.max_length")
+    command.append("training.per_device_train_batch_size=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "score", full)
+        _refused(_run(*command), "The memory is full with training.per_device_eval_batch_size 2 and task.max_length 32")
+    trained = (tmp_path / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    result = _run(*command, "training.per_device_eval_batch_size=1")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "seed-0" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == trained
+    assert "per_device_eval_batch_size: 1" in (tmp_path / "seed-0" / "recipe.yaml").read_text()
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "message"),
+    [
+        (2, [], "Stopped after step 2 of 4; give the same command again to go on from there."),
+        (
+            2,
+            ["adapter.type=adalora", "ggpo=null"],
+            "Stopped after step 2 of 4; give the same command again to begin anew",
+        ),
+        (4, [], "seed-0 is trained but not scored; give the same command again to score it."),
+        (4, ["adapter.type=adalora", "ggpo=null"], "seed-0 is trained but not scored"),
+    ],
+)
+def test_what_is_said_at_ctrl_c_is_what_happens(whole, step, settings, message, tmp_path, monkeypatch):
+    step_end = RunCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step_end(self, args, state, control, **kwargs)
+
+    settings = [f"output={tmp_path}", *settings]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallback, "on_step_end", interrupt)
+        with pytest.raises(Interrupted, match=message):
+            _train(whole[0], *settings)
+    said = io.StringIO()
+    reporter = Reporter(Console(file=said, width=200))
+    train(parse_recipe(whole[0].read_text(), "r.yaml", settings), reporter)
+    assert ("going on from step 2" in said.getvalue()) == message.endswith("from there.")
+    assert ("train " in said.getvalue()) == (step == 2)
+
+
+def test_ctrl_c_while_trained_weights_load_stops_at_once(whole, copy, monkeypatch):
+    (copy / "metrics.json").unlink()
+    monkeypatch.setattr("lora_ggpo.training.run._load_weights", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        _train(whole[0], f"output={copy.parent}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["adapter.init_lora_weights=pissa"],  # saved with factors of twice the rank
+        ["adapter.type=adalora", "ggpo=null", "training.logging_steps=3"],
+    ],
+)
+def test_a_run_killed_in_scoring_ends_with_the_same_metrics_and_a_log_to_the_last_step(whole, settings, tmp_path):
+    run = _train(whole[0], f"output={tmp_path}", *settings)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["training"]["steps"] == 4
+    (run / "metrics.json").unlink()
+    _train(whole[0], f"output={tmp_path}", *settings)
+    again = json.loads((run / "metrics.json").read_text())
+    assert again["training"] == metrics["training"]
+
+
+def test_two_test_sets_whose_predictions_would_be_one_file_are_refused(recipe_file, reviews):
+    twin = reviews.parent.with_name(f"{reviews.parent.name}-{reviews.name}")
+    shutil.copy(reviews, twin)
+    with pytest.raises(UserError, match="would have one file name; rename one of them"):
+        _train(recipe_file, f"data.out_of_domain=[{reviews}, {twin}]", "data.source=movie-reviews")
+    assert not list(recipe_file.parent.rglob("log.jsonl"))
 
 
 # --- pickles ---------------------------------------------------------------------------------------------------------

@@ -72,9 +72,8 @@ class RunCallback(TrainerCallback):
         if any_of(self._stop.made):
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
-        if control.should_save:
-            control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
         if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
             _check_finite(kwargs["model"], state.global_step)
         if self._validate_every and state.global_step % self._validate_every == 0:
             measured = self._validate()

@@ -8,8 +8,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,13 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from lora_ggpo.data import Splits
-from lora_ggpo.errors import UserError
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.initialise import moves_base
 from lora_ggpo.models import count_parameters
 from lora_ggpo.quantise import stored_bytes
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.training.evaluation import fixed_sample
-from lora_ggpo.training.memory import held, obtainable, peak, reset_peak
+from lora_ggpo.training.memory import held, memory_errors, obtainable, peak, reset_peak
 from lora_ggpo.training.progress import Reporter, Task
 from lora_ggpo.training.recipe import Recipe
 from lora_ggpo.training.run import (
@@ -129,7 +126,10 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
     """
     quiet_libraries()
     splits = load_splits(recipe.task, recipe.data)
-    with tempfile.TemporaryDirectory(prefix="lora-ggpo-") as folder, _one_sentence(recipe):
+    with (
+        tempfile.TemporaryDirectory(prefix="lora-ggpo-") as folder,
+        memory_errors(recipe, "per_device_train_batch_size"),
+    ):
         args = training_arguments(recipe, Path(folder), recipe.seeds[0])
         return _forecast(recipe, args, splits, steps, reporter)
 
@@ -271,22 +271,6 @@ class _Clock(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.peak = peak(args.device)
-
-
-@contextmanager
-def _one_sentence(recipe: Recipe) -> Iterator[None]:
-    """Turn a lack of memory into one sentence."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        batch = recipe.training_fields["per_device_train_batch_size"]
-        raise UserError(
-            f"The memory is full with training.per_device_train_batch_size {batch} and task.max_length "
-            f"{recipe.task.max_length}; lower one of them, or set training.gradient_checkpointing: true."
-        ) from error
 
 
 # --- memory and disk -----------------------------------------------------------------------------------------------

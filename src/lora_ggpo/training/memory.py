@@ -1,12 +1,17 @@
-"""Memory of a device: of its tensors on a CUDA device, elsewhere, on Linux, of the process."""
+"""Memory of a device: of its tensors on a CUDA device, elsewhere, on Linux, of the process; and the lack of it."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.training.recipe import Recipe
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _MACHINE = Path("/proc/meminfo")
@@ -44,6 +49,27 @@ def obtainable(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free, own = _kilobytes(_MACHINE, "MemAvailable"), _kilobytes(_STATUS, "VmRSS")
     return None if free is None or own is None else free + own
+
+
+@contextmanager
+def memory_errors(recipe: Recipe, batch_size: str) -> Iterator[None]:
+    """Turn a lack of memory into one sentence.
+
+    Args:
+        batch_size: The setting of ``training`` that decides how many rows are computed at once.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        trains = batch_size == "per_device_train_batch_size"
+        checkpointing = ", or set training.gradient_checkpointing: true" if trains else ""
+        raise UserError(
+            f"The memory is full with training.{batch_size} {recipe.training_fields[batch_size]} and task.max_length "
+            f"{recipe.task.max_length}; lower one of them{checkpointing}."
+        ) from error
 
 
 def _kilobytes(file: Path, name: str) -> int | None:

@@ -12,6 +12,8 @@ from lora_ggpo.data import digest
 from lora_ggpo.errors import UserError
 from lora_ggpo.training.evaluation import evaluation_sets, file_name, plain
 from lora_ggpo.training.files import disk_errors, new_folder, write_json
+from lora_ggpo.training.identity import check_data
+from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.run import (
     find_runs,
@@ -56,19 +58,22 @@ def evaluate_run(folder: Path, on: str | None = None, reporter: Reporter | None 
         {set: {metric: {"value", "se", "n"}}}.
 
     Raises:
-        UserError: the run is unfinished, or the data does not fit it.
+        UserError: the run is unfinished, the data does not fit it or is no longer that of the run, or does not fit
+            into memory.
     """
     quiet_libraries()
     reporter = reporter or Reporter()
     model, tokenizer, recipe, labels = load_trained(folder)
     data = recipe.data if on is None else recipe.data.model_copy(update={"out_of_domain": [on]})
     splits = load_splits(recipe.task, data)
-    if splits.labels != labels:
+    if on is None:
+        check_data(folder, splits)
+    elif splits.labels != labels:
         raise UserError(f"The labels of {recipe.data.source} have changed since {folder} was trained on them.")
     args = training_arguments(recipe, folder, recipe.seeds[0])
-    score = scorer(model, tokenizer, recipe.task.for_labels(labels), args, reporter)
     sets = evaluation_sets(splits) if on is None else splits.out_of_domain
-    scores = plain(score.score(sets, None))
+    with memory_errors(recipe, "per_device_eval_batch_size"):
+        scores = plain(scorer(model, tokenizer, recipe.task.for_labels(labels), args, reporter).score(sets, None))
     kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}.json"
     facts = {"on": on, "data": {name: digest(rows) for name, rows in sets.items()}, "versions": versions()}
     try:

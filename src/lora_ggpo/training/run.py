@@ -3,7 +3,9 @@
 OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
                 versions.json  of Python and the libraries
                 data.json      digest and size of each split, and the labels
+                model.json     digests of the base model's files
                 log.jsonl      one line for each logged step
+                training.json  steps, time, memory, parameters: written when training has ended
                 checkpoints/   what an unfinished run resumes from
                 adapter/       stock PEFT (model/ with full fine-tuning)
                 predictions/   one file for each set: a line for each row
@@ -40,7 +42,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from lora_ggpo.data import DataConfig, Splits, digest, load_classification, load_completion
+from lora_ggpo.data import DataConfig, Splits, load_classification, load_completion
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
@@ -54,7 +56,7 @@ from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.checkpoints import last_whole, refused, remove_broken, remove_unsealed, step_of
-from lora_ggpo.training.evaluation import Scorer, evaluation_sets, fixed_sample, plain
+from lora_ggpo.training.evaluation import Scorer, evaluation_sets, file_name, fixed_sample, plain
 from lora_ggpo.training.files import (
     digests,
     disk_errors,
@@ -65,7 +67,9 @@ from lora_ggpo.training.files import (
     write_json,
     write_text,
 )
+from lora_ggpo.training.identity import check_model, record
 from lora_ggpo.training.interrupt import Interrupted, StopRequest, two_stage_interrupt
+from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.ranks import is_first, wait_for_all
 from lora_ggpo.training.recipe import Recipe, dump_yaml, load_recipe
@@ -73,8 +77,11 @@ from lora_ggpo.training.source import flatten, read_source
 from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
 
 VALIDATION_ROWS = 500
+_STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
 _SECTIONS = ("task", "data", "adapter", "ggpo", "training")
 _OTHERS = ("sam", "mgpo", "optimizer")
+# What a run that was begun may change: where it lies, and what decides its memory and speed alone.
+_FREE = {("output",), *(("training", name) for name in ("per_device_eval_batch_size", "dataloader_num_workers"))}
 _LIBRARIES = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 
 
@@ -173,6 +180,8 @@ def load_trained(
         raise UserError(f"{folder / 'data.json'} is damaged: it names no labels.")
     labels = data["labels"]
     _check_weights(folder / _weights_name(recipe), metrics)
+    if recipe.adapter is not None:
+        check_model(folder, recipe.model)
     model, tokenizer = _load_weights(recipe, labels, folder, quantised)
     return model, tokenizer, recipe, labels
 
@@ -277,6 +286,7 @@ def _run_seed(recipe: Recipe, seed: int, splits: Callable[[], Splits], reporter:
         with locked(folder) if is_first() else nullcontext():
             if is_first():
                 _claim(folder, recipe.resolved(seed))
+                record(folder, recipe.model, splits(), begun=_is_begun(folder))
             wait_for_all()
             if (folder / "metrics.json").is_file():
                 reporter.say(f"{folder} is finished already; it is not run again.")
@@ -291,11 +301,8 @@ def _claim(folder: Path, resolved: dict[str, Any]) -> None:
     if not file.exists() or not _is_begun(folder):
         write_text(file, dump_yaml(resolved))
         return
-    here, there = (
-        {path: value for path, value in flatten(values).items() if path[0] not in ("output", "seeds")}
-        for values in (resolved, _defaults_filled_in(file))
-    )
-    changed = [path for path in {**there, **here} if here.get(path) != there.get(path)]
+    here, there = flatten(resolved), flatten(_defaults_filled_in(file))
+    changed = [path for path in {**there, **here} if here.get(path) != there.get(path) and path not in _FREE]
     if changed:
         shown = "; ".join(
             f"{'.'.join(map(str, path))} is {there.get(path, 'not set')} there and {here.get(path, 'not set')} here"
@@ -303,12 +310,15 @@ def _claim(folder: Path, resolved: dict[str, Any]) -> None:
         )
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(f"{folder} holds a run of another recipe: {shown}{more}; choose another output.")
+    if not (folder / "metrics.json").is_file():
+        write_text(file, dump_yaml(resolved))
 
 
 def _is_begun(folder: Path) -> bool:
     """Whether there is anything that a correction of recipe or data would spoil."""
-    names = ("log.jsonl", "adapter", "model", "metrics.json")
-    return any((folder / name).exists() for name in names) or any(folder.glob("checkpoints/checkpoint-*"))
+    names = ("adapter", "model", "metrics.json")
+    logged = read_json_lines(folder / "log.jsonl")
+    return bool(logged) or any((folder / n).exists() for n in names) or any(folder.glob("checkpoints/checkpoint-*"))
 
 
 def _defaults_filled_in(file: Path) -> dict[str, Any]:
@@ -320,25 +330,26 @@ def _defaults_filled_in(file: Path) -> dict[str, Any]:
 def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, splits: Splits, reporter: Reporter) -> None:
     if is_first():
         _record_versions(recipe, folder)
-        _record_data(folder, splits)
     task = recipe.task.for_labels(splits.labels)
-    with two_stage_interrupt(
-        lambda: reporter.say("Stopping after this step; press Ctrl-C again to stop at once.")
-    ) as stop:
-        model, tokenizer = _trained(recipe, args, folder, splits, task, stop, reporter)
+    weights = folder / _weights_name(recipe)
+    model: torch.nn.Module
+    if weights.is_dir():
+        model, tokenizer = _load_weights(recipe, splits.labels, folder, quantised=True)
+    else:
+        with memory_errors(recipe, "per_device_train_batch_size"):
+            model, tokenizer = _trained(recipe, args, folder, splits, task, reporter)
     if not is_first():
         return
-    scores = scorer(model, tokenizer, task, args, reporter).score(
-        scored_sets(recipe, splits), _subfolder(folder, "predictions")
-    )
-    log = read_json_lines(folder / "log.jsonl")
-    save_training_plot(log, folder / "training.png")
-    weights = folder / _weights_name(recipe)
+    with memory_errors(recipe, "per_device_eval_batch_size"):
+        scores = scorer(model, tokenizer, task, args, reporter).score(
+            scored_sets(recipe, splits), _subfolder(folder, "predictions")
+        )
+    save_training_plot(read_json_lines(folder / "log.jsonl"), folder / "training.png")
     write_json(
         folder / "metrics.json",
         {
             "evaluation": plain(scores),
-            "training": _training_summary(log, model, args),
+            "training": read_json(folder / "training.json"),
             "weights": digests(_weight_files(weights), weights),
         },
     )
@@ -372,13 +383,9 @@ def _trained(
     folder: Path,
     splits: Splits,
     task: TaskConfig,
-    stop: StopRequest,
     reporter: Reporter,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Train, or load what an earlier call trained."""
-    name = _weights_name(recipe)
-    if (folder / name).is_dir():
-        return _load_weights(recipe, splits.labels, folder, quantised=True)
+    """Train, and save what was trained."""
     checkpoints = Path(str(args.output_dir))
     checkpoint = remove_broken(checkpoints) if is_first() else None
     wait_for_all()
@@ -393,6 +400,7 @@ def _trained(
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
     enough = partial(_enough, recipe)
     log = read_json_lines(folder / "log.jsonl")
+    stopped = False
     if checkpoint and (
         state["global_step"] >= state["max_steps"]
         or any(enough(row) for row in log if row["step"] == state["global_step"])
@@ -402,7 +410,7 @@ def _trained(
     else:
         if checkpoint:
             reporter.say(f"{folder}: going on from step {step_of(checkpoint)}.")
-        with reporter.task(f"train {folder}") as shown:
+        with reporter.task(f"train {folder}") as shown, two_stage_interrupt(partial(reporter.say, _STOPPING)) as stop:
             callback = RunCallback(
                 folder / "log.jsonl",
                 first_step=step_of(checkpoint) if checkpoint else 0,
@@ -413,19 +421,28 @@ def _trained(
                 enough=enough,
                 keep=recipe.training_fields["save_total_limit"],
             )
-            _fit(trainer, callback, checkpoint, stop, checkpoints)
+            stopped = _fit(trainer, callback, checkpoint, stop, checkpoints)
     if is_first():
-        with new_folder(folder / name) as target:
+        took = _training_summary(read_json_lines(folder / "log.jsonl"), model, args)
+        write_json(folder / "training.json", took)
+        with new_folder(folder / _weights_name(recipe)) as target:
             if moved:
                 save_difference(moved, target, start)
             else:
                 model.save_pretrained(str(target))
             tokenizer.save_pretrained(target)
+    if stopped:
+        raise Interrupted(f"{folder} is trained but not scored; give the same command again to score it.")
     return model, tokenizer
 
 
 def _check_further_sets(recipe: Recipe, splits: Splits, score: Scorer) -> None:
-    """Encode the out-of-domain sets, which have a shape of their own, before hours of training and not after."""
+    """Refuse out-of-domain sets that cannot be scored, or not be kept apart, before hours of training, not after."""
+    files: dict[str, str] = {}
+    for name in scored_sets(recipe, splits):
+        other = files.setdefault(file_name(name), name)
+        if other != name:
+            raise UserError(f"The predictions on {other} and {name} would have one file name; rename one of them.")
     for name, rows in splits.out_of_domain.items() if recipe.score_test else ():
         try:
             score.encode(rows)
@@ -514,7 +531,8 @@ def _ascent(recipe: Recipe) -> MakeAscent | None:
 
 def _fit(
     trainer: RunTrainer, callback: RunCallback, checkpoint: Path | None, stop: StopRequest, checkpoints: Path
-) -> None:
+) -> bool:
+    """Train; return whether a stop was asked for in the last step, when all is done."""
     trainer.add_callback(callback)
     try:
         with refused(checkpoint):
@@ -529,11 +547,14 @@ def _fit(
         if is_first():
             remove_unsealed(checkpoints)
         raise
-    if stop.made:
+    state = trainer.state
+    if stop.made and state.global_step < state.max_steps:
+        begun = trainer.args.save_strategy == SaveStrategy.NO
         raise Interrupted(
-            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
-            "give the same command again to go on from there."
+            f"Stopped after step {state.global_step} of {state.max_steps}; give the same command again "
+            + ("to begin anew: peft does not keep AdaLoRA's state." if begun else "to go on from there.")
         )
+    return stop.made
 
 
 def _weights_name(recipe: Recipe) -> str:
@@ -584,18 +605,6 @@ def _record_versions(recipe: Recipe, folder: Path) -> None:
     quantiser = {"bitsandbytes": version("bitsandbytes")} if recipe.quantise and find_spec("bitsandbytes") else {}
     machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
     write_json(folder / "versions.json", {**versions(), **quantiser, **machine})
-
-
-def _record_data(folder: Path, splits: Splits) -> None:
-    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test, **splits.out_of_domain}
-    record = {
-        "labels": splits.labels,
-        "splits": {name: {"rows": len(rows), "sha256": digest(rows)} for name, rows in sets.items()},
-    }
-    file = folder / "data.json"
-    if file.exists() and _is_begun(folder) and read_json(file) != record:
-        raise UserError(f"The data has changed since {folder} was begun; choose another output.")
-    write_json(file, record)
 
 
 def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module, args: TrainingArguments) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Whether the data and the base model of a run are still those that it was begun with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from lora_ggpo.data import Splits, digest
+from lora_ggpo.errors import UserError
+from lora_ggpo.models import locate
+from lora_ggpo.training.files import digests, read_json, write_json
+
+_MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, settings and tokenizer; the rest is for readers
+
+
+def record(folder: Path, model: str, splits: Splits, *, begun: bool) -> None:
+    """Write ``data.json`` and ``model.json``; of a run that is `begun`, check that they say the same still.
+
+    Raises:
+        UserError: the data or the model has changed.
+    """
+    for what, now in (("data", _data(splits)), ("model", _model(model))):
+        file = folder / f"{what}.json"
+        if begun and _differs(file, now):
+            raise UserError(f"The {what} has changed since {folder} was begun; choose another output.")
+        write_json(file, now)
+
+
+def check_model(folder: Path, model: str) -> None:
+    """Check that `model` is what the run in `folder` was trained on (an earlier release did not write it down).
+
+    Raises:
+        UserError: it is not.
+    """
+    if _differs(folder / "model.json", _model(model)):
+        raise UserError(f"Model {model!r} is not what {folder} was trained on: its files have changed; put them back.")
+
+
+def check_data(folder: Path, splits: Splits) -> None:
+    """Check that `splits` are those of the run in `folder`.
+
+    Raises:
+        UserError: they are not.
+    """
+    if _differs(folder / "data.json", _data(splits)):
+        raise UserError(f"The data has changed since {folder} was trained on it; name what to score with --on.")
+
+
+def _differs(file: Path, now: dict[str, Any]) -> bool:
+    then = read_json(file) if file.exists() else {}
+    return bool(then and now and then != now)  # nothing is known of a model that was not yet downloaded
+
+
+def _data(splits: Splits) -> dict[str, Any]:
+    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test, **splits.out_of_domain}
+    return {
+        "labels": splits.labels,
+        "splits": {name: {"rows": len(rows), "sha256": digest(rows)} for name, rows in sets.items()},
+    }
+
+
+def _model(name: str) -> dict[str, str]:
+    """The digests of a model's files, or the hub's commit of what is cached here; empty if nothing is."""
+    source, gguf_file = locate(name)
+    folder = Path(source)
+    if gguf_file:
+        return digests([folder / gguf_file], folder)
+    if folder.is_dir():
+        return digests(sorted(file for file in folder.iterdir() if file.suffix in _MODEL_FILES), folder)
+    cached = try_to_load_from_cache(name, "config.json")
+    return {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
