@@ -246,7 +246,7 @@ def show(run: RunFolder, debug: Debug = False) -> None:
         print(summary(runs[0].recipe))
         _print_metrics([one for one in runs if one.metrics])
         for one in runs:
-            losses = [row["loss"] for row in one.log if "loss" in row]
+            losses = [row["loss"] for row in one.log if row.get("loss") is not None]
             state = "" if one.metrics else " (unfinished; give its `lora-ggpo train` command again)"
             print(f"{one.folder}{state}")
             if losses:

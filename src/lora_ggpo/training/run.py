@@ -23,6 +23,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import datasets
@@ -73,7 +74,14 @@ from lora_ggpo.training.source import KeyPath, flatten, read_source
 from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
 
 VALIDATION_ROWS = 500
-_SECTIONS = ("task", "data", "adapter", "ggpo", "training")
+_SECTIONS: dict[str, type | UnionType] = {
+    "model": str,
+    "task": dict,
+    "data": dict,
+    "adapter": dict | None,
+    "ggpo": dict | None,
+    "training": dict,
+}
 _OTHERS = ("sam", "mgpo", "optimizer")
 _PLACE: tuple[KeyPath, ...] = (("output",), ("seeds",))
 _LIBRARIES = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
@@ -121,7 +129,7 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'recipe.yaml'} is a recipe and no run; give the folder that `lora-ggpo train` made."
         )
     recipe = read_source(folder / "recipe.yaml").values
-    damaged = next((name for name in _SECTIONS if not isinstance(recipe.get(name, ""), dict | None)), None)
+    damaged = next((name for name, kind in _SECTIONS.items() if not isinstance(recipe.get(name, ...), kind)), None)
     if damaged:
         raise UserError(f"{folder / 'recipe.yaml'} is damaged: it has no {damaged}.")
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
@@ -257,7 +265,7 @@ def summary(recipe: dict[str, Any]) -> str:
     data, adapter, ggpo, training = recipe["data"], recipe["adapter"], recipe["ggpo"], recipe["training"]
     lines = {
         "model": recipe["model"] + (f" in {recipe['quantise']}" if recipe.get("quantise") else ""),
-        "task": recipe["task"]["kind"],
+        "task": recipe["task"].get("kind"),
         "data": _short(data, ("source", "train_size", "label_noise", "out_of_domain")),
         "adapter": _short(adapter, tuple(adapter)) if adapter else "none (full fine-tuning)",
         "ggpo": _short(ggpo, tuple(ggpo)) if ggpo else "none",
