@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import shlex
@@ -482,6 +483,8 @@ def _errors(debug: bool) -> Iterator[None]:
     except OSError as error:
         from lora_ggpo.training.files import is_disk_full
 
+        if error.errno == errno.ENAMETOOLONG:
+            _stop(f"error: {error.filename} is too long a name; give a shorter one.", USER_ERROR, debug)
         if not is_disk_full(error):
             raise
         _stop("error: The disk is full; free some space and give the same command again.", USER_ERROR, debug)
