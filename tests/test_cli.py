@@ -58,9 +58,14 @@ def test_schema_is_json():
     [
         (("train", "absent.yaml"), "error: There is no recipe file absent.yaml"),
         (("show", "absent"), "error: There is no run in absent"),
+        (("show", "a" * 300), "aaa is too long a name; give a shorter one."),
         (("eval", "absent"), "error: There is no run in absent"),
         (("merge", "absent", "out"), "error: There is no run in absent"),
         (("demo", "--seeds", "0"), "--seeds"),
+        (("demo", "seeds=[0,1]", "x=1"), "error: override 'seeds=[0,1]': seeds of the demo are given as --seeds"),
+        (("demo", "output=here", "x=1"), "error: override 'output=here': output of the demo is given as --output"),
+        (("demo", "score_test=false", "x=1"), "error: override 'score_test=false': score_test is always true"),
+        (("demo", "ggpo=null", "x=1"), "error: override 'ggpo=null': ggpo null leaves the demo nothing to compare"),
         (("trian",), "No such command 'trian'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import shlex
@@ -246,7 +247,7 @@ def show(run: RunFolder, debug: Debug = False) -> None:
         print(summary(runs[0].recipe))
         _print_metrics([one for one in runs if one.metrics])
         for one in runs:
-            losses = [row["loss"] for row in one.log if "loss" in row]
+            losses = [row["loss"] for row in one.log if row.get("loss") is not None]
             state = "" if one.metrics else " (unfinished; give its `lora-ggpo train` command again)"
             print(f"{one.folder}{state}")
             if losses:
@@ -482,6 +483,8 @@ def _errors(debug: bool) -> Iterator[None]:
     except OSError as error:
         from lora_ggpo.training.files import is_disk_full
 
+        if error.errno == errno.ENAMETOOLONG:
+            _stop(f"error: {error.filename} is too long a name; give a shorter one.", USER_ERROR, debug)
         if not is_disk_full(error):
             raise
         _stop("error: The disk is full; free some space and give the same command again.", USER_ERROR, debug)

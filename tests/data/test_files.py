@@ -53,6 +53,12 @@ def test_class_names_come_from_parquet_that_datasets_wrote(tmp_path):
     assert read_file(tmp_path / "a.parquet").label_names == {"label": ["no", "yes"]}
 
 
+def test_a_text_of_any_length_is_read_from_csv(tmp_path):
+    text = "word, " * 50_000
+    FRAME.assign(text=text).to_csv(tmp_path / "a.csv", index=False)
+    assert read_file(tmp_path / "a.csv").texts("text", "text") == [text] * len(FRAME)
+
+
 def test_rows_know_their_lines(tmp_path):
     table = read_file(write(tmp_path / "a.csv", 'text,label\n"two\nlines",0\n\nlast,1\n'))
     assert table.where(0).endswith("a.csv, line 2")

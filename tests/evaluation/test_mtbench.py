@@ -49,6 +49,8 @@ def test_questions(write):
         ({"category": None}, r"question\.jsonl, line 2: column 'category' has no value"),
         ({"reference": "7"}, r"question\.jsonl, line 2: column 'reference' must hold a list of two texts"),
         ({"question_id": 81}, r"question\.jsonl has the same question_id twice"),
+        ({"question_id": "\ud800"}, r"question\.jsonl, line 2: column 'question_id' holds half of a surrogate pair"),
+        ({"reference": ["\ud800", ""]}, r"question\.jsonl, line 2: column 'reference' holds half of a surrogate pair"),
     ],
 )
 def test_malformed_questions_are_named(change, message, write):

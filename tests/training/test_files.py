@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 
@@ -62,6 +63,21 @@ def test_a_full_disk_is_one_sentence(tmp_path, error):
         raise error
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EROFS, r"a\.txt cannot be written: Read-only file system"),
+        (errno.ENAMETOOLONG, r"a\.txt cannot be written: File name too long"),
+        (errno.ENOENT, r"absent cannot be made: No such file or directory; choose another output"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, number, message):
+    with pytest.raises(UserError, match=message), disk_errors(tmp_path / "absent"):
+        raise OSError(number, os.strerror(number), str(tmp_path / "a.txt"))
+
+
 def test_other_errors_pass(tmp_path):
+    with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
+        (tmp_path / "absent").read_bytes()
     with pytest.raises(ZeroDivisionError), disk_errors(tmp_path):
         raise ZeroDivisionError

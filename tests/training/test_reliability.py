@@ -269,7 +269,11 @@ def test_a_damaged_adapter_of_a_run_without_metrics_is_refused(whole, copy, file
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff", b"model: [", b"model: minilm\n", b"- 1", b"task: 3", b"data: 2001-99-99"]
+    "content",
+    [
+        *(b"", b"\xff", b"model: [", b"model: minilm\n", b"- 1", b"task: 3", b"data: 2001-99-99"),
+        b"{model: minilm, task: sft, data: null, adapter: null, ggpo: null, training: {}}",
+    ],
 )
 @pytest.mark.parametrize("use", ["show", "eval", "merge", "train"])
 def test_a_damaged_recipe_of_a_run_is_refused(whole, copy, use, content, tmp_path):
@@ -277,6 +281,15 @@ def test_a_damaged_recipe_of_a_run_is_refused(whole, copy, use, content, tmp_pat
     (copy / "metrics.json").unlink(missing_ok=use == "train")
     command = ["train", whole[0], f"output={copy.parent}"] if use == "train" else USES[use](copy, tmp_path / "out")
     _refused(_run(*command), "recipe.yaml")
+
+
+def test_a_run_whose_log_lacks_a_loss_is_shown(copy):
+    log = copy / "log.jsonl"
+    first, *others = map(json.loads, log.read_text().splitlines())
+    log.write_text("\n".join(map(json.dumps, [first | {"loss": None}, *others])))
+    result = _run("show", copy)
+    assert result.exit_code == 0, result.output
+    assert f" {others[0]['loss']:.3f} to {others[-1]['loss']:.3f}\n" in result.stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b"[" * 100_000])

@@ -1,6 +1,7 @@
 """Whole runs: MiniLM on real reviews, a few steps."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -201,6 +202,34 @@ def test_an_adapter_that_is_no_safetensors_is_refused(finished, recipe_file):
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(UserError, match="There is no run in"):
         find_runs(tmp_path)
+    (tmp_path / "seed-7").mkdir()
+    (tmp_path / "seed-7" / ".lock").touch()
+    with pytest.raises(UserError, match="There is no run in"):
+        find_runs(tmp_path)
+
+
+def test_a_recipe_is_no_run(finished, tmp_path):
+    recipe_file, run = finished
+    with pytest.raises(UserError, match=r"recipe\.yaml is a recipe and no run; give the folder"):
+        find_runs(recipe_file.parent)
+    shutil.copy(recipe_file, tmp_path)
+    (tmp_path / "seed-0").symlink_to(run.folder)
+    assert [one.metrics for one in find_runs(tmp_path)] == [run.metrics]  # beside its runs it is in nobody's way
+
+
+def test_seeds_are_of_one_recipe(finished, tmp_path):
+    """A seed may also be a folder that a run was killed in before it wrote a file."""
+    resolved = yaml.safe_load((finished[1].folder / "recipe.yaml").read_text())
+    for seed, rate in ((0, 5e-3), (2, 5e-3), (10, 1e-3)):
+        folder = tmp_path / f"seed-{seed}"
+        folder.mkdir()
+        changed = {"seeds": [seed], "ggpo": resolved["ggpo"] | {"seed": seed}, "output": str(tmp_path)}
+        changed["training"] = resolved["training"] | {"learning_rate": rate}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(resolved | changed))
+    with pytest.raises(UserError, match=r"learning_rate is 0\.005 in seed-0 and 0\.001 in seed-10; choose one of them"):
+        find_runs(tmp_path)
+    (tmp_path / "seed-10" / "recipe.yaml").unlink()
+    assert [run.folder.name for run in find_runs(tmp_path)] == ["seed-0", "seed-2"]
 
 
 def test_a_bad_adapter_value_is_found_in_the_recipe(recipe_file):

@@ -98,6 +98,8 @@ def parse_json(path: Path, content: bytes) -> Table:
 
 def parse_csv(path: Path, content: bytes, delimiter: str = ",") -> Table:
     """Return one row for each record after the header; a record is placed by its first line."""
+    # csv refuses fields of more than 131,072 characters, for the whole process: a document may be as long as its file.
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
     reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
     records, lines, previous = [], [], 0
     try:

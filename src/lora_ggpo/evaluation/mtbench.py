@@ -87,7 +87,12 @@ def load_problems(source: str | None) -> list[Problem]:
     categories = table.texts("category", "category")
     references = table.columns.get("reference", [None] * len(table))
     problems = [
-        Problem(str(name), category, _two(table, row, "turns", turns), _reference(table, row, reference))
+        Problem(
+            table.checked_text(str(name), "question_id", row),
+            category,
+            _two(table, row, "turns", turns),
+            _reference(table, row, reference),
+        )
         for row, (name, category, turns, reference) in enumerate(
             zip(table.columns["question_id"], categories, table.columns["turns"], references, strict=True)
         )
@@ -171,4 +176,4 @@ def _reference(table: Table, row: int, value: object) -> list[str] | None:
         return None
     if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
         raise UserError(f"{table.where(row)}: column 'reference' must hold a list of two texts.")
-    return [str(text) for text in value]
+    return [table.checked_text(text, "reference", row) if text.strip() else text for text in value]

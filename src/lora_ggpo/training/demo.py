@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lora_ggpo.errors import UserError
 from lora_ggpo.report.plots import save_comparison_plot
 from lora_ggpo.report.statistics import Interval, mean_interval, paired_difference, verdict
 from lora_ggpo.report.tables import format_interval, markdown_table, rows_table
@@ -18,6 +19,7 @@ from lora_ggpo.training.files import disk_errors, read_json, write_json, write_t
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import Run, train
+from lora_ggpo.training.source import Source, parse_source
 
 LORA, GGPO = "LoRA", "LoRA-GGPO"
 
@@ -49,9 +51,11 @@ def run_demo(seeds: int, output: Path, overrides: Iterable[str] = (), reporter: 
         overrides: Settings to change for both methods, ``key=value``.
 
     Raises:
-        UserError, Interrupted: as `train`.
+        UserError, Interrupted: as `train`; or an override of what the demo itself decides.
     """
     text = (files("lora_ggpo.training") / "demo.yaml").read_text(encoding="utf-8")
+    overrides = tuple(overrides)
+    _refuse(parse_source(text, "the demo's recipe", overrides))
     methods = {LORA: ["ggpo=null"], GGPO: []}
     runs: dict[str, list[Run]] = {method: [] for method in methods}
     # Seed by seed: a machine that grows slow or busy slows both methods, and what is there early is paired.
@@ -62,6 +66,22 @@ def run_demo(seeds: int, output: Path, overrides: Iterable[str] = (), reporter: 
             runs[method] += train(recipe, reporter)
     with disk_errors(output):
         return _report(runs, output)
+
+
+def _refuse(source: Source) -> None:
+    """Refuse an override that would have no effect, or leave nothing to compare."""
+    for key, why in _DECIDED.items():
+        if (key,) in source.overrides:
+            raise UserError(f"{source.where((key,))}: {key} {why}.")
+    if source.values.get("ggpo") is None:
+        raise UserError(f"{source.where(('ggpo',))}: ggpo null leaves the demo nothing to compare; leave it out.")
+
+
+_DECIDED = {
+    "seeds": "of the demo are given as --seeds, their number",
+    "output": "of the demo is given as --output",
+    "score_test": "is always true in the demo, which compares scores of the test set; leave it out",
+}
 
 
 def _report(runs: dict[str, list[Run]], output: Path) -> Demo:

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from lora_ggpo.errors import UserError, causes
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 # What safetensors and torch.save say instead of raising an OSError with its number.
 _NO_SPACE_WORDS = (
     *("No space left on device", "os error 28", "Disk quota exceeded"),
@@ -147,8 +148,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"The disk of {folder} is full; free some space and give the same command again: "
                 "the run goes on from its last whole checkpoint."
             ) from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
             raise UserError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
+        if isinstance(error, FileNotFoundError) and not os.path.exists(folder):  # as in /proc
+            raise UserError(f"{folder} cannot be made: {error.strerror}; choose another output.") from error
         if isinstance(error, (NotADirectoryError, FileExistsError)):
             raise UserError(f"{error.filename or folder} is not a folder; choose another output.") from error
         raise

@@ -18,13 +18,14 @@ from __future__ import annotations
 import logging
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import datasets
@@ -73,15 +74,25 @@ from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.ranks import is_first, wait_for_all
 from lora_ggpo.training.recipe import Recipe, dump_yaml, load_recipe
-from lora_ggpo.training.source import flatten, read_source
+from lora_ggpo.training.source import KeyPath, flatten, read_source
 from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
 
 VALIDATION_ROWS = 500
 _STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
-_SECTIONS = ("task", "data", "adapter", "ggpo", "training")
+_SECTIONS: dict[str, type | UnionType] = {
+    "model": str,
+    "task": dict,
+    "data": dict,
+    "adapter": dict | None,
+    "ggpo": dict | None,
+    "training": dict,
+}
 _OTHERS = ("sam", "mgpo", "optimizer")
 # What a run that was begun may change: where it lies, and what decides its memory and speed alone.
-_FREE = {("output",), *(("training", name) for name in ("per_device_eval_batch_size", "dataloader_num_workers"))}
+_FREE: tuple[KeyPath, ...] = (
+    *(("output",), ("seeds",)),
+    *(("training", name) for name in ("per_device_eval_batch_size", "dataloader_num_workers")),
+)
 _LIBRARIES = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 
 
@@ -122,8 +133,12 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.yaml; give a folder that `lora-ggpo train` made.")
+    if not folder.absolute().name.startswith("seed-") and not (folder / "versions.json").is_file():
+        raise UserError(
+            f"{folder / 'recipe.yaml'} is a recipe and no run; give the folder that `lora-ggpo train` made."
+        )
     recipe = read_source(folder / "recipe.yaml").values
-    damaged = next((name for name in _SECTIONS if not isinstance(recipe.get(name, ""), dict | None)), None)
+    damaged = next((name for name, kind in _SECTIONS.items() if not isinstance(recipe.get(name, ...), kind)), None)
     if damaged:
         raise UserError(f"{folder / 'recipe.yaml'} is damaged: it has no {damaged}.")
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
@@ -146,15 +161,34 @@ def finished_metrics(run: Run) -> dict[str, Any]:
 def find_runs(path: Path) -> list[Run]:
     """The runs at `path`: itself, or the seeds below it, in the order of the seeds.
 
+    A seed's folder without files is none: a run that was killed as it began leaves it.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the seeds are of different recipes.
     """
-    if (path / "recipe.yaml").is_file():
-        return [read_run(path)]
-    seeds = [folder for folder in path.glob("seed-*") if folder.name.removeprefix("seed-").isdigit()]
-    if not seeds:
+    seeds = [
+        folder
+        for folder in path.glob("seed-*")
+        if folder.name.removeprefix("seed-").isdecimal() and any(folder.glob("[!.]*"))
+    ]
+    if not seeds and not (path / "recipe.yaml").is_file():
         raise UserError(f"There is no run in {path}; give a folder that `lora-ggpo train` made.")
-    return [read_run(folder) for folder in sorted(seeds, key=lambda folder: int(folder.name.removeprefix("seed-")))]
+    seeds.sort(key=lambda folder: int(folder.name.removeprefix("seed-")))
+    runs = [read_run(folder) for folder in seeds or [path]]
+    _refuse_different(runs)
+    return runs
+
+
+def _refuse_different(runs: Sequence[Run]) -> None:
+    """Refuse seeds of different recipes, whose mean would be of none of them."""
+    first, *others = [run.folder for run in runs]
+    for other in others:
+        recipes = (_defaults_filled_in(folder / "recipe.yaml") for folder in (first, other))
+        for name, one, another in _differences(*recipes, apart_from=(*_FREE, ("ggpo", "seed"))):
+            raise UserError(
+                f"{first} and {other} are runs of different recipes: {name} is {one} in {first.name} and {another} in "
+                f"{other.name}; choose one of them."
+            )
 
 
 def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
@@ -242,7 +276,7 @@ def summary(recipe: dict[str, Any]) -> str:
     data, adapter, ggpo, training = recipe["data"], recipe["adapter"], recipe["ggpo"], recipe["training"]
     lines = {
         "model": recipe["model"] + (f" in {recipe['quantise']}" if recipe.get("quantise") else ""),
-        "task": recipe["task"]["kind"],
+        "task": recipe["task"].get("kind"),
         "data": _short(data, ("source", "train_size", "label_noise", "out_of_domain")),
         "adapter": _short(adapter, tuple(adapter)) if adapter else "none (full fine-tuning)",
         "ggpo": _short(ggpo, tuple(ggpo)) if ggpo else "none",
@@ -301,17 +335,23 @@ def _claim(folder: Path, resolved: dict[str, Any]) -> None:
     if not file.exists() or not _is_begun(folder):
         write_text(file, dump_yaml(resolved))
         return
-    here, there = flatten(resolved), flatten(_defaults_filled_in(file))
-    changed = [path for path in {**there, **here} if here.get(path) != there.get(path) and path not in _FREE]
+    changed = list(_differences(_defaults_filled_in(file), resolved, apart_from=_FREE))
     if changed:
-        shown = "; ".join(
-            f"{'.'.join(map(str, path))} is {there.get(path, 'not set')} there and {here.get(path, 'not set')} here"
-            for path in changed[:5]
-        )
+        shown = "; ".join(f"{name} is {there} there and {here} here" for name, there, here in changed[:5])
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(f"{folder} holds a run of another recipe: {shown}{more}; choose another output.")
     if not (folder / "metrics.json").is_file():
         write_text(file, dump_yaml(resolved))
+
+
+def _differences(
+    one: dict[str, Any], other: dict[str, Any], *, apart_from: Collection[KeyPath]
+) -> Iterator[tuple[str, Hashable, Hashable]]:
+    """The settings that two recipes do not share: name, value in the one, value in the other."""
+    left, right = flatten(one), flatten(other)
+    for path in {**left, **right}:
+        if path not in apart_from and left.get(path) != right.get(path):
+            yield ".".join(map(str, path)), left.get(path, "not set"), right.get(path, "not set")
 
 
 def _is_begun(folder: Path) -> bool:
