@@ -143,6 +143,9 @@ def add_adapter(
     if adapter is None:
         return model.requires_grad_(True)
     fields = _adapter_fields(adapter)
+    for name in fields.get("modules_to_save") or ():  # peft warns of other settings that match nothing
+        if not any(part.endswith(name) for part, _ in model.named_modules()):
+            raise UserError(f"adapter.modules_to_save names {name!r}, which the model has not; leave it out.")
     if kind == "classification":
         fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
     fields["task_type"] = _PEFT_TASKS[kind]

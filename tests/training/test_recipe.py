@@ -72,6 +72,38 @@ def test_bad_sections(override, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.template='{text}!'"], "task sets template, which kind classification does not look at; leave it out."),
+        (["task.label_words=[bad, good]"], "task sets label_words, which kind classification does not look at"),
+        (["task.chat_template=true"], "task sets chat_template, which kind classification does not look at"),
+        (["task.kind=sft", "task.label_words=[bad, good]"], "task sets label_words, which kind sft does not look at"),
+        (["data.prompt=question"], "data sets prompt, which task classification does not look at; leave it out."),
+        (["data.single_turn=true"], "data sets single_turn, which task classification does not look at"),
+        (["task.kind=sft", "data.text=body"], "data sets text, which task sft does not look at"),
+        (["task.kind=sft", "data.label=stars"], "data sets label, which task sft does not look at"),
+        (["optimizer={kind: lora-fa, lr_ratio: 4}"], "lora-fa has an Adam of its own, which takes no lr_ratio"),
+        (["optimizer.kind=lora-fa", "training.adam_beta2=0.9"], "an Adam of its own, which takes no adam_beta2"),
+        (
+            ["optimizer.kind=lora-fa", "training.optim=sgd"],
+            "optimizer lora-fa has an Adam of its own, which takes no op",
+        ),
+    ],
+)
+def test_settings_without_effect(overrides, message):
+    with pytest.raises(UserError) as error:
+        parse_recipe(TEXT, "r.yaml", overrides)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal-classification", "seq2seq-classification", "sft"])
+def test_a_recorded_recipe_may_spell_out_defaults_without_effect(kind):
+    recipe = parse_recipe(TEXT, "r.yaml", [f"task.kind={kind}", "optimizer.kind=lora-fa"])
+    assert recipe.resolved(0)["task"]["template"]
+    assert parse_recipe(dump_yaml(recipe.resolved(0)), "recipe.yaml").resolved(0) == recipe.resolved(0)
+
+
 @pytest.mark.parametrize("optim", ["adamw_8bit", "schedule_free_adamw", "sgd"])
 def test_mgpo_needs_an_optimizer_that_keeps_the_momentum_it_follows(optim):
     mgpo = ["ggpo=null", "mgpo.rho=0.05"]

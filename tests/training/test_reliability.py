@@ -363,6 +363,28 @@ def test_too_little_memory_is_one_sentence_and_smaller_batches_go_on(whole, tmp_
     assert "per_device_eval_batch_size: 1" in (tmp_path / "seed-0" / "recipe.yaml").read_text()
 
 
+# --- what is known only on the way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.optim=galore_adamw"], "training is rejected by transformers: You need to install `galore_torch`"),
+        (["training.lr_scheduler_kwargs={nope: 1}"], "training is rejected by transformers: get_linear_schedule_with"),
+        (["training.optim_args='a=b,c'"], "training is rejected by transformers: not enough values to unpack"),
+        (["training.log_level=loud"], "training is rejected by transformers: 'loud' is none of its choices."),
+        (["training.use_liger_kernel=true"], "training is rejected by transformers: You have set `use_liger_kernel`"),
+        (["adapter.modules_to_save=[nope]"], "adapter.modules_to_save names 'nope', which the model has not"),
+        (
+            ["stop_loss=0.1", "validate_every=5"],
+            "validate_every is 5, but the run has 4 steps, in which stop_loss is never looked at; lower it.",
+        ),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_sentence(whole, settings, message, tmp_path):
+    _refused(_run("train", whole[0], f"output={tmp_path}", *settings), message)
+
+
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,7 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
     splits = load_splits(recipe.task, recipe.data)
     with (
         tempfile.TemporaryDirectory(prefix="lora-ggpo-") as folder,
+        recipe.located(),
         memory_errors(recipe, "per_device_train_batch_size"),
     ):
         args = training_arguments(recipe, Path(folder), recipe.seeds[0])

@@ -7,7 +7,8 @@ import difflib
 import json
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -356,13 +357,17 @@ class Recipe(BaseModel):
         plain = TypeAdapter(dict[str, Any]).dump_python(values, mode="json")
         return typing.cast(dict[str, Any], plain)
 
-    def locate(self, error: UserError) -> UserError:
-        """Put file and line before a message that begins with one of the recipe's fields (``adapter.r ...``)."""
-        message = str(error)
-        path: KeyPath = tuple(message.split(" ", 1)[0].rstrip(":,").split("."))
-        if self._source is None or path[0] not in Recipe.model_fields:
-            return error
-        return UserError(f"{self._source.where(path)}: {message}")
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Put file and line before an error that begins with one of the recipe's fields (``adapter.r ...``)."""
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+            path: KeyPath = tuple(message.split(" ", 1)[0].rstrip(":,").split("."))
+            if self._source is None or path[0] not in Recipe.model_fields:
+                raise
+            raise UserError(f"{self._source.where(path)}: {message}") from error
 
 
 def _ggpo_problem(recipe: Recipe, ggpo: GGPOFields) -> str | None:
@@ -395,6 +400,9 @@ def _mgpo_problem(recipe: Recipe, mgpo: MGPOFields) -> str | None:
 def _optimizer_problem(recipe: Recipe, optimizer: OptimizerFields) -> str | None:
     if recipe.adapter is None or recipe.adalora:
         return f"{optimizer.kind} treats A and B of a LoRA adapter differently, and there is none; set it to null"
+    if optimizer.kind == "lora-fa":
+        idle = _changed(optimizer, ("lr_ratio",)) or sorted(recipe.training.model_fields_set & _ADAMS)
+        return f"lora-fa has an Adam of its own, which takes no {idle[0]}; leave that out" if idle else None
     return None
 
 
@@ -423,11 +431,28 @@ def _quantise_problem(recipe: Recipe, quantise: str) -> str | None:
     return None
 
 
+_IDLE_IN_TASK = {"classification": ("template", "label_words", "chat_template"), "sft": ("label_words",)}
+_ADAMS = {"optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"}
 _INITS_BESIDE_W0 = (True, False, "gaussian", "eva")
 """Starting values for which peft neither decomposes nor writes W0."""
 
 
+def _changed(section: BaseModel, names: Iterable[str]) -> list[str]:
+    """Which of `names` a recipe sets to something else than the default: a recorded recipe spells defaults out."""
+    defaults = type(section)(**{name: getattr(section, name) for name in ("kind", "source") if hasattr(section, name)})
+    return [name for name in names if getattr(section, name) != getattr(defaults, name)]
+
+
+def _data_problem(recipe: Recipe, data: DataConfig) -> str | None:
+    kind = recipe.task.kind
+    idle = _changed(data, ("text", "text_pair", "label") if kind == "sft" else ("prompt", "completion", "single_turn"))
+    return f"sets {idle[0]}, which task {kind} does not look at; leave it out" if idle else None
+
+
 def _task_problem(recipe: Recipe, task: TaskConfig) -> str | None:
+    idle = _changed(task, _IDLE_IN_TASK.get(task.kind, ()))
+    if idle:
+        return f"sets {idle[0]}, which kind {task.kind} does not look at; leave it out"
     if task.packing and task.kind != "sft":
         return f"{task.kind} has no packing, which is for completions; leave out packing"
     if task.packing and recipe.training_fields.get("use_cache"):
@@ -437,6 +462,7 @@ def _task_problem(recipe: Recipe, task: TaskConfig) -> str | None:
 
 _NEEDS: dict[str, typing.Callable[[Recipe, Any], str | None]] = {
     "task": _task_problem,
+    "data": _data_problem,
     "ggpo": _ggpo_problem,
     "sam": _sam_problem,
     "mgpo": _mgpo_problem,

@@ -75,7 +75,7 @@ from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.ranks import is_first, wait_for_all
 from lora_ggpo.training.recipe import Recipe, dump_yaml, load_recipe
 from lora_ggpo.training.source import KeyPath, flatten, read_source
-from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer
+from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, rejected
 
 VALIDATION_ROWS = 500
 _STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
@@ -122,7 +122,8 @@ def train(recipe: Recipe, reporter: Reporter | None = None) -> list[Run]:
     reporter = reporter or Reporter(quiet=not is_first())
     quiet_libraries()
     splits = cache(lambda: load_splits(recipe.task, recipe.data))
-    return [_run_seed(recipe, seed, splits, reporter) for seed in recipe.seeds]
+    with recipe.located():
+        return [_run_seed(recipe, seed, splits, reporter) for seed in recipe.seeds]
 
 
 def read_run(folder: Path) -> Run:
@@ -240,7 +241,7 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
     Raises:
         UserError: transformers rejects a value.
     """
-    try:
+    with rejected():
         return TrainingArguments(
             # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
             **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
@@ -252,9 +253,6 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
             logging_nan_inf_filter=False,
             remove_unused_columns=False,
         )
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise recipe.locate(UserError(f"training is rejected by transformers: {first.strip().rstrip('.')}.")) from error
 
 
 def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
@@ -404,12 +402,9 @@ def untrained(
         UserError: the model, the adapter or the task does not fit the recipe.
     """
     set_seed(args.seed)  # decides the new head and the adapter's starting values
-    try:
-        base, tokenizer = load_model(
-            recipe.model, recipe.task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args)
-        )
-    except UserError as error:
-        raise recipe.locate(error) from error
+    base, tokenizer = load_model(
+        recipe.model, recipe.task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args)
+    )
     rows = encode(task.kind, splits.train, tokenizer, task)
     if task.packing:
         check_packing(base)
@@ -523,12 +518,14 @@ def _trainable(
             batch = collate(rows.select(order[begin : begin + size]).to_list())
             yield {name: tensor.to(args.device) for name, tensor in batch.items()}
 
-    try:
-        base.to(args.device)  # type: ignore[arg-type]
-        steps = optimizer_steps(args, len(rows))
-        return add_adapter(base, recipe.adapter_fields, recipe.task.kind, total_steps=steps, batches=batches)
-    except UserError as error:
-        raise recipe.locate(error) from error
+    base.to(args.device)  # type: ignore[arg-type]
+    steps = optimizer_steps(args, len(rows))
+    if recipe.stop_loss and recipe.validate_every and recipe.validate_every > steps:
+        raise UserError(
+            f"validate_every is {recipe.validate_every}, but the run has {steps} steps, in which stop_loss is never "
+            "looked at; lower it."
+        )
+    return add_adapter(base, recipe.adapter_fields, recipe.task.kind, total_steps=steps, batches=batches)
 
 
 def make_trainer(
@@ -545,17 +542,18 @@ def make_trainer(
     if recipe.adalora:
         callbacks.append(AdaLoraCallback())
         args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
-    trainer = RunTrainer(
-        lengths=list(rows["length"]),
-        make_optimizer=partial(OPTIMIZERS[optimizer.kind], optimizer.lr_ratio) if optimizer else None,
-        make_ascent=_ascent(recipe),
-        model=model,
-        args=args,
-        train_dataset=rows,
-        data_collator=collator(recipe.task.kind, tokenizer),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    with rejected():
+        trainer = RunTrainer(
+            lengths=list(rows["length"]),
+            make_optimizer=partial(OPTIMIZERS[optimizer.kind], optimizer.lr_ratio) if optimizer else None,
+            make_ascent=_ascent(recipe),
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=collator(recipe.task.kind, tokenizer),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -575,7 +573,7 @@ def _fit(
     """Train; return whether a stop was asked for in the last step, when all is done."""
     trainer.add_callback(callback)
     try:
-        with refused(checkpoint):
+        with refused(checkpoint), rejected((ImportError,)):  # some packages are looked for in here
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteLossError as error:
         good = last_whole(checkpoints)

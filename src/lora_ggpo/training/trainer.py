@@ -4,6 +4,7 @@ optimizers and gradients of other methods."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from lora_ggpo.errors import DivergedError
+from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
@@ -56,6 +57,21 @@ class EpochSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
 
 
+@contextmanager
+def rejected(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, KeyError)) -> Iterator[None]:
+    """Say in one sentence what transformers does not take in a recipe's ``training``.
+
+    Args:
+        kinds: The exceptions that it says so with.
+    """
+    try:
+        yield
+    except kinds as error:
+        text = f"{error} is none of its choices" if isinstance(error, KeyError) else str(error)
+        first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"training is rejected by transformers: {first.strip().rstrip('.')}.") from error
+
+
 class RunTrainer(Trainer):
     """The Trainer of a run.
 
@@ -85,10 +101,24 @@ class RunTrainer(Trainer):
         return EpochSampler(self._lengths, self.args.seed, rows_a_step if strategy == "group_by_length" else None)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """As Trainer's, or what `make_optimizer` makes."""
-        if self.optimizer is None and self._make_optimizer:
-            self.optimizer = self._make_optimizer(model or self.model, self.args)
-        return super().create_optimizer(model)
+        """As Trainer's, or what `make_optimizer` makes.
+
+        Raises:
+            UserError: there is no such optimizer, or not with such arguments.
+        """
+        with rejected():
+            if self.optimizer is None and self._make_optimizer:
+                self.optimizer = self._make_optimizer(model or self.model, self.args)
+            return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        """As Trainer's.
+
+        Raises:
+            UserError: there is no such schedule, or not with such arguments.
+        """
+        with rejected():
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """As Trainer's, with the gradient where the run's method takes it.
