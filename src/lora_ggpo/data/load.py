@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from lora_ggpo.data.bundled import BUNDLED
 from lora_ggpo.data.completion import read_completions
 from lora_ggpo.data.config import DataConfig
 from lora_ggpo.data.labels import classes_of, is_unlabelled, read_label_names, to_indices
@@ -120,6 +121,8 @@ def digest(dataset: datasets.Dataset) -> str:
 
 def _main_tables(config: DataConfig) -> dict[str, Table]:
     """Return the tables, the one to train on first."""
+    if config.subset is not None and config.source in BUNDLED:
+        raise UserError(f"data.subset is for hub data, but {config.source} is bundled; leave it out.")
     tables = read_source(config.source, config.subset)
     if config.test_split is not None:
         if config.test_split not in tables:

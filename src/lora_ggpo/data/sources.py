@@ -27,16 +27,12 @@ def read_source(source: str, subset: str | None = None) -> dict[str, Table]:
     Raises:
         UserError: there is no such source, or it cannot be read.
     """
-    path = Path(os.path.expanduser(source))
-    is_file = os.path.isfile(path) or has_known_suffix(source) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
-    if subset is not None and (source in BUNDLED or os.path.isdir(path) or is_file):
-        kind = "bundled" if source in BUNDLED else "a file or folder"
-        raise UserError(f"data.subset is for hub data, but {source} is {kind}; leave it out.")
     if source in BUNDLED:
         return read_bundled(source)
+    path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         return read_folder(path)
-    if is_file:
+    if os.path.isfile(path) or has_known_suffix(source) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         return {ALL: read_file(path)}
     near = difflib.get_close_matches(source, BUNDLED, n=1, cutoff=0.85)
     if near:
