@@ -20,6 +20,16 @@ class DivergedError(UserError):
     """Training went to values that are not finite: the settings of this one run are at fault."""
 
 
+def first_line(error: BaseException, text: str | None = None) -> str:
+    """The first line of what `error` says that is not blank, or else the name of its type.
+
+    Args:
+        text: What it says, where that is not ``str(error)``.
+    """
+    lines = (str(error) if text is None else text).splitlines()
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """`error` and what it came from, each once: ``raise error from error`` makes an error its own cause."""
     seen: set[int] = set()

@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from lora_ggpo.errors import UserError, causes
+from lora_ggpo.errors import UserError, causes, first_line
 from lora_ggpo.methods.initialise import Batches, adalora_config, initialised, with_init_config
 from lora_ggpo.quantise import Quantisation, loading_arguments, prepared
 
@@ -384,9 +384,8 @@ def _why_not_loaded(what: str, name: str, error: Exception) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)[0].rstrip(".:") + "."
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else None
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", first_line(error, text))[0].rstrip(".:") + "."
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Protocol
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, first_line
 
 
 class Pool(Protocol):
@@ -112,8 +112,7 @@ class RayPool:
             _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"--ray {address}: the cluster does not answer: {first}") from error
+            raise UserError(f"--ray {address}: the cluster does not answer: {first_line(error)}") from error
         self._ray, self._options = ray, {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0}
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_ggpo.data.table import Table
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, first_line
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLIT_NAMES |= {"dev": "validation", "test": "test"}
@@ -134,7 +134,7 @@ def parse_parquet(path: Path, content: bytes) -> Table:
         _refuse_repeated(path, table.column_names)
         return Table.of_dataset(_dataset(table), str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{path} is not a readable parquet file ({reason}); write it again.") from None
 
 

@@ -9,7 +9,7 @@ import datasets
 
 from lora_ggpo.data.files import SPLIT_NAMES
 from lora_ggpo.data.table import Table
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, first_line
 
 
 def read_hub(name: str, subset: str | None) -> dict[str, Table]:
@@ -23,7 +23,7 @@ def read_hub(name: str, subset: str | None) -> dict[str, Table]:
         with _quiet():
             loaded = datasets.load_dataset(name, subset)
     except Exception as error:  # what the hub client and the file readers behind it raise is open-ended
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(
             f"The data {shown} is no local file and could not be loaded from the hub ({reason}); "
             "check the name and data.subset, or give a local file or folder as data.source."

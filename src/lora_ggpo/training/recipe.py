@@ -439,8 +439,8 @@ _INITS_BESIDE_W0 = (True, False, "gaussian", "eva")
 
 def _changed(section: BaseModel, names: Iterable[str]) -> list[str]:
     """Which of `names` a recipe sets to something else than the default: a recorded recipe spells defaults out."""
-    defaults = type(section)(**{name: getattr(section, name) for name in ("kind", "source") if hasattr(section, name)})
-    return [name for name in names if getattr(section, name) != getattr(defaults, name)]
+    fields, values = type(section).model_fields, dict(section)
+    return [n for n in names if values[n] != fields[n].get_default(call_default_factory=True, validated_data=values)]
 
 
 def _data_problem(recipe: Recipe, data: DataConfig) -> str | None:

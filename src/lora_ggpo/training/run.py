@@ -90,8 +90,10 @@ _SECTIONS: dict[str, type | UnionType] = {
 _OTHERS = ("sam", "mgpo", "optimizer")
 # What a run that was begun may change: where it lies, and what decides its memory and speed alone.
 _FREE: tuple[KeyPath, ...] = (
-    *(("output",), ("seeds",)),
-    *(("training", name) for name in ("per_device_eval_batch_size", "dataloader_num_workers")),
+    ("output",),
+    ("seeds",),
+    ("training", "per_device_eval_batch_size"),
+    ("training", "dataloader_num_workers"),
 )
 _LIBRARIES = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 
@@ -183,9 +185,10 @@ def find_runs(path: Path) -> list[Run]:
 def _refuse_different(runs: Sequence[Run]) -> None:
     """Refuse seeds of different recipes, whose mean would be of none of them."""
     first, *others = [run.folder for run in runs]
+    wanted = _defaults_filled_in(first / "recipe.yaml") if others else {}
     for other in others:
-        recipes = (_defaults_filled_in(folder / "recipe.yaml") for folder in (first, other))
-        for name, one, another in _differences(*recipes, apart_from=(*_FREE, ("ggpo", "seed"))):
+        there = _defaults_filled_in(other / "recipe.yaml")
+        for name, one, another in _differences(wanted, there, apart_from=(*_FREE, ("ggpo", "seed"))):
             raise UserError(
                 f"{first} and {other} are runs of different recipes: {name} is {one} in {first.name} and {another} in "
                 f"{other.name}; choose one of them."
@@ -317,8 +320,9 @@ def _run_seed(recipe: Recipe, seed: int, splits: Callable[[], Splits], reporter:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder) if is_first() else nullcontext():
             if is_first():
-                _claim(folder, recipe.resolved(seed))
-                record(folder, recipe.model, splits(), begun=_is_begun(folder))
+                begun = _is_begun(folder)
+                _claim(folder, recipe.resolved(seed), begun=begun)
+                record(folder, recipe.model, splits(), begun=begun)
             wait_for_all()
             if (folder / "metrics.json").is_file():
                 reporter.say(f"{folder} is finished already; it is not run again.")
@@ -327,10 +331,10 @@ def _run_seed(recipe: Recipe, seed: int, splits: Callable[[], Splits], reporter:
     return read_run(folder)
 
 
-def _claim(folder: Path, resolved: dict[str, Any]) -> None:
+def _claim(folder: Path, resolved: dict[str, Any], *, begun: bool) -> None:
     """Write the recipe into `folder`, or check that the one that was begun there is the same."""
     file = folder / "recipe.yaml"
-    if not file.exists() or not _is_begun(folder):
+    if not file.exists() or not begun:
         write_text(file, dump_yaml(resolved))
         return
     changed = list(_differences(_defaults_filled_in(file), resolved, apart_from=_FREE))
@@ -587,10 +591,10 @@ def _fit(
         raise
     state = trainer.state
     if stop.made and state.global_step < state.max_steps:
-        begun = trainer.args.save_strategy == SaveStrategy.NO
+        anew = trainer.args.save_strategy == SaveStrategy.NO
         raise Interrupted(
             f"Stopped after step {state.global_step} of {state.max_steps}; give the same command again "
-            + ("to begin anew: peft does not keep AdaLoRA's state." if begun else "to go on from there.")
+            + ("to begin anew: peft does not keep AdaLoRA's state." if anew else "to go on from there.")
         )
     return stop.made
 

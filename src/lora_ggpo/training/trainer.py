@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from lora_ggpo.errors import DivergedError, UserError
+from lora_ggpo.errors import DivergedError, UserError, first_line
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
@@ -67,9 +67,8 @@ def rejected(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, Import
     try:
         yield
     except kinds as error:
-        text = f"{error} is none of its choices" if isinstance(error, KeyError) else str(error)
-        first = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"training is rejected by transformers: {first.strip().rstrip('.')}.") from error
+        text = f"{error} is none of its choices" if isinstance(error, KeyError) else None
+        raise UserError(f"training is rejected by transformers: {first_line(error, text).rstrip('.')}.") from error
 
 
 class RunTrainer(Trainer):
