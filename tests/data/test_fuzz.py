@@ -131,10 +131,10 @@ def test_edits_of_a_file(check, suffix, edits):
 @given(ROWS.filter(bool))
 def test_parquet_values(check, rows):
     try:
-        table = pyarrow.Table.from_pylist(rows)
+        content = parquet(pyarrow.Table.from_pylist(rows))
     except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError):
-        return  # parquet holds one type a column
-    check(".parquet", parquet(table))
+        return  # parquet holds one type a column, and no empty objects
+    check(".parquet", content)
 
 
 BYTES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
