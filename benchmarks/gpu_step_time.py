@@ -113,9 +113,9 @@ def main() -> None:
             quartiles = f"{row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}"
             memory = f"{row['peak_mib']:.0f} | {row['peak_ratio']:.4f}"
             print(f"| {name} | {1000 * row['seconds']:.1f} | {row['ratio']:.3f} | {quartiles} | {memory} |", flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

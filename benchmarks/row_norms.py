@@ -28,7 +28,7 @@ from lora_ggpo.data import DataConfig, load_classification
 from lora_ggpo.models import add_adapter, load_model
 from lora_ggpo.perturbation.config import GradientEstimator
 from lora_ggpo.perturbation.layers import PerturbedLayer, find_layers
-from lora_ggpo.perturbation.scales import gradient_row_norms_squared
+from lora_ggpo.perturbation.statistics import grouped
 from lora_ggpo.tasks import TaskConfig, collator, encode
 
 KIND = "classification"
@@ -61,10 +61,13 @@ def exact_norms(layers: list[PerturbedLayer], backward: Callable[[], None]) -> l
     return [(dy.t() @ x).square().sum(1) for x, dy in (kept[layer.name] for layer in layers)]
 
 
-def estimated_norms(layer: PerturbedLayer, estimator: GradientEstimator) -> Tensor:
-    (b, a), (db, da) = layer.factors(), layer.gradients()
-    s = torch.tensor([layer.column_scaling()])
-    return gradient_row_norms_squared(estimator, b[None], a[None], db[None], da[None], s)[0]
+@torch.no_grad()
+def estimated_norms(layers: list[PerturbedLayer], estimator: GradientEstimator) -> list[Tensor]:
+    """||G_i||^2 (m,) of each layer by the estimator."""
+    found: dict[str, Tensor] = {}
+    for group in grouped(layers):
+        found |= zip((layer.name for layer in group.layers), group.estimate(estimator), strict=True)
+    return [found[layer.name] for layer in layers]
 
 
 def compare(estimate: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
@@ -129,7 +132,7 @@ def main() -> None:
         if before is not None:
             rows.append({"step": step - 1, **scores(before, average, exact)})
             print_row(rows[-1])
-        estimates = {name: [estimated_norms(layer, name) for layer in layers] for name in ESTIMATORS}
+        estimates = {name: estimated_norms(layers, name) for name in ESTIMATORS}
         average = {name: smoothed(average.get(name), estimates[name]) for name in ESTIMATORS}
         before = (estimates, exact) if step in args.steps else None
         optimizer.step()

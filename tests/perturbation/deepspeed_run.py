@@ -12,26 +12,30 @@ from transformers import Trainer, TrainingArguments
 
 from lora_ggpo import GGPO, GGPOCallback, GGPOConfig
 
-from .distributed_run import LR, ROWS, STEPS, data, parts, sgd
+from .distributed_run import BACKENDS, LR, ROWS, STEPS, data, parts, sgd
 from .nets import loss_of
 
 
-def run(rank: int, world: int, cases: dict, trainer: tuple, folder: str, port: int) -> None:
+def run(rank: int, device: str, world: int, cases: dict, trainer: tuple, folder: str, port: int) -> None:
     """Carry out each case, (ZeRO's settings, config, adapter) by name, and save what this process has at its end."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"DS_ACCELERATOR": device, "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    deepspeed.init_distributed(BACKENDS[device])
     for name, case in cases.items():
-        torch.save(train(rank, world, *case), f"{folder}/{name}-{rank}.pt")
-    torch.save(train_by_trainer(folder, world, *trainer), f"{folder}/trainer-{rank}.pt")
+        torch.save(train(rank, device, world, *case), f"{folder}/{name}-{rank}.pt")
+    torch.save(train_by_trainer(folder, device, world, *trainer), f"{folder}/trainer-{rank}.pt")
     distributed.barrier()
     os._exit(0)  # what is saved is all that counts; the libraries' threads do not always end well at exit
 
 
-def train(rank: int, world: int, zero: dict, config: dict, adapter, micro_batches: int, clip: float) -> dict:
+def train(
+    rank: int, device: str, world: int, zero: dict, config: dict, adapter, micro_batches: int, clip: float
+) -> dict:
     """Train on this process's part of every global batch, in micro-batches."""
-    model = parts(adapter)
+    model = parts(adapter).to(device)
     settings = {
         "train_micro_batch_size_per_gpu": ROWS // world // micro_batches,
         "gradient_accumulation_steps": micro_batches,
@@ -43,8 +47,8 @@ def train(rank: int, world: int, zero: dict, config: dict, adapter, micro_batche
     ggpo = GGPO(model, GGPOConfig(**config), optimizer=optimizer)
     losses = []
     for step in range(STEPS):
-        mean = torch.zeros(())
-        for micro in data(step).float().chunk(world)[rank].chunk(micro_batches):
+        mean = torch.zeros((), device=device)
+        for micro in data(step).float().to(device).chunk(world)[rank].chunk(micro_batches):
             loss = loss_of(engine(micro))
             engine.backward(loss)
             engine.step()
@@ -58,12 +62,12 @@ def train(rank: int, world: int, zero: dict, config: dict, adapter, micro_batche
     return {"losses": losses, "ggpo": norms, **state_of(model)}
 
 
-def train_by_trainer(folder: str, world: int, zero: dict, config: dict, clip: float) -> dict:
+def train_by_trainer(folder: str, device: str, world: int, zero: dict, config: dict, clip: float) -> dict:
     """The same by transformers' Trainer, whose processes take the halves of the global batches in turn."""
     args = TrainingArguments(
         folder,
-        use_cpu=True,
-        ddp_backend="gloo",
+        use_cpu=device == "cpu",
+        ddp_backend=BACKENDS[device],
         max_steps=STEPS,
         per_device_train_batch_size=ROWS // world,
         optim="sgd",

@@ -1,5 +1,6 @@
 """What each process of a distributed run of `test_distributed` does."""
 
+import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,6 +13,7 @@ from .nets import adapted, batch, conv1d, loss_of, net
 
 STEPS, LR = 4, 0.05
 ROWS = 8
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 def data(step: int) -> torch.Tensor:
@@ -28,23 +30,33 @@ def sgd(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
 
 
-def run(rank: int, world: int, cases: dict, folder: str) -> None:
+def worlds() -> list:
+    """(device, number of processes) to test on: two on the CPU, and one on each GPU, up to a divisor of a batch."""
+    gpus = torch.cuda.device_count()
+    on_gpus = ("cuda", 1 << min(gpus, ROWS).bit_length() - 1 if gpus else 0)
+    return [("cpu", 2), pytest.param(on_gpus, marks=pytest.mark.skipif(not gpus, reason="needs a GPU"))]
+
+
+def run(rank: int, device: str, world: int, cases: dict, folder: str) -> None:
     """Carry out each case, (kind, config, adapter) by name, and save what this process has at its end."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    meeting = f"file://{folder}/meeting"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(BACKENDS[device], init_method=meeting, rank=rank, world_size=world)
     for name, case in cases.items():
-        torch.save(train(rank, world, *case), f"{folder}/{name}-{rank}.pt")
+        torch.save(train(rank, device, world, *case), f"{folder}/{name}-{rank}.pt")
     distributed.destroy_process_group()
 
 
-def train(rank: int, world: int, kind: str, config: dict, adapter) -> dict:
+def train(rank: int, device: str, world: int, kind: str, config: dict, adapter) -> dict:
     """Train on this process's part of every global batch."""
-    model = parts(adapter)
+    model = parts(adapter).to(device)
     trained = model
     if kind == "ddp":
         trained = DistributedDataParallel(model)
     elif kind == "fsdp":
-        mesh = init_device_mesh("cpu", (world,))
+        mesh = init_device_mesh(device, (world,))
         for name in ("inp", "up", "down", "head"):
             fully_shard(getattr(model, name), mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -52,7 +64,7 @@ def train(rank: int, world: int, kind: str, config: dict, adapter) -> dict:
     ggpo = GGPO(model, GGPOConfig(**config))
     losses = []
     for step in range(STEPS):
-        loss = loss_of(trained(data(step).float().chunk(world)[rank]))
+        loss = loss_of(trained(data(step).float().chunk(world)[rank].to(device)))
         loss.backward()
         optimizer.step()
         ggpo.step()

@@ -95,7 +95,7 @@ def batch(i: int, rows: int = 7, columns: int = 6, dtype=torch.float64) -> Tenso
 
 
 def loss_of(y: Tensor) -> Tensor:
-    return (y * torch.linspace(-1, 2, y.shape[-1], dtype=y.dtype)).sum(-1).mean() + y.square().mean()
+    return (y * torch.linspace(-1, 2, y.shape[-1], dtype=y.dtype, device=y.device)).sum(-1).mean() + y.square().mean()
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

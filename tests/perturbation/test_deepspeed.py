@@ -1,17 +1,16 @@
-"""Two processes under DeepSpeed ZeRO on gloo against one process on the same global batches."""
+"""Processes under DeepSpeed ZeRO, two on gloo or one on each GPU on NCCL, against one on the same global batches."""
 
 import socket
 
 import pytest
-import torch
 from peft import LoraConfig
 from torch import multiprocessing
 
 from lora_ggpo import GGPO
 
-from .distributed_run import parts
+from .distributed_run import parts, worlds
 from .nets import TARGETS
-from .test_distributed import CONFIG, DORA, assert_same_training, one_process
+from .test_distributed import CONFIG, DORA, assert_same_training, one_process, read
 
 pytest.importorskip("deepspeed")
 
@@ -38,32 +37,33 @@ CASES = {
 TRAINER = (CUT, DIFFER, CLIP)
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What each of two processes has at the end of every case."""
+@pytest.fixture(scope="module", params=worlds(), ids=str)
+def processes(request, tmp_path_factory):
+    """The device, and what each process has at the end of every case."""
     from .deepspeed_run import run
 
-    folder = tmp_path_factory.mktemp("deepspeed")
+    (device, world), folder = request.param, tmp_path_factory.mktemp("deepspeed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(run, (2, CASES, TRAINER, str(folder), port), nprocs=2)
-    names = [*CASES, "trainer"]
-    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in names}
+    multiprocessing.spawn(run, (device, world, CASES, TRAINER, str(folder), port), nprocs=world)
+    return device, read(folder, [*CASES, "trainer"], world)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one_process_on_the_global_batch(name, two_processes):
-    zero, config, adapter, _, clip = CASES[name]
-    expected = one_process(config, adapter, 1 if config["ranks"] == "agree" else 2, clip or float("inf"))
-    for one in two_processes[name]:
+def test_processes_are_one_process_on_the_global_batch(name, processes):
+    (zero, config, adapter, _, clip), (device, found) = CASES[name], processes
+    draws = 1 if config["ranks"] == "agree" else len(found[name])
+    expected = one_process(config, adapter, draws, clip or float("inf"), device)
+    for one in found[name]:
         assert_same_training(one, expected)
         assert (one["empty"] > 0) == (zero is CUT)  # what was compared was cut indeed
 
 
-def test_trainer_under_zero_is_one_process_on_the_global_batch(two_processes):
-    expected = one_process(DIFFER, None, 2, CLIP)
-    for one in two_processes["trainer"]:
+def test_trainer_under_zero_is_one_process_on_the_global_batch(processes):
+    device, found = processes
+    expected = one_process(DIFFER, None, len(found["trainer"]), CLIP, device)
+    for one in found["trainer"]:
         assert_same_training(one, expected)
 
 

@@ -1,4 +1,4 @@
-"""Two processes on gloo against one process on the same global batches."""
+"""Two processes on gloo, or one on each GPU on NCCL, against one process on the same global batches."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import distributed, multiprocessing
 
 from lora_ggpo import GGPO, GGPOConfig
 
-from .distributed_run import ROWS, STEPS, data, parts, run, sgd
+from .distributed_run import ROWS, STEPS, data, parts, run, sgd, worlds
 from .nets import TARGETS, loss_of
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
@@ -16,13 +16,13 @@ CONFIG = {"sigma": 0.2, "rule": "relative", "beta": 0.6, "gradient": "lstsq", "e
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 
-def one_process(config, adapter, parts_of_a_batch, clip=float("inf")):
+def one_process(config, adapter, parts_of_a_batch, clip=float("inf"), device="cpu"):
     """The same training in this process, each batch as `parts_of_a_batch` micro-batches."""
-    model = parts(adapter)
+    model = parts(adapter).to(device)
     optimizer, ggpo, losses = sgd(model), GGPO(model, GGPOConfig(**config)), []
     for step in range(STEPS):
         losses.append(0.0)
-        for micro in data(step).float().chunk(parts_of_a_batch):
+        for micro in data(step).float().to(device).chunk(parts_of_a_batch):
             loss = loss_of(model(micro)) / parts_of_a_batch
             loss.backward()
             losses[-1] += float(loss.detach())
@@ -34,15 +34,21 @@ def one_process(config, adapter, parts_of_a_batch, clip=float("inf")):
     return {"losses": losses, "state": state, "ggpo": ggpo.state_dict()}
 
 
+def read(folder, names, world):
+    """What each of the processes has at the end of every case."""
+    paths = {name: [folder / f"{name}-{rank}.pt" for rank in range(world)] for name in names}
+    return {name: [torch.load(path, map_location="cpu", weights_only=True) for path in paths[name]] for name in names}
+
+
 def assert_same_training(one, expected):
     assert one["losses"] == pytest.approx(expected["losses"], rel=2e-5)
     assert one["state"].keys() == expected["state"].keys()
     for key, value in expected["state"].items():
-        torch.testing.assert_close(one["state"][key], value, **CLOSE, msg=key)
+        torch.testing.assert_close(one["state"][key], value.cpu(), **CLOSE, msg=key)
     norms = {key: value for key, value in expected["ggpo"].items() if "norms" in key}
     assert len(norms) == 4
     for key, value in norms.items():
-        torch.testing.assert_close(one["ggpo"][key], value, rtol=1e-4, atol=1e-7, msg=key)
+        torch.testing.assert_close(one["ggpo"][key], value.cpu(), rtol=1e-4, atol=1e-7, msg=key)
 
 
 DORA = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True)
@@ -53,24 +59,25 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What each of two processes has at the end of every case."""
-    folder = tmp_path_factory.mktemp("distributed")
-    multiprocessing.spawn(run, (2, CASES, str(folder)), nprocs=2)
-    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)] for name in CASES}
+@pytest.fixture(scope="module", params=worlds(), ids=str)
+def processes(request, tmp_path_factory):
+    """The device, and what each process has at the end of every case."""
+    (device, world), folder = request.param, tmp_path_factory.mktemp("distributed")
+    multiprocessing.spawn(run, (device, world, CASES, str(folder)), nprocs=world)
+    return device, read(folder, CASES, world)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one_process_on_the_global_batch(name, two_processes):
-    """Noise that agrees is one draw for the global batch; noise that differs is one for each of two micro-batches."""
-    kind, config, adapter = CASES[name]
-    expected = one_process(config, adapter, 1 if config["ranks"] == "agree" else 2)
-    for one in two_processes[name]:
+def test_processes_are_one_process_on_the_global_batch(name, processes):
+    """Noise that agrees is one draw for the global batch; noise that differs is one for each process's micro-batch."""
+    (kind, config, adapter), (device, found) = CASES[name], processes
+    world = len(found[name])
+    expected = one_process(config, adapter, 1 if config["ranks"] == "agree" else world, device=device)
+    for one in found[name]:
         assert_same_training(one, expected)
     if kind == "fsdp":
         whole = max(p.numel() for p in parts(adapter).parameters())
-        assert all(one["largest"] <= whole // 2 for one in two_processes[name])  # what was compared was sharded indeed
+        assert all(one["largest"] <= whole // world for one in found[name])  # what was compared was sharded indeed
 
 
 def test_the_noise_matters():

@@ -104,6 +104,29 @@ def test_rows_of_a_weight_are_perturbed_and_rounded_once(kind, dtype, transposed
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "rank"), [(1, 1, 1), (70, 130, 4), (32, 64, 16), (40, 100, 150)])
+@pytest.mark.parametrize("layout", ["rows", "columns", "unaligned"])
+def test_products_with_w0_of_all_layers_at_once(dtype, m, n, rank, layout):
+    def stored(weight: torch.Tensor) -> torch.Tensor:
+        if layout == "columns":
+            return weight.t().contiguous().t()
+        behind = torch.empty(m * n + 1, dtype=dtype, device=DEVICE)[1:] if layout == "unaligned" else None
+        return weight if behind is None else behind.copy_(weight.flatten()).view(m, n)
+
+    if dtype == torch.bfloat16 and not GPU:
+        pytest.skip("Triton's interpreter multiplies bfloat16 as if it were integers")
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(m, n, generator=generator).to(DEVICE, dtype) for _ in range(3)]
+    sb, a = (torch.randn(3, *shape, generator=generator).to(DEVICE) for shape in ((m, rank), (rank, n)))
+    found = kernel.w0_terms_at_once([stored(weight) for weight in weights], sb, a)
+    products = torch.stack(weights).double() @ a.double().mT
+    sizes = sb.double().norm(dim=-1) * products.norm(dim=-1)  # terms that cancel are no more exact than this
+    error = (found - (sb.double() * products).sum(-1)).abs() / sizes
+    # Two parts of 16 bits keep 2^-16 (bfloat16) of A; the interpreter cuts off where a GPU rounds.
+    assert error.max() < {torch.float32: 1e-5, torch.bfloat16: 5e-5, torch.float16: 1e-5}[dtype]
+
+
 @needs_gpu
 @pytest.mark.parametrize("kind", [*KINDS, "table"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,8 +38,9 @@ class GGPOConfig:
             parallelism, must agree.
         seed: Seed of the noise; the noise is a function of (seed, draw, layer) alone and never touches torch's
             global generators.
-        gradient: Estimator of the gradient's row norms; see
-            :func:`~lora_ggpo.perturbation.scales.gradient_row_norms_squared`.
+        gradient: Estimator of the gradient's row norms, ``"lstsq"`` or the published ``"lora"``: see
+            :func:`~lora_ggpo.perturbation.scales.lstsq_row_norms_squared` and
+            :func:`~lora_ggpo.perturbation.scales.lora_row_norms_squared`.
         ema: Decay of the moving average of squared gradient row norms over optimizer steps, in [0, 1); 0 uses the
             step before alone.
         strict: Raise, instead of warn, if the adapter has layers that cannot be perturbed.

@@ -72,7 +72,7 @@ class GGPO:
         _check_layers(self.layers, skipped, self.config.strict)
         self._zero = zero_optimizer((p for layer in self.layers for p in layer.trained()), optimizer)
         self._groups: list[LayerGroup] = []
-        self._adapters: list[str] | None = None
+        self._adapters: list[Any] | None = None
         self._handles: list[Any] = []
         self._steps = self._forwards = self._draw = 0
         self._stale = True
@@ -162,7 +162,9 @@ class GGPO:
 
     def _regroup(self) -> None:
         """Follow a change of the active adapter: shapes, and what a gradient norm belongs to, change with it."""
-        active = list(self.layers[0].module.active_adapters)
+        first = self.layers[0].module
+        names = list(first.active_adapters)
+        active = [*names, *(first.lora_A[name] for name in names if name in first.lora_A)]  # one can be made anew
         if active != self._adapters:
             self._adapters, self._groups, self._stale = active, grouped(self.layers), True
 

@@ -36,7 +36,7 @@ class PerturbedLayer:
         self.base: Any = module.get_base_layer()
         self.fan_in_fan_out = _class(self.base) is Conv1D
         self.quantised = _class(module).__name__ in _QUANTISED
-        weight = self._w0()
+        weight = self.w0()
         self.m, self.n = self._shape(weight)
         self.noise = noise_kind(noise, weight.device)
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -44,6 +44,7 @@ class PerturbedLayer:
         self.tau: Tensor | None = None  # (m,) noise size of each row of the base weight; None is no noise
         self.scale: Tensor | None = None  # (m,) tau with the signs of this draw
         self.draw_seed = 0
+        self.follow()
         self.original: Callable[..., Tensor] | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,6 +88,15 @@ class PerturbedLayer:
         """The active adapters that this layer has."""
         return [name for name in self.module.active_adapters if name in self.module.lora_A]
 
+    # Found once: to look them up by name in every step would take longer than all that is computed from them.
+    def follow(self) -> None:
+        """Take up the modules of the adapters that are active now."""
+        names, module = self.adapters(), self.module
+        self.a: list[Any] = [module.lora_A[name] for name in names]
+        self.b: list[Any] = [module.lora_B[name] for name in names]
+        dora = module.lora_magnitude_vector
+        self.magnitudes: list[Any] = [dora[name] for name in names if name in dora]
+
     def ranks(self) -> list[int]:
         return [self.module.r[name] for name in self.adapters()]
 
@@ -94,56 +104,34 @@ class PerturbedLayer:
         """s of each of the r columns of B, over all active adapters."""
         return [self.module.scaling[name] for name in self.adapters() for _ in range(self.module.r[name])]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """B (m, r) and A (r, n) of the active adapters, side by side."""
-        b = [_whole(self._weight("lora_B", name).detach()) for name in self.adapters()]
-        a = [_whole(self._weight("lora_A", name).detach()) for name in self.adapters()]
-        return _joined(b, 1), _joined(a, 0)
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """dL/dB (m, r) and dL/dA (r, n), zero where no gradient has arrived."""
-        b = [_gradient(self._weight("lora_B", name)) for name in self.adapters()]
-        a = [_gradient(self._weight("lora_A", name)) for name in self.adapters()]
-        return _joined(b, 1), _joined(a, 0)
-
     def trained(self) -> list[Tensor]:
         """A and B of the active adapters, and DoRA's magnitudes."""
-        names, dora = self.adapters(), set(self.dora)
-        thin = [self._weight(factor, name) for name in names for factor in ("lora_A", "lora_B")]
-        return thin + [self._weight("lora_magnitude_vector", name) for name in names if name in dora]
-
-    def magnitude(self) -> Tensor | None:
-        """DoRA's trained row norms (m,), which are ||W'_i||; None for plain LoRA."""
-        found = [self.module.lora_magnitude_vector[name] for name in self.adapters() if name in self.dora]
-        return _whole(cast(Tensor, found[0].weight).detach()) if found else None
-
-    @property
-    def dora(self) -> list[str]:
-        return list(self.module.lora_magnitude_vector)
+        return [module.weight for module in (*self.a, *self.b, *self.magnitudes)]
 
     def dora_scales_base_noise(self) -> bool:
         """Whether DoRA's row scale acts on the noisy base output too: peft reuses that output unless dropout is on."""
         return all(isinstance(self.module.lora_dropout[name], nn.Identity) for name in self.adapters())
 
-    def times(self, columns: Tensor, out: Tensor) -> None:
-        """Write W0 C (m, k) of ``columns`` C (n, k) to ``out``; W0 and C in 16 bits are not unpacked, but summed in
-        float32."""
-        w0 = self._w0()
-        if columns.dtype != self.dtype:
-            torch.mm(w0, columns, out_dtype=self.dtype, out=out)
-        else:
-            out.copy_(self._over_rows(lambda rows: rows @ columns))
+    def w0(self) -> Tensor:
+        """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
+        weight: Tensor = _dequantised(self.base) if self.quantised else self.base.weight
+        return weight.detach().t() if self.fan_in_fan_out else weight.detach()
+
+    def has_whole_w0(self) -> bool:
+        """Whether this process has W0 as it is: not quantised, and not cut by FSDP or ZeRO."""
+        weight = self.base.weight
+        return not (self.quantised or isinstance(weight, DTensor) or is_cut(weight))
+
+    def times(self, columns: Tensor) -> Tensor:
+        """W0 C (m, k) of ``columns`` C (n, k), in float32 or float64."""
+        if self.has_whole_w0() and self.base.weight.dtype == self.dtype:
+            return self.w0() @ columns
+        return self._over_rows(lambda rows: rows @ columns)
 
     def block_bytes(self) -> int:
         """Bytes of the largest block of rows of W0 + eps that is formed at a time."""
         entries, by_kernel = largest_block(self.m, self.n, self.noise, self.w0_norms.device)
         return entries * (self.base.weight if by_kernel and not self.quantised else self.w0_norms).element_size()
-
-    def takes_halves(self) -> bool:
-        """Whether :meth:`times` takes columns in the 16 bits of W0: torch has that product on GPUs."""
-        weight = self.base.weight
-        whole = not (self.quantised or isinstance(weight, DTensor) or is_cut(weight))
-        return weight.is_cuda and weight.element_size() == 2 and whole
 
     def _w0_norms(self) -> Tensor:
         """||W0_i||^2 (m,)."""
@@ -157,9 +145,9 @@ class PerturbedLayer:
             first, held = held_rows(weight)
             return sum_rows(weight, first, self._by_blocks(function, held))
         with gathered([weight]):
-            w0 = self._w0()
+            w0 = self.w0()
             if not (isinstance(w0, DTensor) and w0.placements == (Shard(0),)):
-                return self._by_blocks(function, _whole(w0))
+                return self._by_blocks(function, whole(w0))
             result = self._by_blocks(function, w0.to_local())
         shape = torch.Size([self.m, *result.shape[1:]])
         # Shards may be of unequal length, so that the whole's shape and strides must be told.
@@ -179,14 +167,6 @@ class PerturbedLayer:
             return stored[::-1] if self.fan_in_fan_out else stored
         m, n = w0.shape
         return m, n
-
-    def _w0(self) -> Tensor:
-        """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
-        weight: Tensor = _dequantised(self.base) if self.quantised else self.base.weight
-        return weight.detach().t() if self.fan_in_fan_out else weight.detach()
-
-    def _weight(self, factor: str, adapter: str) -> Tensor:
-        return cast(Tensor, getattr(self.module, factor)[adapter].weight)
 
     def _perturbs(self) -> bool:
         module = self.module
@@ -247,16 +227,13 @@ def _dequantised(base: Any) -> Tensor:
     return base.weight.dequantize()
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def gradient(parameter: Tensor) -> Tensor:
+    """dL/dA or dL/dB of the global batch, put together; 0 where none has arrived."""
     if is_zero(parameter):
         return full_gradient(parameter)
-    return _whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP has sharded, put together; for thin factors, mostly."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .config import GGPOConfig, GradientEstimator, Schedule
+from .config import GGPOConfig, Schedule
 
 
 def product_row_norms_squared(p: Tensor, q: Tensor) -> Tensor:
@@ -19,46 +19,50 @@ def product_row_norms_squared(p: Tensor, q: Tensor) -> Tensor:
     return ((p @ (q @ q.mT)) * p).sum(-1).clamp_min(0)
 
 
-def weight_row_norms_squared(w0_norms: Tensor, w0_at: Tensor, sb: Tensor, a: Tensor) -> Tensor:
+def weight_row_norms_squared(w0_norms: Tensor, w0_terms: Tensor, sb: Tensor, a: Tensor) -> Tensor:
     """||W'_i||^2 = ||W0_i||^2 + 2 (s B_i) . (W0 A^T)_i + (s B_i) (A A^T) (s B_i)^T.
 
     Args:
         w0_norms: ||W0_i||^2 (L, m), computed once.
-        w0_at: W0 A^T (L, m, r).
+        w0_terms: (s B_i) . (W0 A^T)_i (L, m).
         sb: s B (L, m, r).
         a: A (L, r, n).
 
     Returns:
         (L, m).
     """
-    return (w0_norms + 2 * (sb * w0_at).sum(-1) + product_row_norms_squared(sb, a)).clamp_min(0)
+    return (w0_norms + 2 * w0_terms + product_row_norms_squared(sb, a)).clamp_min(0)
 
 
-def gradient_row_norms_squared(
-    estimator: GradientEstimator, b: Tensor, a: Tensor, db: Tensor, da: Tensor, s: Tensor
-) -> Tensor:
-    r"""Estimate ||G_i||^2, G = dL/dW' (m, n), from the gradients of the adapter: dB = s G A^T, dA = s B^T G.
-
-    ``"lora"``
-        G ~ s (B dA + dB A), the published estimate; it equals s^2 (B B^T G + G A^T A).
-    ``"lstsq"``
-        The least-norm G that satisfies dB = s G A^T, i.e. G projected on the rows of A:
-        ||G_i||^2 ~ dB_i (s^2 A A^T)^+ dB_i^T. Never larger than the exact norm.
+def lora_row_norms_squared(b: Tensor, a: Tensor, db: Tensor, da: Tensor, s: Tensor) -> Tensor:
+    r"""The published estimate of ||G_i||^2, G = dL/dW' (m, n): G ~ s (B dA + dB A), which is s^2 (B B^T G + G A^T A).
 
     Args:
-        estimator: Which of the two.
         b: B (L, m, r).
         a: A (L, r, n).
-        db: dL/dB (L, m, r).
-        da: dL/dA (L, r, n).
+        db: dL/dB = s G A^T (L, m, r).
+        da: dL/dA = s B^T G (L, r, n).
         s: The scaling of each column of B (L, r); it differs between columns of several active adapters.
 
     Returns:
         (L, m).
     """
-    if estimator == "lora":
-        p = torch.cat([b, db], -1) * torch.cat([s, s], -1).unsqueeze(-2)
-        return product_row_norms_squared(p, torch.cat([da, a], -2))
+    p = torch.cat([b, db], -1) * torch.cat([s, s], -1).unsqueeze(-2)
+    return product_row_norms_squared(p, torch.cat([da, a], -2))
+
+
+def lstsq_row_norms_squared(a: Tensor, db: Tensor, s: Tensor) -> Tensor:
+    r"""||G_i||^2 of the least-norm G (m, n) that satisfies dB = s G A^T, i.e. of dL/dW' projected on the rows of A:
+    dB_i (s^2 A A^T)^+ dB_i^T. Never larger than the exact norm.
+
+    Args:
+        a: A (L, r, n).
+        db: dL/dB (L, m, r).
+        s: The scaling of each column of B (L, r).
+
+    Returns:
+        (L, m).
+    """
     sa = s.unsqueeze(-1) * a
     return ((db @ torch.linalg.pinv(sa @ sa.mT, hermitian=True)) * db).sum(-1).clamp_min(0)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .config import GGPOConfig
-from .layers import PerturbedLayer
-from .scales import gradient_row_norms_squared, tau_squared, weight_row_norms_squared
-from .zero import gathered
+from .config import GGPOConfig, GradientEstimator
+from .layers import PerturbedLayer, gradient, whole
+from .noise import has_kernel
+from .scales import lora_row_norms_squared, lstsq_row_norms_squared, tau_squared, weight_row_norms_squared
+from .zero import gathered, is_cut
 
 
 @dataclass
@@ -23,6 +24,7 @@ class LayerGroup:
     layers: list[PerturbedLayer]
     w0_norms: Tensor  # ||W0_i||^2
     s: Tensor  # (L, r) scaling of each column of B
+    cut: bool  # whether ZeRO-3 has cut what is trained
     pending: Tensor | None = None  # ||G_i||^2 of the backward passes since the last optimizer step
     gradient: Tensor | None = None  # ||G_i||^2 of the last optimizer step, or their moving average
     weight: Tensor | None = None  # ||W'_i||^2
@@ -42,11 +44,11 @@ class LayerGroup:
 
     def refresh(self, config: GGPOConfig, factor: float) -> None:
         """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
-        with self._whole():
-            b, a = self._stacked([layer.factors() for layer in self.layers])
-            found = [magnitude for layer in self.layers if (magnitude := layer.magnitude()) is not None]
-            magnitudes = torch.stack(found) if found else None
-        lora = weight_row_norms_squared(self.w0_norms, w0_times(self.layers, a.mT), b * self.s[:, None], a)
+        with torch.no_grad(), self._gathered():
+            sb, a = self._columns(whole) * self.s[:, None], self._rows(whole)
+            dora = [whole(layer.magnitudes[0].weight) for layer in self.layers if layer.magnitudes]
+            magnitudes = torch.stack(dora) if dora else None
+        lora = weight_row_norms_squared(self.w0_norms, w0_terms(self.layers, sb, a), sb, a)
         if magnitudes is not None:
             # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G,
             # and noise put on W0 reaches W' times g.
@@ -61,12 +63,19 @@ class LayerGroup:
             layer.tau = tau if factor > 0 else None
 
     def capture(self, config: GGPOConfig) -> None:
-        """Estimate ||G_i||^2 from the gradients that A and B hold now."""
-        with self._whole():
-            b, a = self._stacked([layer.factors() for layer in self.layers])
-        db, da = self._stacked([layer.gradients() for layer in self.layers])
-        norms = gradient_row_norms_squared(config.gradient, b, a, db, da, self.s)
+        """Take the estimate of ||G_i||^2 from the gradients that A and B hold now."""
+        norms = self.estimate(config.gradient)
         self.pending = norms if self.gain is None else norms / self.gain
+
+    def estimate(self, estimator: GradientEstimator) -> Tensor:
+        """||dL/d(W0 + sBA)_i||^2 (L, m) by the estimator, from the gradients that A and B hold now."""
+        with self._gathered():
+            a = self._rows(whole)
+            b = self._columns(whole) if estimator == "lora" else None
+        db = self._columns(gradient)
+        if b is None:
+            return lstsq_row_norms_squared(a, db, self.s)
+        return lora_row_norms_squared(b, a, db, self._rows(gradient), self.s)
 
     def commit(self, grad_scale: float, ema: float) -> None:
         """Make the captured norms those of the last optimizer step; a step of non-finite gradients is passed over."""
@@ -84,29 +93,38 @@ class LayerGroup:
         self.gradient = torch.stack(rows).to(self.w0_norms) if len(rows) == len(self.layers) else None
         self.pending = None
 
-    def _whole(self) -> AbstractContextManager[None]:
+    def _gathered(self) -> AbstractContextManager[None]:
+        if not self.cut:
+            return nullcontext()
+        # To read each from its module anew is what makes ZeRO wait for those that it fetches ahead already.
         return gathered(parameter for layer in self.layers for parameter in layer.trained())
 
-    def _stacked(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        b, a = (torch.stack(list(parts)).to(self.w0_norms.dtype) for parts in zip(*pairs, strict=True))
-        return b, a
+    def _columns(self, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """B of all layers (L, m, r), or its gradients; active adapters side by side."""
+        parts = [[read(module.weight) for module in layer.b] for layer in self.layers]
+        return torch.stack([_joined(part, 1) for part in parts]).to(self.w0_norms.dtype)
+
+    def _rows(self, read: Callable[[Tensor], Tensor]) -> Tensor:
+        """A of all layers (L, r, n), or its gradients; active adapters one upon the other."""
+        parts = [[read(module.weight) for module in layer.a] for layer in self.layers]
+        return torch.stack([_joined(part, 0) for part in parts]).to(self.w0_norms.dtype)
 
 
-def w0_times(layers: list[PerturbedLayer], columns: Tensor) -> Tensor:
-    """W0 C of each layer (L, m, k), for C (L, n, k).
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    A 16-bit W0 on a GPU is read once and as it is: C is split in two 16-bit parts, which lose 2^-16 of it at most.
-    """
-    halves = [columns]
-    if all(layer.takes_halves() for layer in layers):
-        high = columns.to(layers[0].base.weight.dtype)
-        halves = [high, (columns - high).to(high.dtype)]
-    # Of whole columns W0's product takes the view A^T as it is: a copy with rows of r entries takes twice the time.
-    parts = columns if len(halves) == 1 else torch.cat(halves, -1)
-    products = columns.new_empty(len(layers), layers[0].m, parts.shape[-1])
-    for layer, part, out in zip(layers, parts, products, strict=True):
-        layer.times(part, out)
-    return products if len(halves) == 1 else products.unflatten(-1, (2, -1)).sum(-2)
+
+def w0_terms(layers: list[PerturbedLayer], sb: Tensor, a: Tensor) -> Tensor:
+    """(s B_i) . (W0 A^T)_i (L, m) of layers of one shape, for s B (L, m, r) and A (L, r, n)."""
+    if has_kernel(a.device) and a.dtype == torch.float32 and all(layer.has_whole_w0() for layer in layers):
+        weights = [layer.w0() for layer in layers]
+        if len({(weight.dtype, weight.stride()) for weight in weights}) == 1:
+            from .kernel import w0_terms_at_once
+
+            return w0_terms_at_once(weights, sb, a)
+    # W0's product takes the view A^T as it is: a copy with rows of r entries takes twice the time.
+    products = torch.stack([layer.times(rows.t()) for layer, rows in zip(layers, a, strict=True)])
+    return (sb * products).sum(-1)
 
 
 def grouped(layers: list[PerturbedLayer]) -> list[LayerGroup]:
@@ -114,15 +132,18 @@ def grouped(layers: list[PerturbedLayer]) -> list[LayerGroup]:
     by_shape: dict[tuple[object, ...], list[PerturbedLayer]] = defaultdict(list)
     for layer in layers:
         layer.tau = None
-        if layer.adapters():
-            kind = (layer.magnitude() is None, layer.dora_scales_base_noise(), layer.dtype, layer.w0_norms.device)
+        layer.follow()
+        if layer.a:
+            kind = (bool(layer.magnitudes), layer.dora_scales_base_noise(), layer.dtype, layer.w0_norms.device)
             by_shape[(layer.m, layer.n, *layer.ranks(), *kind)].append(layer)
     return [_group(members) for members in by_shape.values()]
 
 
 def _group(layers: list[PerturbedLayer]) -> LayerGroup:
     w0_norms = torch.stack([layer.w0_norms for layer in layers])
-    return LayerGroup(layers, w0_norms, w0_norms.new_tensor([layer.column_scaling() for layer in layers]))
+    s = w0_norms.new_tensor([layer.column_scaling() for layer in layers])
+    cut = any(is_cut(parameter) for layer in layers for parameter in layer.trained())
+    return LayerGroup(layers, w0_norms, s, cut)
 
 
 def summary(groups: list[LayerGroup]) -> dict[str, float]:
