@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -55,8 +55,7 @@ def perturbed_linear(
 def largest_block(m: int, n: int, noise: NoiseKind, device: torch.device) -> tuple[int, bool]:
     """Entries of the largest block of an (m, n) weight that is formed at a time, and whether the GPU kernel does it."""
     by_kernel = _by_kernel(noise, device)
-    blocks = _kernel_blocks(m, n) if by_kernel else row_blocks(m, n, device)
-    return max(stop - start for start, stop in blocks) * n, by_kernel
+    return max(stop - start for start, stop in _blocks(m, n, by_kernel, device)) * n, by_kernel
 
 
 class _PerturbedLinear(torch.autograd.Function):
@@ -74,17 +73,19 @@ class _PerturbedLinear(torch.autograd.Function):
         # x is needed for dL/dW0 only, and W0 is frozen in every LoRA run: then nothing the size of x is kept.
         ctx.save_for_backward(weight, scale, x if weight is not None and weight.requires_grad else None)
         ctx.noise, ctx.seed, ctx.fan_in_fan_out, ctx.n = noise, seed, fan_in_fan_out, x.shape[-1]
+        ctx.by_kernel = scale.dtype == torch.float32 and _by_kernel(noise, scale.device)
         bias = None if bias is None else bias.to(x.dtype)
-        tokens, y = x.reshape(-1, x.shape[-1]), None
-        for start, stop, block in _perturbed_blocks(weight, scale, ctx, x.dtype):
-            if stop - start == len(scale):
-                return functional.linear(x, block, bias)
-            y = tokens.new_empty(len(tokens), len(scale)) if y is None else y
+        blocks = _blocks(len(scale), ctx.n, ctx.by_kernel, scale.device)
+        if len(blocks) == 1:
+            return functional.linear(x, _perturbed_rows(weight, scale, ctx, x.dtype, *blocks[0]), bias)
+        tokens = x.reshape(-1, ctx.n)
+        y = tokens.new_empty(len(tokens), len(scale))
+        for start, stop in blocks:
+            rows = _perturbed_rows(weight, scale, ctx, x.dtype, start, stop)
             if bias is None:
-                torch.mm(tokens, block.t(), out=y[:, start:stop])
+                torch.mm(tokens, rows.t(), out=y[:, start:stop])
             else:
-                torch.addmm(bias[start:stop], tokens, block.t(), out=y[:, start:stop])
-        assert y is not None  # a linear layer has at least one row
+                torch.addmm(bias[start:stop], tokens, rows.t(), out=y[:, start:stop])
         return y.view(*x.shape[:-1], len(scale))
 
     @staticmethod
@@ -113,73 +114,66 @@ _gradients_once = once_differentiable(_gradients)
 
 # Products with out= are taken as they are under autocast too, in the dtype that the forward pass had.
 def _input_gradient(dy: Tensor, weight: Tensor | None, scale: Tensor, ctx: Any) -> Tensor:
-    out, dx = dy.reshape(-1, len(scale)), None
-    for start, stop, block in _perturbed_blocks(weight, scale, ctx, dy.dtype):
-        if stop - start == len(scale):
-            return dy @ block
-        if dx is None:
-            dx = torch.mm(out[:, :stop], block, out=dy.new_empty(len(out), ctx.n))
-        else:
-            dx.addmm_(out[:, start:stop], block)
-    assert dx is not None
+    blocks = _blocks(len(scale), ctx.n, ctx.by_kernel, scale.device)
+    if len(blocks) == 1:
+        return dy @ _perturbed_rows(weight, scale, ctx, dy.dtype, *blocks[0])
+    out = dy.reshape(-1, len(scale))
+    dx = dy.new_empty(len(out), ctx.n)
+    for start, stop in blocks:
+        rows = _perturbed_rows(weight, scale, ctx, dy.dtype, start, stop)
+        torch.addmm(dx, out[:, start:stop], rows, beta=1 if start else 0, out=dx)
     return dx.view(*dy.shape[:-1], ctx.n)
 
 
-# Between two large products caches are cold, and every small operation costs tens of microseconds: this loop, which
-# runs twice a layer and step, is kept to as few of them as it can do with.
-def _perturbed_blocks(
-    weight: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of rows [start, stop) of W0 + diag(scale) z. Each may lie in a scratch buffer that the next overwrites."""
+# Between two large products caches are cold, and every small operation costs tens of microseconds: what runs twice a
+# layer and step is kept to as few of them as it can do with.
+def _perturbed_rows(
+    weight: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype, start: int, stop: int
+) -> Tensor:
+    """Rows [start, stop) of W0 + diag(scale) z. They may lie in a scratch buffer that the next call overwrites."""
     w0 = None if weight is None else weight.detach().t() if ctx.fan_in_fan_out else weight.detach()
-    n, device = ctx.n, scale.device
-    if scale.dtype == torch.float32 and _by_kernel(ctx.noise, device):
-        yield from _blocks_by_kernel(w0, scale, ctx, dtype)
-        return
-    column = scale.unsqueeze(1)
-    for start, stop, block in _scratch_blocks(len(scale), n, device, scale.dtype):
-        z = unit_rows(ctx.noise, ctx.seed, start, stop - start, n, device)
-        rows = _rows(column, start, stop)
-        if w0 is None:
-            torch.mul(rows, z, out=block)
-        else:
-            torch.addcmul(_rows(w0, start, stop).to(scale.dtype), rows, z, out=block)
-        yield start, stop, block.to(dtype)
-
-
-def _blocks_by_kernel(
-    w0: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor]]:
-    from .kernel import perturb_rows
-
-    for start, stop in _kernel_blocks(len(scale), ctx.n):
-        block = torch.empty(stop - start, ctx.n, dtype=dtype, device=scale.device)
-        rows = None if w0 is None else _rows(w0, start, stop)
-        perturb_rows(block, rows, _rows(scale, start, stop), ctx.noise, ctx.seed, start)
-        yield start, stop, block
+    if stop - start < len(scale):
+        w0, scale = None if w0 is None else w0[start:stop], scale[start:stop]
+    if ctx.by_kernel:
+        rows = torch.empty(stop - start, ctx.n, dtype=dtype, device=scale.device)
+        _kernel()(rows, w0, scale, ctx.noise, ctx.seed, start)
+        return rows
+    z = unit_rows(ctx.noise, ctx.seed, start, stop - start, ctx.n, scale.device)
+    rows = _scratch_rows(stop - start, ctx.n, scale.device, scale.dtype)
+    if w0 is None:
+        torch.mul(scale.unsqueeze(1), z, out=rows)
+    else:
+        torch.addcmul(w0.to(scale.dtype), scale.unsqueeze(1), z, out=rows)
+    return rows.to(dtype)
 
 
 def _by_kernel(noise: NoiseKind, device: torch.device) -> bool:
     return noise != "table" and has_kernel(device)
 
 
-def _kernel_blocks(rows: int, n: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _KERNEL_ENTRIES // n)
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[..., None]:
+    from .kernel import perturb_rows
 
-
-def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    return tensor if stop - start == len(tensor) else tensor[start:stop]
+    return perturb_rows
 
 
 @lru_cache(maxsize=256)
-def _scratch_blocks(rows: int, n: int, device: torch.device, dtype: torch.dtype) -> tuple[tuple[int, int, Tensor], ...]:
-    """Blocks of rows and a view of the scratch buffer for each."""
-    blocks = row_blocks(rows, n, device)
-    buffer, longest = _scratch(device, dtype), max((stop - start) * n for start, stop in blocks)
-    if buffer.numel() < longest:
-        buffer.resize_(longest)  # views made before keep to the storage, which is what grows
-    return tuple((start, stop, buffer.as_strided((stop - start, n), (n, 1))) for start, stop in blocks)
+def _blocks(rows: int, n: int, by_kernel: bool, device: torch.device) -> tuple[tuple[int, int], ...]:
+    """The blocks of rows [start, stop) of a weight that are formed one after the other."""
+    if not by_kernel:
+        return row_blocks(rows, n, device)
+    step = max(1, _KERNEL_ENTRIES // n)
+    return tuple((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@lru_cache(maxsize=256)
+def _scratch_rows(rows: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A view (rows, n) of the scratch buffer."""
+    buffer = _scratch(device, dtype)
+    if buffer.numel() < rows * n:
+        buffer.resize_(rows * n)  # views made before keep to the storage, which is what grows
+    return buffer.as_strided((rows, n), (n, 1))
 
 
 @lru_cache(maxsize=16)
