@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,19 @@ def _model(name: str) -> dict[str, str]:
     source, gguf_file = locate(name)
     folder = Path(source)
     if gguf_file:
-        return digests([folder / gguf_file], folder)
+        return {gguf_file: _digest(folder / gguf_file)}
     if folder.is_dir():
-        return digests(sorted(file for file in folder.iterdir() if file.suffix in _MODEL_FILES), folder)
+        return {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES}
     cached = try_to_load_from_cache(name, "config.json")
     return {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
+
+
+def _digest(file: Path) -> str:
+    stat = file.stat()
+    return _digest_once(file, stat.st_size, stat.st_mtime_ns)
+
+
+# The runs of several seeds ask for the same large files again and again.
+@lru_cache(maxsize=256)
+def _digest_once(file: Path, size: int, changed: int) -> str:
+    return digests([file], file.parent)[file.name]
