@@ -107,6 +107,9 @@ def test_prompts_of_a_file(write):
         read_prompts(write([row for row in rows if row["name"] != "single-v1-multi-turn"], "p.jsonl"))
     with pytest.raises(UserError, match=r"has no column 'system_prompt'"):
         read_prompts(write([{"name": "x"}], "q.jsonl"))
+    half = {"name": "x", "system_prompt": "", "prompt_template": "\ud83d"}
+    with pytest.raises(UserError, match=r"line 2: column 'prompt_template' holds half of a surrogate pair"):
+        read_prompts(write([rows[0], half], "r.jsonl"))
 
 
 @pytest.mark.parametrize(

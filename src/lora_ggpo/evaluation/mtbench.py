@@ -106,14 +106,21 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
     """The judge's prompts of a file in the format of FastChat's judge_prompts.jsonl.
 
     Raises:
-        UserError: the file cannot be read, or lacks one of `PROMPTS`.
+        UserError: the file cannot be read, holds what is not text, or lacks one of `PROMPTS`.
     """
     table = read_file(path)
-    try:
-        rows = zip(*(table.columns[name] for name in ("name", "system_prompt", "prompt_template")), strict=True)
-    except KeyError as error:
-        raise UserError(f"{path} has no column {error}; give FastChat's judge_prompts.jsonl.") from error
-    prompts = {str(name): JudgePrompt(str(system), str(template)) for name, system, template in rows}
+    columns = ("name", "system_prompt", "prompt_template")
+    for column in columns:
+        if column not in table.columns:
+            raise UserError(f"{path} has no column {column!r}; give FastChat's judge_prompts.jsonl.")
+    rows = zip(*(table.values(column) for column in columns), strict=True)
+    prompts = {
+        str(name): JudgePrompt(
+            table.checked_text(system, "system_prompt", row) if system else "",
+            table.checked_text(template, "prompt_template", row),
+        )
+        for row, (name, system, template) in enumerate(rows)
+    }
     missing = PROMPTS.keys() - prompts.keys()
     if missing:
         raise UserError(f"{path} has no prompt {min(missing)}; give FastChat's judge_prompts.jsonl.")
