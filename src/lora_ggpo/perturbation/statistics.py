@@ -118,7 +118,7 @@ def w0_terms(layers: list[PerturbedLayer], sb: Tensor, a: Tensor) -> Tensor:
     """(s B_i) . (W0 A^T)_i (L, m) of layers of one shape, for s B (L, m, r) and A (L, r, n)."""
     if has_kernel(a.device) and a.dtype == torch.float32 and all(layer.has_whole_w0() for layer in layers):
         weights = [layer.w0() for layer in layers]
-        if len({(weight.dtype, weight.stride()) for weight in weights}) == 1:
+        if {(w.device, w.dtype, w.stride()) for w in weights} == {(a.device, weights[0].dtype, weights[0].stride())}:
             from .kernel import w0_terms_at_once
 
             return w0_terms_at_once(weights, sb, a)
