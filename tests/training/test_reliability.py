@@ -372,6 +372,11 @@ def test_too_little_memory_is_one_sentence_and_smaller_batches_go_on(whole, tmp_
         (["training.optim=galore_adamw"], "training is rejected by transformers: You need to install `galore_torch`"),
         (["training.lr_scheduler_kwargs={nope: 1}"], "training is rejected by transformers: get_linear_schedule_with"),
         (["training.optim_args='a=b,c'"], "training is rejected by transformers: not enough values to unpack"),
+        (["training.optim_args='foo=1'"], "training.optim_args changes nothing with optim adamw_torch"),
+        (
+            ["training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={nope: 1}"],
+            "training.gradient_checkpointing_kwargs is rejected by torch: Unexpected keyword arguments: nope.",
+        ),
         (["training.log_level=loud"], "training is rejected by transformers: 'loud' is none of its choices."),
         (["training.use_liger_kernel=true"], "training is rejected by transformers: You have set `use_liger_kernel`"),
         (["adapter.modules_to_save=[nope]"], "adapter.modules_to_save names 'nope', which the model has not"),

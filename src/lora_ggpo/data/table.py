@@ -53,7 +53,7 @@ class Table:
         """
         if name not in self.columns:
             near = difflib.get_close_matches(name, self.columns, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UserError(
                 f"{self.origin} has no column {name!r}, its columns are {', '.join(self.columns)}{hint} "
                 f"Name the column with data.{setting}."

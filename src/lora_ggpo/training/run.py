@@ -75,7 +75,7 @@ from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.ranks import is_first, wait_for_all
 from lora_ggpo.training.recipe import Recipe, dump_yaml, load_recipe
 from lora_ggpo.training.source import KeyPath, flatten, read_source
-from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, rejected
+from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, check_checkpointing, rejected
 
 VALIDATION_ROWS = 500
 _STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
@@ -546,6 +546,8 @@ def make_trainer(
     if recipe.adalora:
         callbacks.append(AdaLoraCallback())
         args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
+    if args.gradient_checkpointing:
+        check_checkpointing(args)
     with rejected():
         trainer = RunTrainer(
             lengths=list(rows["length"]),

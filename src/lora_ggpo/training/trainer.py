@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.training_args import OptimizerNames
 
 from lora_ggpo.errors import DivergedError, UserError, first_line
 from lora_ggpo.perturbation.ascent import MGPO, SAM
@@ -71,6 +74,27 @@ def rejected(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, Import
         raise UserError(f"training is rejected by transformers: {first_line(error, text).rstrip('.')}.") from error
 
 
+def check_checkpointing(args: TrainingArguments) -> None:
+    """Try gradient checkpointing on one number: torch looks at its settings in the first forward pass only.
+
+    Raises:
+        UserError: torch does not take them.
+    """
+    settings: Any = args.gradient_checkpointing_kwargs or {}
+    try:
+        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": True, **settings})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training.gradient_checkpointing_kwargs is rejected by torch: {first_line(error)}.") from error
+
+
+def _same_without_optim_args(args: TrainingArguments, model: Any) -> bool:
+    """Whether transformers makes the same optimizer without ``optim_args``: it reads them for some optimizers only."""
+    without = copy(args)
+    without.optim_args = None
+    make = Trainer.get_optimizer_cls_and_kwargs
+    return bool(make(args, model) == make(without, model))
+
+
 class RunTrainer(Trainer):
     """The Trainer of a run.
 
@@ -108,6 +132,9 @@ class RunTrainer(Trainer):
         with rejected():
             if self.optimizer is None and self._make_optimizer:
                 self.optimizer = self._make_optimizer(model or self.model, self.args)
+            elif self.args.optim_args and _same_without_optim_args(self.args, model or self.model):
+                optim = OptimizerNames(self.args.optim).value
+                raise UserError(f"training.optim_args changes nothing with optim {optim}; leave it out.")
             return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
