@@ -154,7 +154,7 @@ def test_nothing_is_written_beside_the_data(save, tmp_path, monkeypatch):
             {"text": "txet"},
             r"has no column 'txet', its columns are text, label; did you mean 'text'\? Name.*data",
         ),
-        (ROWS, {"label": "y"}, r"has no column 'y', its columns are text, label; Name the column with data\.label\."),
+        (ROWS, {"label": "y"}, r"has no column 'y', its columns are text, label\. Name the column with data\.label\."),
         ([], {}, r"reviews\.jsonl has no rows"),
         ([{"text": f"{n}", "label": "a"} for n in range(9)], {}, r"every row has the label 'a'.*at least two classes"),
         (ROWS[:2], {}, r"has 2 different texts, too few to split into train, validation and test\."),
