@@ -99,6 +99,14 @@ def test_runs_are_named_by_the_shortest_ends_that_differ(finished, tmp_path):
         named_runs([tmp_path / "a/lora", tmp_path / "a/lora"])
 
 
+def test_runs_of_different_models_are_refused_before_one_is_measured(finished, tmp_path):
+    other = shutil.copytree(finished[1].folder, tmp_path / "other")
+    (other / "model.json").write_text(json.dumps({"model.safetensors": "0"}))
+    with pytest.raises(UserError, match=r"seed-0 and .*other train different models; give runs of one\."):
+        measure_runs([finished[1].folder, other], FEW, tmp_path / "out", QUIET)
+    assert not list((tmp_path / "out" / "points").iterdir())
+
+
 def test_a_run_folder_of_any_name_goes_by_it(finished, tmp_path, monkeypatch):
     best = shutil.copytree(finished[1].folder, tmp_path / "best")
     runs = named_runs([best, finished[1].folder])

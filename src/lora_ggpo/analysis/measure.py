@@ -30,6 +30,7 @@ from lora_ggpo.analysis.sharpness import (
 )
 from lora_ggpo.errors import UserError
 from lora_ggpo.training.files import disk_errors, json_digest, locked, read_json, write_json
+from lora_ggpo.training.identity import same_model
 from lora_ggpo.training.progress import Reporter, Task
 from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.run import Run, find_runs, finished_metrics, quiet_libraries, versions
@@ -77,8 +78,8 @@ def measure_runs(paths: Sequence[Path], settings: Settings, output: Path, report
     this call in its order, which a report is of.
 
     Raises:
-        UserError: a path is no finished run, a run is given twice, a loss under noise is not finite, or the folder
-            holds other settings.
+        UserError: a path is no finished run, a run is given twice, two are of different base models, a loss under
+            noise is not finite, or the folder holds other settings.
     """
     quiet_libraries()
     with disk_errors(output):
@@ -86,6 +87,7 @@ def measure_runs(paths: Sequence[Path], settings: Settings, output: Path, report
         with locked(output):
             _claim(output, settings)
             runs = named_runs(paths)
+            _check_one_model([run.folder for seeds in runs.values() for run in seeds.values()])
             measure_once = partial(_measured, settings=settings, output=output, reporter=reporter)
             measured = [
                 {"label": label, "seed": seed, "file": measure_once(run, f"{label}/seed-{seed}")}
@@ -116,6 +118,12 @@ def named_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
         (seed,) = load_recipe(run.folder / "recipe.yaml").seeds
         runs.setdefault("/".join(folder.parts[-depth:]), {})[seed] = run
     return runs
+
+
+def _check_one_model(folders: list[Path]) -> None:
+    for folder in folders:
+        if not same_model(folder, folders[0]):
+            raise UserError(f"{folders[0]} and {folder} train different models; give runs of one.")
 
 
 def _named_by(run: Path) -> Path:

@@ -49,8 +49,19 @@ def check_data(folder: Path, splits: Splits) -> None:
         raise UserError(f"The data has changed since {folder} was trained on it; name what to score with --on.")
 
 
+def same_model(folder: Path, other: Path) -> bool:
+    """Whether two runs train one base model, as far as they have written it down."""
+    one, another = _written(folder / "model.json"), _written(other / "model.json")
+    known = one and another and ("commit" in one) == ("commit" in another)  # a commit cannot be told from files
+    return not known or one == another
+
+
+def _written(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.exists() else {}  # an earlier release did not write it
+
+
 def _differs(file: Path, now: dict[str, Any]) -> bool:
-    then = read_json(file) if file.exists() else {}
+    then = _written(file)
     return bool(then and now and then != now)  # nothing is known of a model that was not yet downloaded
 
 
