@@ -45,6 +45,16 @@ class Table:
         """Return the place of a row, as in "reviews.csv, line 3"."""
         return f"{self.origin}, {self.unit} {self.positions[row]}"
 
+    def require(self, names: Sequence[str], hint: str) -> None:
+        """Check that there are columns of these names.
+
+        Raises:
+            UserError: one is missing; the message ends in `hint`, which begins with its punctuation.
+        """
+        for name in names:
+            if name not in self.columns:
+                raise UserError(f"{self.origin} has no column {name!r}{hint}")
+
     def column(self, name: str, setting: str) -> list[Any]:
         """Return a column's values.
 

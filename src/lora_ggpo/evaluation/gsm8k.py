@@ -45,12 +45,10 @@ def load_problems(source: str | None) -> list[Problem]:
     source = source or HUB
     tables = read_source(source, SUBSET if source == HUB else None)
     table = next(tables[split] for split in ("test", ALL, "validation", "train") if split in tables)
-    for column in ("question", "answer"):
-        if column not in table.columns:
-            raise UserError(
-                f"{table.origin} has no column {column!r}, only {', '.join(table.columns)}; GSM8K's format is a "
-                'question, and an answer that ends in "#### 42".'
-            )
+    only = f", only {', '.join(table.columns)}"
+    table.require(
+        ("question", "answer"), f'{only}; GSM8K\'s format is a question, and an answer that ends in "#### 42".'
+    )
     questions, answers = table.texts("question", "question"), table.texts("answer", "answer")
     return [
         Problem(f"{row}", question, _reference(table, row, answer))

@@ -81,9 +81,7 @@ def load_problems(source: str | None) -> list[Problem]:
             "mt-bench needs its questions: give FastChat's llm_judge/data/mt_bench/question.jsonl as --data."
         )
     table = read_file(Path(source).expanduser())
-    for column in ("question_id", "category", "turns"):
-        if column not in table.columns:
-            raise UserError(f"{table.origin} has no column {column!r}; mt-bench takes FastChat's question.jsonl.")
+    table.require(("question_id", "category", "turns"), "; mt-bench takes FastChat's question.jsonl.")
     categories = table.texts("category", "category")
     references = table.columns.get("reference", [None] * len(table))
     problems = [
@@ -110,9 +108,7 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
     """
     table = read_file(path)
     columns = ("name", "system_prompt", "prompt_template")
-    for column in columns:
-        if column not in table.columns:
-            raise UserError(f"{path} has no column {column!r}; give FastChat's judge_prompts.jsonl.")
+    table.require(columns, "; give FastChat's judge_prompts.jsonl.")
     rows = zip(*(table.values(column) for column in columns), strict=True)
     prompts = {
         str(name): JudgePrompt(

@@ -162,9 +162,9 @@ class GGPO:
 
     def _regroup(self) -> None:
         """Follow a change of the active adapter: shapes, and what a gradient norm belongs to, change with it."""
-        first = self.layers[0].module
-        names = list(first.active_adapters)
-        active = [*names, *(first.lora_A[name] for name in names if name in first.lora_A)]  # one can be made anew
+        first = self.layers[0]
+        made = (first.module.lora_A[name] for name in first.adapters())  # one can be made anew under its name
+        active = [*first.module.active_adapters, *made]
         if active != self._adapters:
             self._adapters, self._groups, self._stale = active, grouped(self.layers), True
 

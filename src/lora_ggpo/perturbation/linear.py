@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .config import NoiseKind
-from .noise import has_kernel, row_blocks, unit_rows
+from .noise import has_kernel, row_blocks, split_rows, unit_rows
 
 _KERNEL_ENTRIES = 1 << 25
 """Entries of W0 + diag(scale) z that the GPU kernel writes at a time: most layers whole, at 64 MiB in 16 bits."""
@@ -158,13 +158,9 @@ def _kernel() -> Callable[..., None]:
     return perturb_rows
 
 
-@lru_cache(maxsize=256)
 def _blocks(rows: int, n: int, by_kernel: bool, device: torch.device) -> tuple[tuple[int, int], ...]:
     """The blocks of rows [start, stop) of a weight that are formed one after the other."""
-    if not by_kernel:
-        return row_blocks(rows, n, device)
-    step = max(1, _KERNEL_ENTRIES // n)
-    return tuple((start, min(start + step, rows)) for start in range(0, rows, step))
+    return split_rows(rows, n, _KERNEL_ENTRIES) if by_kernel else row_blocks(rows, n, device)
 
 
 @lru_cache(maxsize=256)

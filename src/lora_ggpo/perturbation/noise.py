@@ -59,10 +59,15 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-@lru_cache(maxsize=256)
 def row_blocks(rows: int, columns: int, device: torch.device) -> tuple[tuple[int, int], ...]:
     """Split rows into blocks of at most half the noise table: the only m x n storage the method ever uses."""
-    step = max(1, _table_entries(device) // 2 // columns)
+    return split_rows(rows, columns, _table_entries(device) // 2)
+
+
+@lru_cache(maxsize=256)
+def split_rows(rows: int, columns: int, entries: int) -> tuple[tuple[int, int], ...]:
+    """Split rows into blocks [start, stop) of at most so many entries, or of one row."""
+    step = max(1, entries // columns)
     return tuple((start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,17 +102,16 @@ class LayerGroup:
 
     def _columns(self, read: Callable[[Tensor], Tensor]) -> Tensor:
         """B of all layers (L, m, r), or its gradients; active adapters side by side."""
-        parts = [[read(module.weight) for module in layer.b] for layer in self.layers]
-        return torch.stack([_joined(part, 1) for part in parts]).to(self.w0_norms.dtype)
+        return self._stacked((layer.b for layer in self.layers), read, 1)
 
     def _rows(self, read: Callable[[Tensor], Tensor]) -> Tensor:
         """A of all layers (L, r, n), or its gradients; active adapters one upon the other."""
-        parts = [[read(module.weight) for module in layer.a] for layer in self.layers]
-        return torch.stack([_joined(part, 0) for part in parts]).to(self.w0_norms.dtype)
+        return self._stacked((layer.a for layer in self.layers), read, 0)
 
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    def _stacked(self, factors: Iterable[list[Any]], read: Callable[[Tensor], Tensor], dim: int) -> Tensor:
+        parts = ([read(module.weight) for module in modules] for modules in factors)
+        joined = [part[0] if len(part) == 1 else torch.cat(part, dim) for part in parts]
+        return torch.stack(joined).to(self.w0_norms.dtype)
 
 
 def w0_terms(layers: list[PerturbedLayer], sb: Tensor, a: Tensor) -> Tensor:

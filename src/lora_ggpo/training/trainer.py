@@ -61,17 +61,23 @@ class EpochSampler(Sampler[int]):
 
 
 @contextmanager
-def rejected(kinds: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, KeyError)) -> Iterator[None]:
-    """Say in one sentence what transformers does not take in a recipe's ``training``.
+def rejected(
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, KeyError),
+    what: str = "training",
+    by: str = "transformers",
+) -> Iterator[None]:
+    """Say in one sentence what a library does not take in a recipe's ``training``.
 
     Args:
         kinds: The exceptions that it says so with.
+        what: The section or setting that it does not take.
+        by: The library.
     """
     try:
         yield
     except kinds as error:
         text = f"{error} is none of its choices" if isinstance(error, KeyError) else None
-        raise UserError(f"training is rejected by transformers: {first_line(error, text).rstrip('.')}.") from error
+        raise UserError(f"{what} is rejected by {by}: {first_line(error, text).rstrip('.')}.") from error
 
 
 def check_checkpointing(args: TrainingArguments) -> None:
@@ -81,10 +87,8 @@ def check_checkpointing(args: TrainingArguments) -> None:
         UserError: torch does not take them.
     """
     settings: Any = args.gradient_checkpointing_kwargs or {}
-    try:
+    with rejected((ValueError, TypeError), "training.gradient_checkpointing_kwargs", "torch"):
         checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": True, **settings})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training.gradient_checkpointing_kwargs is rejected by torch: {first_line(error)}.") from error
 
 
 def _same_without_optim_args(args: TrainingArguments, model: Any) -> bool:
