@@ -1,4 +1,4 @@
-"""LoRA-GGPO: flatter minima for LoRA fine-tuning at the price of one backward pass."""
+"""LoRA-GGPO (arXiv 2502.14538v1): LoRA adapters trained under random perturbations of the full weight."""
 
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any

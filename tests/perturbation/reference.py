@@ -1,6 +1,6 @@
 """A dense float64 reference of the method: every matrix materialised, every derivative left to autograd.
 
-Written from the equations of the paper (arXiv 2502.14538) and from PEFT's documentation of its adapters. Of the code
+Written from the equations of the paper (arXiv 2502.14538v1) and from PEFT's documentation of its adapters. Of the code
 under test it uses the unit noise z alone, a block at a time, because z is a free choice that nothing else determines.
 """
 

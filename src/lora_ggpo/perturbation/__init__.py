@@ -1,4 +1,4 @@
-"""LoRA-GGPO (arXiv 2502.14538): LoRA trained under row-wise, gradient-guided Gaussian noise on the full weight.
+"""LoRA-GGPO (arXiv 2502.14538v1): LoRA trained under row-wise, gradient-guided Gaussian noise on the full weight.
 
 Read in this order: ``scales`` (the equations), ``noise`` (what is drawn), ``linear`` (how a layer is perturbed),
 ``layers`` and ``statistics`` (PEFT's layers), ``ggpo`` (the object a training loop holds). Nothing here depends on the

@@ -20,7 +20,7 @@ GradientEstimator = Literal["lora", "lstsq"]
 class GGPOConfig:
     """How large the perturbation of each row is, what it is drawn from, and when.
 
-    The defaults are the paper's (arXiv 2502.14538): sigma = 0.03, beta = 0.01, one draw a forward pass.
+    The defaults are the paper's (arXiv 2502.14538v1): sigma = 0.03, beta = 0.01, one draw a forward pass.
 
     Attributes:
         sigma: Noise size relative to the weight, >= 0; 0 is plain LoRA, bit for bit.

@@ -70,7 +70,7 @@ def lstsq_row_norms_squared(a: Tensor, db: Tensor, s: Tensor) -> Tensor:
 def tau_squared(config: GGPOConfig, weight: Tensor, gradient: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
     r"""Variance of each row's noise, and the part of it that is due to the gradient.
 
-    ``"paper"`` (arXiv 2502.14538):
+    ``"paper"`` (arXiv 2502.14538v1):
         tau_i^2 = (sigma^2 / n) (||W'_i||^2 + beta ||G_i||^2)
     ``"relative"``, the same total noise energy as beta = 0, shared out by rows; with <.> the mean over a layer's rows:
         tau_i^2 = (sigma^2 / n) <||W'||^2> ((1 - beta) ||W'_i||^2 / <||W'||^2> + beta ||G_i||^2 / <||G||^2>)

@@ -83,13 +83,13 @@ def _score_grid(setting: SettingResult, name: str, metric: str) -> Grid:
     beside = [shown.beside] if shown.beside else []
     header = ["method", _heading(shown), "difference", "p", "verdict"]
     for other in beside:
-        header += [_heading(METRICS[other]), f"difference in {METRICS[other].label}"]
+        header += [_heading(METRICS[other]), f"difference in {METRICS[other].label}", f"p of {METRICS[other].label}"]
     rows = tuple(
         (
             method.title,
             *_score_cells(method, (name, metric)),
             method.verdicts[name],
-            *(cell for other in beside for cell in _score_cells(method, (name, other))[:2]),
+            *(cell for other in beside for cell in _score_cells(method, (name, other))),
         )
         for method in setting.methods
     )
