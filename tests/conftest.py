@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: the tests never use the network
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: `make test` runs one process for each of two cores
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, with torch: kernels run without a GPU
 
