@@ -58,3 +58,49 @@ def save(folder, subset, form):
             lines = [json.dumps(row) for row in splits(subset)[split]]
             (folder / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return str(folder)
+
+
+# --- the files as GLUE distributes them: tabs, no quoting, some without a header --------------------------------------
+
+# subset -> columns of text, column of the label
+RAW = {
+    "cola": (("sentence",), "label"),
+    "mrpc": (("#1 String", "#2 String"), "Quality"),
+    "mnli": (("sentence1", "sentence2"), "gold_label"),
+    "wnli": (("sentence1", "sentence2"), "label"),
+}
+_HEADERS = {
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "mnli": "index\tgenre\tsentence1\tsentence2\tlabel1\tgold_label",
+    "wnli": "index\tsentence1\tsentence2\tlabel",
+}
+_LINES = {
+    "cola": "gj04\t{label}\t{mark}\t{second}",
+    "mrpc": "{label}\t10{n}\t20{n}\t{first}\t{second}",
+    "mnli": "{n}\tfiction\t{first}\t{second}\tneutral\t{label}",
+    "wnli": "{n}\t{first}\t{second}\t{label}",
+}
+
+
+def raw_rows(subset, split):
+    """(label, first text, second text): every third text opens a quote, every fifth closes one."""
+    names = TASKS["mnli"][1] if subset == "mnli" else ["0", "1"]
+    return [
+        (names[n % len(names)], '"' * (n % 3 == 0) + f"Let {n} be.", f"A {split} of {n}." + '"' * (n % 5 == 0))
+        for n in range(60 if split == "train" else 9)
+    ]
+
+
+def save_raw(folder, subset):
+    """Write train.tsv, dev.tsv (dev_matched.tsv) and for WNLI a test.tsv without labels."""
+    folder.mkdir(parents=True)
+    head = [_HEADERS[subset]] if subset in _HEADERS else []
+    for split in ("train", "dev"):
+        lines = [
+            _LINES[subset].format(label=label, first=first, second=second, n=n, mark="*" * (label == "0"))
+            for n, (label, first, second) in enumerate(raw_rows(subset, split))
+        ]
+        name = "dev_matched" if subset == "mnli" and split == "dev" else split
+        (folder / f"{name}.tsv").write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")
+    if subset == "wnli":
+        (folder / "test.tsv").write_text('index\tsentence1\tsentence2\n0\t"One.\tTwo.\n1\tThree.\tFour."\n')

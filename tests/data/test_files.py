@@ -82,7 +82,7 @@ def test_rows_know_their_lines(tmp_path):
         ("a.json", "", r"a\.json has no rows"),
         ("a.csv", "", r"a\.csv has no rows"),
         ("a.csv", "text,label\n", r"a\.csv has no rows"),
-        ("a.csv", "text,label\nx,1\ny\n", r"a\.csv, line 3: 1 fields, but the header has 2\."),
+        ("a.csv", "text,label\nx,1\ny\n", r"a\.csv, line 3: 1 field, but the header has 2\."),
         ("a.csv", 'text,label\nx,1\n"y,1\n', r"a\.csv, line 3: malformed CSV \(unexpected end of data\); check"),
         ("a.csv", "text,text\nx,1\n", r"a\.csv has more than one column named 'text'"),
         ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a\.csv, line 1: the text is not UTF-8"),

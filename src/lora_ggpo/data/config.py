@@ -23,6 +23,9 @@ class DataConfig(BaseModel):
         "a folder of train, validation and test files of these types, or a hub id.",
     )
     subset: str | None = Field(None, description="Name of a hub dataset's configuration, such as sst2.")
+    columns: list[str] | None = Field(
+        None, description="Names of the columns of CSV and TSV files that have no header line, from left to right."
+    )
     text: str | None = Field(None, description='Column of the text; default "text".')
     text_pair: str | None = Field(
         None, description="Column of a second text, such as hypothesis; null is one text only."
@@ -67,6 +70,8 @@ class DataConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction and test_fraction must add up to less than 1")
+        if self.columns is not None and (not self.columns or len(set(self.columns)) < len(self.columns)):
+            raise ValueError("columns must be names that differ, one for each column of the file")
         places = {os.path.normpath(source) for source in (self.source, *self.out_of_domain)}
         if len(places) <= len(self.out_of_domain):
             raise ValueError("out_of_domain must name different sources, none of them the training source")

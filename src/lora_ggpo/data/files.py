@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from lora_ggpo.data.separated import Records, csv_records, tsv_records, with_header
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError, first_line
 
@@ -25,29 +25,39 @@ SPLIT_NAMES |= {"dev": "validation", "test": "test"}
 # MNLI has a second validation split, from other domains than the training rows.
 SPLIT_NAMES |= {"validation_matched": "validation", "test_matched": "test"}
 SPLIT_NAMES |= {"validation_mismatched": "validation_mismatched"}
+SPLIT_NAMES |= {"dev_matched": "validation", "dev_mismatched": "validation_mismatched"}  # in GLUE's own folders
 
 
-def read_file(path: Path) -> Table:
+def read_file(path: Path, columns: Sequence[str] | None = None) -> Table:
     """Return the rows of a .jsonl, .json, .csv, .tsv (each also with .gz) or .parquet file.
 
+    Args:
+        columns: What the columns of a .csv or .tsv file without a header are called.
+
     Raises:
-        UserError: the file cannot be read, is of another type, malformed (with the line) or without rows.
+        UserError: the file cannot be read, is of another type, malformed (with the line) or without rows; or `columns`
+            are given for a file of another type.
     """
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist; check the path.")
     reader = _reader(path)
     if reader is None:
         raise UserError(f"{path} is of an unknown type; give a {', '.join(READERS)} file.")
+    if columns is not None:
+        if reader not in (parse_csv, parse_tsv):
+            raise UserError(f"data.columns is for CSV and TSV files without a header, but {path} is none; drop it.")
+        reader = partial(reader, columns=columns)
     table = reader(path, _content(path))
     if not len(table):
         raise UserError(f"{path} has no rows; give a file with data in it.")
     return table
 
 
-def read_folder(folder: Path) -> dict[str, Table]:
+def read_folder(folder: Path, columns: Sequence[str] | None = None) -> dict[str, Table]:
     """Return the tables of a folder's train, validation (also valid, val, dev) and test files, by split.
 
-    MNLI's names, and the hub's for files in one part (train-00000-of-00001.parquet), are understood as well.
+    MNLI's names, and the hub's for files in one part (train-00000-of-00001.parquet), are understood as well. `columns`
+    are as `read_file` takes them.
 
     Raises:
         UserError: no such file, two for one split, or a file that `read_file` refuses.
@@ -66,7 +76,7 @@ def read_folder(folder: Path) -> dict[str, Table]:
         paths[split] = path
     if not paths:
         raise UserError(f"{folder} has no train, validation or test file; name them train.jsonl, test.csv and so on.")
-    return {split: read_file(path) for split, path in paths.items()}
+    return {split: read_file(path, columns) for split, path in paths.items()}
 
 
 def has_known_suffix(source: str) -> bool:
@@ -96,34 +106,14 @@ def parse_json(path: Path, content: bytes) -> Table:
     return _from_rows(path, rows, "row", range(1, len(rows) + 1))
 
 
-def parse_csv(path: Path, content: bytes, delimiter: str = ",") -> Table:
+def parse_csv(path: Path, content: bytes, columns: Sequence[str] | None = None) -> Table:
     """Return one row for each record after the header; a record is placed by its first line."""
-    # csv refuses fields of more than 131,072 characters, for the whole process: a document may be as long as its file.
-    csv.field_size_limit(max(csv.field_size_limit(), len(content)))
-    reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
-    records, lines, previous = [], [], 0
-    try:
-        for record in reader:
-            if record:
-                records.append(record)
-                lines.append(previous + 1)
-            previous = reader.line_num
-    except csv.Error as error:
-        raise UserError(f"{path}, line {previous + 1}: malformed CSV ({error}); check the quotes.") from None
-    if not records:
-        return Table(str(path), {}, "line", [])
-    header = records[0]
-    _refuse_repeated(path, header)
-    for record, line in zip(records, lines, strict=True):
-        if len(record) != len(header):
-            raise UserError(f"{path}, line {line}: {len(record)} fields, but the header has {len(header)}.")
-    columns = {name: [record[index] for record in records[1:]] for index, name in enumerate(header)}
-    return Table(str(path), columns, "line", lines[1:])
+    return _from_records(path, csv_records(path, _decoded(path, content)), columns)
 
 
-def parse_tsv(path: Path, content: bytes) -> Table:
-    """Return the rows of a tab-separated file, quoted as in CSV."""
-    return parse_csv(path, content, delimiter="\t")
+def parse_tsv(path: Path, content: bytes, columns: Sequence[str] | None = None) -> Table:
+    """Return the rows of a tab-separated file, quoted as in CSV or, as GLUE's files are, not at all."""
+    return _from_records(path, tsv_records(path, _decoded(path, content)), columns)
 
 
 def parse_parquet(path: Path, content: bytes) -> Table:
@@ -194,10 +184,19 @@ def _from_rows(path: Path, rows: list[dict[str, Any]], unit: str, positions: Ite
     return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, unit, list(positions))
 
 
-def _refuse_repeated(path: Path, names: list[str]) -> None:
+def _from_records(path: Path, records: Records, columns: Sequence[str] | None) -> Table:
+    if not records.fields:
+        return Table(str(path), {}, "line", [])
+    header, rows = with_header(path, records, columns)
+    _refuse_repeated(path, header, "; if the file has no header, name its columns with data.columns")
+    values = {name: [fields[index] for fields in rows.fields] for index, name in enumerate(header)}
+    return Table(str(path), values, "line", rows.lines)
+
+
+def _refuse_repeated(path: Path, names: list[str], hint: str = "") -> None:
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
-        raise UserError(f"{path} has more than one column named {min(repeated)!r}; rename one.")
+        raise UserError(f"{path} has more than one column named {min(repeated)!r}; rename one{hint}.")
 
 
 def _dataset(table: pyarrow.Table) -> datasets.Dataset:

@@ -107,7 +107,8 @@ def load_completion(config: DataConfig) -> Splits:
     parts = _three_splits(read, None, "messages" if "messages" in shapes[0] else "prompt", config)
     train = _cut(parts["train"], [0] * len(parts["train"]["id"]), config, next(iter(tables.values())))
     for source in config.out_of_domain:
-        extra[source] = _dataset(read_completions(_test_table(read_source(source), lambda table: False), config))
+        of_source = read_source(source, None, config.columns)
+        extra[source] = _dataset(read_completions(_test_table(of_source, lambda table: False), config))
     return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), None, extra)
 
 
@@ -123,7 +124,7 @@ def _main_tables(config: DataConfig) -> dict[str, Table]:
     """Return the tables, the one to train on first."""
     if config.subset is not None and config.source in BUNDLED:
         raise UserError(f"data.subset is for hub data, but {config.source} is bundled; leave it out.")
-    tables = read_source(config.source, config.subset)
+    tables = read_source(config.source, config.subset, config.columns)
     if config.test_split is not None:
         if config.test_split not in tables:
             raise UserError(f"{config.source} has no validation split to test on; leave out data.test_split.")
@@ -201,7 +202,7 @@ def _cut(train: Columns, strata: Sequence[int], config: DataConfig, table: Table
 
 
 def _other_domain(source: str, config: DataConfig, classes: list[str]) -> Columns:
-    tables = read_source(source)
+    tables = read_source(source, None, config.columns)
     label = _present(config.label, tables, "label")
     table = _test_table(tables, lambda table: label in table.columns and is_unlabelled(table, label, classes))
     texts = {name: _present(column, tables, name) for name, column in _text_columns(config).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,9 +67,14 @@ class Table:
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise UserError(
                 f"{self.origin} has no column {name!r}, its columns are {', '.join(self.columns)}{hint} "
-                f"Name the column with data.{setting}."
+                f"Name the column with data.{setting}.{self._without_header()}"
             )
         return self.values(name)
+
+    def _without_header(self) -> str:
+        """A hint, where the names of the columns look like a row."""
+        like_a_row = any(re.fullmatch(r"[\d.]*", name) or len(name.split()) > 4 for name in self.columns)
+        return " If the file has no header, name its columns with data.columns." if like_a_row else ""
 
     def values(self, name: str) -> list[Any]:
         """Return the values of a column that is there.
