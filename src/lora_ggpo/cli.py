@@ -114,13 +114,11 @@ def evaluate(
         str | None, typer.Option(help="Problems: a file, folder or hub id; of a harness, a folder of task files.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Problems to do, from the first on; all by default.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Answers to each problem (1).")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0 takes the most probable token (0).")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="Draw from the tokens that hold this probability (1).")
-    ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (512; mt-bench 1024).")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the draws (0).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers to each problem (1).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most probable token (0).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that hold this probability (1).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer (512; mt-bench 1024).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws (0).")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Answers generated at a time (16).")] = None,
     judge: Annotated[
         str | None, typer.Option(help="mt-bench: address of an OpenAI-compatible server, or a model or run.")
@@ -193,12 +191,10 @@ def _evaluate_suite(run: str, on: str | None, suite: str, asked: dict[str, Any])
 def chat(
     model: Annotated[str, typer.Argument(help="A run folder with one seed, a bundled model, a folder or a hub id.")],
     system: Annotated[str | None, typer.Option(help="System message that each conversation begins with.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Draw from the tokens that hold this probability.")
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the tokens that hold this probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     debug: Debug = False,
 ) -> None:
     """Try a run or a model in the terminal, or on the lines of a pipe."""

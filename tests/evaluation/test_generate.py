@@ -1,14 +1,17 @@
 """Batches against transformers' own generation of one prompt at a time, and draws against the model's probabilities."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy import stats
+from typer.testing import CliRunner
 
 from lora_ggpo import GGPO, GGPOConfig
+from lora_ggpo.cli import app
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Prompt, Sampling, generate
 from lora_ggpo.models import load_model
@@ -197,21 +200,52 @@ def test_a_model_that_has_diverged_answers_nothing(tiny_llama, prompts, temperat
         run((model, tokenizer), prompts, Sampling(max_new_tokens=2, temperature=temperature))
 
 
-def test_lines_that_are_no_answers_are_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": "q", "note": 1}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl is damaged: a line holds no answer"):
-        AnswerFile(tmp_path / "a.jsonl")
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b"\n", b"\r\n \n"])
+def test_answers_behind_a_byte_order_mark_or_a_blank_line_are_kept(llama, prompts, tmp_path, monkeypatch, before):
+    path = tmp_path / "a.jsonl"
+    first = run(llama, prompts, WARM, path)
+    path.write_bytes(before + path.read_bytes())
+    content = path.read_bytes()
+    monkeypatch.setattr(type(llama[0]), "generate", lambda *_, **__: pytest.fail("generated again"))
+    assert run(llama, prompts, WARM, path) == first
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("damaged", ['{"id": "q", "note": 1}', '{"id": "q1", "sam', '{"id": 7, "sample": 0}'])
+def test_a_damaged_line_is_named_and_nothing_is_lost(llama, prompts, tmp_path, damaged):
+    path = tmp_path / "a.jsonl"
+    run(llama, prompts, WARM, path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines[:2], damaged, *lines[2:], lines[0][:9]]), encoding="utf-8")
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3 is damaged: it holds no .*; mend that line or delete it\."):
+        AnswerFile(path)
+    assert path.read_bytes() == content
 
 
 def test_too_long_and_pointless_requests_are_refused(llama, prompts):
     with pytest.raises(UserError, match=r"The prompt q3 has \d+ tokens; with 4090 of an answer .* the 2048 that"):
         run(llama, prompts, Sampling(max_new_tokens=4090))
-    with pytest.raises(UserError, match="--temperature 1e-05 is too small"):
-        Sampling(temperature=1e-5)
     with pytest.raises(UserError, match="--samples needs a --temperature above 0"):
         Sampling(samples=2)
     with pytest.raises(UserError, match="--top-p needs a --temperature above 0"):
         Sampling(top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("temperature=inf", "temperature=nan", "temperature=-1", "temperature=1e-5", "temperature=1e300"),
+        *("top-p=nan", "top-p=0", "top-p=-0.5", "top-p=1.5", "max-new-tokens=0", "seed=-1"),
+    ],
+)
+@pytest.mark.parametrize("command", [["chat", "absent"], ["eval", "absent", "--suite", "gsm8k"]])
+def test_values_out_of_range_are_refused_alike_everywhere(command, option):
+    """Before the model is looked for: it is absent."""
+    name = option.partition("=")[0]
+    result = CliRunner().invoke(app, [*command, f"--{option}"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(rf"error: --{name} is \S+; it must be .*\.\n", result.stderr)
 
 
 def test_ggpo_adds_no_noise_and_the_mode_comes_back(llama, prompts):

@@ -6,7 +6,15 @@ import sys
 import pytest
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.files import disk_errors, locked, new_folder, read_json, read_json_lines, write_text
+from lora_ggpo.training.files import (
+    disk_errors,
+    locked,
+    mend_json_lines,
+    new_folder,
+    read_json,
+    read_json_lines,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path):
@@ -26,10 +34,32 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "f" / "x").read_text() == "x"
 
 
-def test_a_cut_last_line_is_left_out(tmp_path):
-    (tmp_path / "log").write_text('{"a": 1}\n{"a": 2}\n{"a"')
-    assert read_json_lines(tmp_path / "log") == [{"a": 1}, {"a": 2}]
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (b'{"a": 1}\n{"a": 2}\n{"a"', [1, 2]),  # cut by a crash
+        (b'{"a": 1}\n\0\0\0\0', [1]),  # as a power cut may leave it
+        (b'{"a": 1}\n{"a": 2}', [1, 2]),
+        (b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}\r\n', [1, 2]),
+        (b'\n\xef\xbb\xbf\n{"a": 1}\n', [1]),
+        (b"", []),
+    ],
+)
+def test_lines_of_json_are_read_whole(tmp_path, content, rows):
+    (tmp_path / "log").write_bytes(content)
+    assert [row["a"] for row in read_json_lines(tmp_path / "log")] == rows
+    mend_json_lines(tmp_path / "log")
+    with (tmp_path / "log").open("ab") as file:
+        file.write(b'{"a": 9}\n')
+    assert [row["a"] for row in read_json_lines(tmp_path / "log")] == [*rows, 9]
     assert read_json_lines(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("damaged", [b'{"a"', b"7", b"\xff", b'{"a": "\xff"}', b"[" * 100_000])
+def test_a_damaged_line_is_named(tmp_path, damaged):
+    (tmp_path / "log").write_bytes(b'{"a": 1}\n\n' + damaged + b'\n{"a": 3}\n')
+    with pytest.raises(UserError, match=r"log, line 3 is damaged: it holds no JSON object; mend that line or delete"):
+        read_json_lines(tmp_path / "log")
 
 
 def test_damaged_json(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -33,10 +34,10 @@ from transformers import (
 
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.tasks.evaluate import Progress, autocasting, evaluating
-from lora_ggpo.training.files import json_digest, read_json_lines, write_json_lines
+from lora_ggpo.training.files import json_digest, mend_json_lines, numbered_json_lines
 from lora_ggpo.training.interrupt import Interrupted
 
-_COLDEST = 1e-3
+_COLDEST, _HOTTEST = 1e-3, 100.0
 
 Key = tuple[str, int]
 """An answer's prompt and the number of the sample."""
@@ -65,6 +66,9 @@ class Sampling:
         samples: Answers to each prompt.
         seed: Of the draws.
         stop: Texts in front of which an answer ends; it goes on no further once one is complete.
+
+    Raises:
+        UserError: a value is out of its range, or changes nothing.
     """
 
     max_new_tokens: int = 512
@@ -75,8 +79,20 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if 0 < self.temperature < _COLDEST:
-            raise UserError(f"--temperature {self.temperature:g} is too small; 0 takes the most probable token.")
+        for option, value, fits, valid in (
+            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more"),
+            ("--samples", self.samples, self.samples >= 1, "1 or more"),
+            ("--seed", self.seed, self.seed >= 0, "0 or more"),
+            (
+                "--temperature",
+                self.temperature,
+                self.temperature == 0 or _COLDEST <= self.temperature <= _HOTTEST,
+                f"0, which takes the most probable token, or from {_COLDEST:g} to {_HOTTEST:g}",
+            ),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not fits:  # nan fits nowhere
+                raise UserError(f"{option} is {value:g}; it must be {valid}.")
         pointless = "--samples" if self.samples > 1 else "--top-p" if self.top_p < 1 else None
         if pointless and not self.temperature:
             raise UserError(
@@ -108,21 +124,31 @@ class Answer:
         return self.id, self.sample
 
 
+_ANSWER = TypeAdapter(Answer)
+
+
 class AnswerFile:
     """Answers by their keys, and a file with a line for each; None keeps them in memory alone.
 
-    Every line is whole: one that was cut short by a crash is dropped.
+    What is there stays: only a last line that a crash has cut short is dropped.
+
+    Raises:
+        UserError: a line holds no answer; the file is as it was.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        rows = read_json_lines(path) if path else []
+        self.answers: dict[Key, Answer] = {}
+        for number, row in numbered_json_lines(path) if path else ():
+            try:
+                answer = _ANSWER.validate_python(row)
+            except ValidationError as error:
+                raise UserError(
+                    f"{path}, line {number} is damaged: it holds no answer; mend that line or delete it."
+                ) from error
+            self.answers[answer.key] = answer
         if path and path.exists():
-            write_json_lines(path, rows)  # without the line that was cut, or the next one would continue it
-        try:
-            self.answers = {answer.key: answer for answer in (Answer(**row) for row in rows)}
-        except TypeError as error:
-            raise UserError(f"{path} is damaged: a line holds no answer; choose another --output.") from error
+            mend_json_lines(path)
 
     def missing(self, prompts: Sequence[Prompt], samples: int) -> list[tuple[Prompt, int]]:
         """The prompts and numbers that have no answer yet.

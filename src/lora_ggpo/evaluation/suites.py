@@ -164,13 +164,9 @@ def _find(suite: str, options: Options) -> Suite:
 
 
 def _evaluate(name: str, suite: str, row: Suite, options: Options, several: bool, reporter: Reporter) -> Scores:
-    sampling = Sampling(
-        max_new_tokens=options.max_new_tokens or row.max_new_tokens,
-        temperature=options.temperature or 0.0,
-        top_p=1.0 if options.top_p is None else options.top_p,
-        samples=options.samples or 1,
-        seed=options.seed or 0,
-    )
+    given = {field.name: getattr(options, field.name, None) for field in fields(Sampling)}
+    chosen = {"max_new_tokens": row.max_new_tokens} | {name: one for name, one in given.items() if one is not None}
+    sampling = Sampling(**chosen)
     target = load_target(name, chat=options.chat, dtype=options.dtype, template=options.template)
     parent = Path(options.output) if options.output else target.folder
     folder = (parent / Path(name).name if several and options.output else parent) / file_name(suite)

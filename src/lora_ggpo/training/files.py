@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -57,7 +58,7 @@ def read_json(path: Path) -> Any:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -65,21 +66,45 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line, as far as it is whole: a crash may have cut the last ones.
+    """Read a file of one JSON object a line; a missing file is empty.
 
-    A missing file is empty.
+    Byte order marks and blank lines are passed over, and so is a last line that a crash has cut short.
+
+    Raises:
+        UserError: another line holds something else; it is named by its number.
     """
-    rows: list[dict[str, Any]] = []
-    content = path.read_bytes() if path.is_file() else b""
-    for line in content.decode(errors="replace").split("\n"):  # strings may hold the other line breaks of Unicode
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+    return [row for _, row in numbered_json_lines(path)]
+
+
+def numbered_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """`read_json_lines`, with the number of each line, from 1 on."""
+    rows: list[tuple[int, dict[str, Any]]] = []
+    lines = (path.read_bytes() if path.is_file() else b"").split(b"\n")  # strings may hold Unicode's other line breaks
+    for number, line in enumerate(lines, 1):
+        row = _object(line)
+        if row is not None:
+            rows.append((number, row))
+        elif number < len(lines) and line.removeprefix(codecs.BOM_UTF8).strip():
+            raise UserError(f"{path}, line {number} is damaged: it holds no JSON object; mend that line or delete it.")
     return rows
+
+
+def mend_json_lines(path: Path) -> None:
+    """Let the next line follow what `read_json_lines` reads: cut the line that a crash has cut, or end the last one."""
+    with path.open("r+b") as file:
+        last = file.read().rpartition(b"\n")[2]
+        if last and _object(last) is None:
+            file.truncate(file.tell() - len(last))
+        elif last:
+            file.write(b"\n")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def flush_to_disk(path: Path) -> None:
