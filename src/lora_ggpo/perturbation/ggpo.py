@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils._pytree import tree_leaves
 
 from .config import GGPOConfig
 from .layers import PerturbedLayer, find_layers
 from .noise import noise_table
+from .passes import Passes, tied_tensors
 from .scales import ramp
 from .statistics import LayerGroup, grouped, summary
 from .zero import StepHook, zero_optimizer
@@ -27,9 +27,9 @@ SHARE_WARNING_STEPS = 20
 class GGPO:
     r"""Train the active LoRA adapters of a PEFT model on E_eps[ L(W0 + s B A + eps) ].
 
-    eps_ij ~ N(0, tau_i^2) is drawn for every forward pass in training mode, tau_i^2 = (sigma^2 / n) (||W'_i||^2 +
-    beta ||G_i||^2) or another rule of :func:`~lora_ggpo.perturbation.scales.tau_squared`, and G = dL/dW' of the
-    optimizer step before: the accumulated, unclipped gradient, estimated from the gradients of A and B (arXiv
+    eps_ij ~ N(0, tau_i^2) is drawn for every forward pass in training mode with gradients, tau_i^2 = (sigma^2 / n)
+    (||W'_i||^2 + beta ||G_i||^2) or another rule of :func:`~lora_ggpo.perturbation.scales.tau_squared`, and G = dL/dW'
+    of the optimizer step before: the accumulated, unclipped gradient, estimated from the gradients of A and B (arXiv
     2502.14538)::
 
         ggpo = GGPO(model, GGPOConfig(sigma=0.03))
@@ -41,8 +41,8 @@ class GGPO:
         ggpo.detach()
 
     Gradient norms are read as each ``backward()`` ends, so :meth:`step` may come before or after clipping, the
-    optimizer's step and ``zero_grad``. W0 is never written, and evaluation, ``disable_adapter()`` and saving see the
-    plain model.
+    optimizer's step and ``zero_grad``. W0 is never written, and evaluation, ``torch.no_grad()`` (a reference model's
+    pass, ``generate()``), ``disable_adapter()`` and saving see the plain model.
 
     Args:
         model: A PEFT model, or any module with PEFT LoRA layers inside. Its own ``forward`` must be the one called.
@@ -68,7 +68,8 @@ class GGPO:
         self.total_steps = total_steps
         ramp(self.config.schedule, 0, total_steps)
         self._model = model
-        self.layers, skipped = find_layers(model, self.config.noise)
+        self._passes = Passes()
+        self.layers, skipped = find_layers(model, self.config.noise, self._passes)
         _check_layers(self.layers, skipped, self.config.strict)
         self._zero = zero_optimizer((p for layer in self.layers for p in layer.trained()), optimizer)
         self._groups: list[LayerGroup] = []
@@ -76,7 +77,7 @@ class GGPO:
         self._handles: list[Any] = []
         self._steps = self._forwards = self._draw = 0
         self._stale = True
-        self._capture_queued = self._captured = self._warned = False
+        self._captured = self._warned = False
         self._highest_share = 0.0
         self._zero_scale = 1.0
         self._regroup()
@@ -102,7 +103,7 @@ class GGPO:
 
         Keys: ``ggpo/gradient_share``, the share of the gradient term in the sum of tau^2; ``ggpo/relative_noise``,
         sqrt(E ||eps||^2) / ||W'||; ``ggpo/tau``, the root mean square of tau; each again as ``ggpo/<group>/...``.
-        Empty until the first forward pass in training mode.
+        Empty until the first forward pass in training mode with gradients.
         """
         return summary(self._groups)
 
@@ -155,7 +156,7 @@ class GGPO:
             layer.attach()
         self._handles = [
             self._model.register_forward_pre_hook(self._before_forward),
-            self._model.register_forward_hook(self._after_forward),
+            self._model.register_forward_hook(self._after_forward, always_call=True),
         ]
         if self._zero is not None:
             self._handles.append(StepHook(self._zero, self._capture))
@@ -170,10 +171,9 @@ class GGPO:
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        if not model.training:
+        if not self._passes.begin(model.training):
             return
         self._forwards += 1
-        self._capture_queued = False  # a backward pass that failed midway must not switch capturing off for good
         self._regroup()
         if self._stale:
             factor = ramp(self.config.schedule, self._steps, self.total_steps)
@@ -193,20 +193,21 @@ class GGPO:
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """Tie the output to its draw: when its gradient arrives, the layers that gradient checkpointing runs again
         must see the noise of this forward pass, even if others have run since."""
-        if not (model.training and torch.is_grad_enabled()):
+        if not self._passes.end():
             return
         draw = self._draw
 
         def on_gradient(_: Tensor) -> None:
             if self._draw != draw:
                 self._redraw(draw)
-            if self._zero is None and not self._capture_queued:
-                self._capture_queued = True
-                _queue(lambda: _queue(self._capture))  # behind DDP's own callback, which writes the averaged gradients
+            self._passes.enter_backward(self._after_backward)
 
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:  # a parameter would keep the hook
-                leaf.register_hook(on_gradient)
+        for tensor in tied_tensors(output):
+            tensor.register_hook(on_gradient)
+
+    def _after_backward(self) -> None:
+        if self._zero is None:
+            self._capture()
 
     def _redraw(self, draw: int) -> None:
         self._draw = draw
@@ -215,7 +216,7 @@ class GGPO:
 
     def _capture(self) -> None:
         """Read the gradients accumulated so far, as a backward pass ends: before clipping can change them."""
-        self._capture_queued, self._captured = False, True
+        self._captured = True
         if self._zero is not None:
             self._zero_scale = float(self._zero.loss_scale)
         with torch.no_grad():
@@ -228,8 +229,8 @@ class GGPO:
         self._warned = True
         warnings.warn(
             "GGPO saw no gradient before step(): call the forward of the very model that was given to GGPO, in "
-            "training mode, let it return tensors (in tuples, lists, dictionaries or a ModelOutput), and step() after "
-            "backward()",
+            "training mode and with gradients, let it return tensors (in tuples, lists, dictionaries or objects), and "
+            "step() after backward()",
             stacklevel=3,
         )
 
@@ -244,11 +245,6 @@ class GGPO:
                 'use rule="relative" for guidance that counts',
                 stacklevel=3,
             )
-
-
-def _queue(callback: Callable[[], None]) -> None:
-    """Call back as the running backward pass ends, after everything queued so far."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _check_layers(layers: list[PerturbedLayer], skipped: list[tuple[str, str]], strict: bool) -> None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import NoiseChoice
 from .linear import largest_block, perturbed_linear
 from .noise import mix, noise_kind, row_blocks, row_signs
+from .passes import Passes
 from .zero import full_gradient, gathered, held_rows, is_cut, is_zero, sum_rows
 
 _QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
@@ -27,12 +28,12 @@ class PerturbedLayer:
     """A LoRA layer W' = W0 + s B A with W0 (m, n), B (m, r), A (r, n).
 
     Attached, it stands in for ``base_layer.forward``, so that LoRA's own ``base_layer(x)`` computes x (W0 + eps)^T
-    while an active, unmerged adapter trains; in evaluation, under ``disable_adapter()`` and once merged it is the
-    forward it replaced.
+    while an active, unmerged adapter trains in one of the model's ``passes``; outside them, in evaluation, under
+    ``disable_adapter()`` and once merged it is the forward it replaced.
     """
 
-    def __init__(self, name: str, index: int, module: LoraLinear, noise: NoiseChoice) -> None:
-        self.name, self.index, self.module = name, index, module
+    def __init__(self, name: str, index: int, module: LoraLinear, noise: NoiseChoice, passes: Passes) -> None:
+        self.name, self.index, self.module, self.passes = name, index, module, passes
         self.base: Any = module.get_base_layer()
         self.fan_in_fan_out = _class(self.base) is Conv1D
         self.quantised = _class(module).__name__ in _QUANTISED
@@ -49,14 +50,20 @@ class PerturbedLayer:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.original is not None
-        if self.scale is None or not self._perturbs():
+        if not self._perturbs():
             return self.original(x, *args, **kwargs)
-        return (self._uncompiled if torch.compiler.is_compiling() else self._perturbed)(x, self.scale)
+        return (self._uncompiled if torch.compiler.is_compiling() else self._forward)(x, *args, **kwargs)
 
     # TorchDynamo cannot trace noise seeded from Python: a compiled model breaks its graph here and goes on behind it.
     @torch.compiler.disable
-    def _uncompiled(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self._perturbed(x, scale)
+    def _uncompiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(x, *args, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.original is not None
+        if self.scale is None or not self.passes.noisy():
+            return self.original(x, *args, **kwargs)
+        return self._perturbed(x, self.scale)
 
     def _perturbed(self, x: Tensor, scale: Tensor) -> Tensor:
         base, noise = self.base, (scale, self.noise, self.draw_seed)
@@ -174,8 +181,11 @@ class PerturbedLayer:
         return training and not module.disable_adapters and not module.merged and bool(self.adapters())
 
 
-def find_layers(model: nn.Module, noise: NoiseChoice) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
+def find_layers(
+    model: nn.Module, noise: NoiseChoice, passes: Passes | None = None
+) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
     """The LoRA layers of a model that can be perturbed, and (name, reason) of those that cannot."""
+    passes = passes or Passes()
     supported: list[PerturbedLayer] = []
     skipped: list[tuple[str, str]] = []
     for name, module in model.named_modules():
@@ -185,7 +195,7 @@ def find_layers(model: nn.Module, noise: NoiseChoice) -> tuple[list[PerturbedLay
         if reason:
             skipped.append((name, reason))
         else:
-            supported.append(PerturbedLayer(name, len(supported), cast(LoraLinear, module), noise))
+            supported.append(PerturbedLayer(name, len(supported), cast(LoraLinear, module), noise, passes))
     return supported, skipped
 
 
