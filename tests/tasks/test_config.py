@@ -33,6 +33,12 @@ def test_template_by_kind():
     assert config.fill({"text": "{text_pair} \\1", "text_pair": "{text}"}) == "1: {text_pair} \\1 2: {text}"
 
 
+def test_length_by_kind():
+    assert TaskConfig(kind="sft").max_length == 1024
+    assert TaskConfig(kind="sft", max_length=128).max_length == 128  # as a run of an earlier release spells it
+    assert {TaskConfig(kind=kind).max_length for kind in ("classification", "causal-classification")} == {128}
+
+
 def test_sft_has_one_text():
     with pytest.raises(ValidationError, match="not at all for sft"):
         TaskConfig(kind="sft", template="{text} {text_pair}")

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
@@ -298,15 +300,51 @@ def test_messages_learn_the_assistants_turns_only(smollm2):
     assert row["input_ids"] == tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
 
 
-def test_long_prompts_are_left_out_with_one_warning(smollm2):
+LONG = Dataset.from_dict(
+    {"prompt": ["word " * 50, "a", "a"], "completion": ["lost", "kept but cut " * 20, "whole"]}  # beside a prompt
+)
+
+
+def whole_lengths(tokenizer):
+    """Tokens of prompt and of completion with its end, of each row of LONG."""
+    return [
+        (len(tokenizer(row["prompt"])["input_ids"]), len(tokenizer(row["completion"])["input_ids"]) + 1) for row in LONG
+    ]
+
+
+def test_what_max_length_takes_is_said_once_with_its_numbers(smollm2):
     tokenizer = smollm2[1]
-    data = Dataset.from_dict({"prompt": ["word " * 50, "a"], "completion": ["lost", "kept but cut " * 20]})
-    with pytest.warns(UserWarning, match="1 of 2 rows are left out: their prompt fills task.max_length = 16"):
-        encoded = encode("sft", data, tokenizer, TaskConfig(kind="sft", max_length=16))
-    assert encoded["length"][:] == [16]
-    assert tokenizer.eos_token_id not in encoded[0]["labels"]  # a cut completion does not teach to stop
-    with pytest.raises(UserError, match="No row is left"):
-        encode("sft", data.select([0]), tokenizer, TaskConfig(kind="sft", max_length=16))
+    lengths = whole_lengths(tokenizer)
+    lost = lengths[0][1] + sum(lengths[1]) - 16
+    learnt, longest = sum(answer for _, answer in lengths), max(map(sum, lengths))
+    with pytest.warns(UserWarning, match="train: ") as caught:
+        encoded = encode("sft", LONG, tokenizer, TaskConfig(kind="sft", max_length=16), "train")
+    assert [str(warning.message) for warning in caught] == [
+        "train: 1 of 3 rows are cut at task.max_length = 16 tokens, so what they teach has no end; 1 of 3 rows are "
+        f"left out: their prompt fills task.max_length = 16 tokens. In all {lost} of {learnt} tokens to learn are "
+        f"lost; the longest row has {longest}."
+    ]
+    assert encoded["length"][:] == [16, sum(lengths[2])]
+    assert tokenizer.eos_token_id not in encoded[0]["labels"]
+    assert tokenizer.eos_token_id in encoded[1]["labels"]
+    with pytest.raises(UserError, match=r"No row is left: every prompt fills task\.max_length = 16 .* row has 5"):
+        encode("sft", LONG.select([0]), tokenizer, TaskConfig(kind="sft", max_length=16))
+
+
+def test_rows_that_are_too_long_are_left_out_or_refused_if_the_task_says_so(smollm2):
+    tokenizer = smollm2[1]
+    longest = max(map(sum, whole_lengths(tokenizer)))
+    with pytest.warns(UserWarning, match=r"^2 of 3 rows are left out: they are longer than task\.max_length = 16 tok"):
+        kept = encode("sft", LONG, tokenizer, TaskConfig(kind="sft", max_length=16, too_long="drop"))
+    assert kept["labels"][:] == encode("sft", LONG.select([2]), tokenizer, TaskConfig(kind="sft"))["labels"][:]
+    strict = TaskConfig(kind="sft", max_length=16, too_long="refuse")
+    with pytest.raises(UserError, match=r"^test: 2 of 3 rows are longer than task\.max_length = 16 tokens: "):
+        encode("sft", LONG, tokenizer, strict, "test")
+    for way in ("cut", "drop", "refuse"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exact = TaskConfig(kind="sft", max_length=longest, too_long=way)
+            assert len(encode("sft", LONG, tokenizer, exact)) == 3
 
 
 def test_chat_templates_that_cannot_be_used_name_the_row(smollm2):
@@ -343,7 +381,7 @@ def test_chat_templates_that_cannot_be_used_name_the_row(smollm2):
         ("classification", {"text": ["a"]}, {}, "no column 'label', only text"),
         ("classification", {"text": ["a", "b"], "label": [0, -1]}, {}, "Row 1: label -1 is out of range"),
         ("classification", {"text": ["a"], "label": [0]}, {"max_length": 513}, "more than the 512 tokens"),
-        ("sft", {"prompt": ["a"]}, {}, "'prompt' and 'completion', or 'messages', but has only prompt"),
+        ("sft", {"prompt": ["a"]}, {"max_length": 9}, "'prompt' and 'completion', or 'messages', but has only prompt"),
     ],
 )
 def test_bad_data(minilm, kind, columns, fields, sentence):

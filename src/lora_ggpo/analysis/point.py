@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.tasks import collator, encode
-from lora_ggpo.tasks.encode import NO_LOSS
+from lora_ggpo.tasks.length import NO_LOSS
 from lora_ggpo.training.evaluation import fixed_sample
 from lora_ggpo.training.run import load_splits, load_trained
 

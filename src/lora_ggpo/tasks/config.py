@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -24,6 +24,11 @@ _PLACES = re.compile(r"\{(text|text_pair)\}")
 
 def _default_template(fields: dict[str, Any]) -> str:
     return PLAIN if fields.get("kind") == "sft" else "{text}\nSentiment:"
+
+
+def _default_length(fields: dict[str, Any]) -> int:
+    """A prompt with its answer takes more room than a text with a label, and a cut completion teaches no end."""
+    return 1024 if fields.get("kind") == "sft" else 128
 
 
 class TaskConfig(BaseModel):
@@ -46,11 +51,16 @@ class TaskConfig(BaseModel):
         False, description="Causal tasks: put the prompt in the tokenizer's chat template as a user turn."
     )
     max_length: int = Field(
-        128,
+        default_factory=_default_length,
         gt=0,
-        description="Longest sequence, in tokens (of an encoder-decoder: the prompt); the text is cut to fit.",
+        description="Longest sequence, in tokens (of an encoder-decoder: the prompt); the text is cut to fit. "
+        "Default: 128; for sft 1024.",
     )
-
+    too_long: Literal["cut", "drop", "refuse"] = Field(
+        "cut",
+        description="sft: a row that is longer than max_length loses its end, or is left out, each with a warning that "
+        "counts them; or such data is refused.",
+    )
     packing: bool = Field(
         False,
         description="sft: training examples are put behind one another in rows of up to max_length tokens, none of "

@@ -9,7 +9,6 @@ completion is learnt.
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,8 +22,8 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import TaskKind
 from lora_ggpo.tasks.config import LABEL_WORD_KINDS, PLAIN, TaskConfig
+from lora_ggpo.tasks.length import NO_LOSS, Room
 
-NO_LOSS = -100
 _CHUNK = 1000
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 _TOKENS = List(Value("int32"))
@@ -44,38 +43,33 @@ Row = dict[str, Any]
 Texts = Mapping[str, str]
 
 
-def encode(kind: TaskKind, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Dataset:
+def encode(
+    kind: TaskKind, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, name: str = ""
+) -> Dataset:
     """Tokenise `dataset` for `kind`; see the top of this module for the columns that come back.
 
     Args:
         dataset: columns "text", "label" and for pairs of texts "text_pair" for the classification kinds; "prompt" and
             "completion", or "messages", for "sft".
         config: with `label_words` filled in (`TaskConfig.for_labels`) for the kinds that need them.
+        name: of the set, for what is said of its lengths.
 
-    Row order is kept. Only "sft" may drop rows: those whose prompt alone fills `max_length`, with one warning that
-    counts them.
+    Row order is kept. Only "sft" may drop rows: those whose prompt alone fills `max_length`, and with `too_long: drop`
+    all that are longer. One warning counts the rows that are left out or cut, and the tokens that are lost.
 
     Raises:
         UserError: no rows, a missing column, a label out of range, a template that does not fit the data or leaves no
-            room for the text, a chat template that does not fit the messages, or no row left.
+            room for the text, a chat template that does not fit the messages, no row left, or with `too_long: refuse`
+            a row that is longer than `max_length`.
     """
     _check(kind, dataset, tokenizer, config)
     encoders: dict[TaskKind, Callable[[], Iterator[list[Row]]]] = {
         "classification": lambda: _classification(dataset, tokenizer, config),
         "causal-classification": lambda: _causal_classification(dataset, tokenizer, config),
         "seq2seq-classification": lambda: _seq2seq_classification(dataset, tokenizer, config),
-        "sft": lambda: _sft(dataset, tokenizer, config),
+        "sft": lambda: _sft(dataset, tokenizer, config, Room(config, name)),
     }
     chunks = [_chunk(kind, rows) for rows in encoders[kind]() if rows]
-    dropped = len(dataset) - sum(len(chunk) for chunk in chunks)
-    if not chunks:
-        raise UserError(f"No row is left: every prompt fills task.max_length = {config.max_length} tokens; raise it.")
-    if dropped:
-        warnings.warn(
-            f"{dropped} of {len(dataset)} rows are left out: their prompt fills task.max_length = "
-            f"{config.max_length} tokens, so no completion is left to learn.",
-            stacklevel=2,
-        )
     return concatenate_datasets(chunks)
 
 
@@ -169,17 +163,18 @@ def _seq2seq_classification(
         yield [{**_row(ids, words[label]), "label": label} for ids, label in zip(prompts, labels, strict=True)]
 
 
-def _sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Iterator[list[Row]]:
+def _sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, room: Room) -> Iterator[list[Row]]:
     chat = config.chat_template or "messages" in dataset.column_names
     for first in range(0, len(dataset), _CHUNK):
         rows = []
         for index in range(first, min(first + _CHUNK, len(dataset))):
             segments = _segments(tokenizer, config, dataset[index], index, chat)
             ids, labels = _join(tokenizer, segments, [] if chat else _start(tokenizer))
-            row = _row(ids[: config.max_length], labels[: config.max_length])
-            if any(label != NO_LOSS for label in row["labels"][1:]):  # nothing predicts the first token
-                rows.append(row)
+            fitted = room.fit(ids, labels)
+            if fitted:
+                rows.append(_row(*fitted))
         yield rows
+    room.report()
 
 
 # --- prompts and label words ---------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.models import TaskKind
 from lora_ggpo.tasks.config import Metric, TaskConfig
-from lora_ggpo.tasks.encode import NO_LOSS, collator, label_word_ids
+from lora_ggpo.tasks.encode import collator, label_word_ids
+from lora_ggpo.tasks.length import NO_LOSS
 from lora_ggpo.tasks.metrics import Floats, Integers, classification_metrics, completion_metrics
 
 Progress = Callable[[int, int], None]

@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks.encode import NO_LOSS, packed_dataset
+from lora_ggpo.tasks.encode import packed_dataset
 from lora_ggpo.tasks.evaluate import evaluating
+from lora_ggpo.tasks.length import NO_LOSS
 
 
 def pack(rows: Dataset, max_length: int) -> Dataset:

@@ -46,9 +46,9 @@ class Scorer:
         self._model, self._tokenizer, self._config, self._reporter = model, tokenizer, config, reporter
         self._options: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast}
 
-    def encode(self, rows: Dataset) -> Dataset:
-        """Tokenise `rows`."""
-        return encode(self._config.kind, rows, self._tokenizer, self._config)
+    def encode(self, rows: Dataset, name: str = "") -> Dataset:
+        """Tokenise `rows` of the set `name`."""
+        return encode(self._config.kind, rows, self._tokenizer, self._config, name)
 
     def quick(self, encoded: Dataset) -> dict[str, float]:
         """Metrics of encoded rows by name, without standard errors or progress."""
@@ -61,7 +61,7 @@ class Scorer:
         return {name: self._score(name, rows, predictions) for name, rows in sets.items()}
 
     def _score(self, name: str, rows: Dataset, predictions: Path | None) -> dict[str, Metric]:
-        config, encoded = self._config, self.encode(rows)
+        config, encoded = self._config, self.encode(rows, name)
         with self._reporter.task(f"evaluate {name}") as task:
             arguments = (config.kind, self._model, encoded, self._tokenizer, config)
             options: dict[str, Any] = {**self._options, "progress": task.update}

@@ -431,7 +431,12 @@ def _quantise_problem(recipe: Recipe, quantise: str) -> str | None:
     return None
 
 
-_IDLE_IN_TASK = {"classification": ("template", "label_words", "chat_template"), "sft": ("label_words",)}
+_IDLE_IN_TASK = {
+    "classification": ("template", "label_words", "chat_template", "too_long"),
+    "causal-classification": ("too_long",),
+    "seq2seq-classification": ("too_long",),
+    "sft": ("label_words",),
+}
 _ADAMS = {"optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"}
 _INITS_BESIDE_W0 = (True, False, "gaussian", "eva")
 """Starting values for which peft neither decomposes nor writes W0."""

@@ -409,7 +409,7 @@ def untrained(
     base, tokenizer = load_model(
         recipe.model, recipe.task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args)
     )
-    rows = encode(task.kind, splits.train, tokenizer, task)
+    rows = encode(task.kind, splits.train, tokenizer, task, "train")
     if task.packing:
         check_packing(base)
         rows = pack(rows, task.max_length)
@@ -493,7 +493,7 @@ def _validation(recipe: Recipe, splits: Splits, score: Scorer) -> Callable[[], d
     """What measures the model during training, at most `VALIDATION_ROWS` rows of each set."""
     sets = {"validation": splits.validation} | ({"train": splits.train} if recipe.stop_loss else {})
     samples = {name: fixed_sample(rows, VALIDATION_ROWS) for name, rows in sets.items() if len(rows)}
-    encoded = {name: score.encode(rows) for name, rows in samples.items() if recipe.validate_every}
+    encoded = {name: score.encode(rows, name) for name, rows in samples.items() if recipe.validate_every}
 
     def validate() -> dict[str, float]:
         measured = {name: score.quick(rows) for name, rows in encoded.items()}
