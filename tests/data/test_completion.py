@@ -188,3 +188,101 @@ def test_single_turn_needs_conversations_and_one_that_is_single(save):
     long = [{"messages": chat(n, ("system", "user", "assistant"))} for n in range(20)]
     with pytest.raises(UserError, match=r"data\.jsonl has no conversation of one user and one assistant message"):
         load(save(long), single_turn=True)
+
+
+# --- fields with a meaning for training ------------------------------------------------------------------------------
+
+PAIR = shaped("prompt-completion", 0)
+PAIR = {"prompt": PAIR["prompt"], "completion": PAIR["completion"]}
+
+
+def turn(**fields):
+    return {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", **fields}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**turn(), "prompt": "z", "completion": "w"}, r"column 'prompt' is not in 'messages', so it is not clear"),
+        (
+            {**turn(), "prompt": "x", "completion": "w"},
+            r"column 'completion' is not in 'messages'",
+        ),
+        ({**turn(), "images": ["a.png"]}, r"column 'images' holds what is no text"),
+        ({**PAIR, "label": False}, r"column 'label' is false, which marks what should not be said"),
+        ({**PAIR, "history": ["a"]}, r"column 'history' must hold earlier turns as a list of \[prompt, answer\]"),
+        ({**PAIR, "tools": ["look"]}, r"column 'tools' must hold the tools .* data\.ignore: \[tools\]"),
+        ({**PAIR, "system": 3}, r"column 'system' must hold text"),
+        ({"messages": [{"role": "system", "content": "a"}, *chat(0)], "system": "b"}, "two different system prompts"),
+        ({**turn(), "chat_template_kwargs": "x"}, r"'chat_template_kwargs' must hold an object of arguments"),
+        (turn(weight=0.5), r"'weight' of a message in 'messages' must be 0 or 1, or false or true, not 0\.5"),
+        (turn(weight=0), r"column 'messages' has no assistant message to learn from"),
+        (turn(train_detail=[{"begin_offset": 0}]), r"is to be learnt in parts \(train_detail\)"),
+        (turn(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), r"a tool call in 'messages' must have a"),
+        (turn(content=[{"type": "image_url"}]), r"'messages\.content' has a part that is no text \(image_url\)"),
+        (
+            {"conversations": [{"from": "function_call", "value": "look"}]},
+            r"a tool call in 'conversations' must have a",
+        ),
+    ],
+)
+def test_what_would_be_learnt_wrongly_is_refused(row, message, save):
+    good = {**{key: None for key in row if key != "label"}, **({"label": True} if "label" in row else {})}
+    good |= {"messages": chat(0)} if "messages" in row else PAIR if "prompt" in row else {}
+    good |= {"conversations": chat(0, ("human", "gpt"), "from", "value")} if "conversations" in row else {}
+    with pytest.raises(UserError, match=rf"data\.jsonl, line 3: .*{message}"):
+        load(save([good, good, row]))
+
+
+def test_what_is_not_used_is_named_once_with_its_count(save):
+    rows = [{**turn(), "rejected": "z", "weight": 0.5, "history": [["a", "b"]], "label": 3} for _ in range(3)]
+    rows += [turn(channel="final") for _ in range(20)]
+    rows[0]["messages"][0] |= {"train": True}
+    with pytest.warns(UserWarning, match="not used") as caught:
+        load(save([{**row, "id": f"x:{n}", "messages": [*row["messages"], *chat(n)]} for n, row in enumerate(rows)]))
+    assert [str(one.message).partition(": not used for training, in so many rows: ")[2] for one in caught] == [
+        "'channel' of messages in 'messages' (20), column 'history' (3), column 'rejected' (3), column 'weight' (3), "
+        "the weight of messages in 'messages' that are not the assistant's (1)."
+    ]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_empty_fields_change_nothing(form, save):
+    """Alpaca files often have an empty system prompt and history in every row, and digests of earlier runs hold."""
+    alpaca = [{**shaped("wizardlm", n), "input": "", "system": "", "history": []} for n in range(20)]
+    assert load(save(alpaca, form)) == load(save([shaped("wizardlm", n) for n in range(20)], form))
+    empty = {"tool_calls": None, "weight": None, "name": None, "reasoning_content": None}
+    chats = [{"messages": [{**turn, **empty} for turn in chat(n)], "tools": None} for n in range(20)]
+    rows = load(save(chats, form))
+    assert rows == load(save([{"messages": chat(n)} for n in range(20)], form))
+    assert rows[3] == {"id": rows[3]["id"], "messages": chat(3)}
+
+
+def test_fields_that_mean_something_else_can_be_ignored(save):
+    rows = [{**shaped("wizardlm", n), "system": n + 1, "tools": "a hammer"} for n in range(20)]
+    with pytest.raises(UserError, match="column 'system' must hold text"):
+        load(save(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [row["prompt"] for row in load(save(rows), ignore=["system", "tools"])] == [
+            QUESTION.format(n=n) for n in range(20)
+        ]
+    with pytest.raises(UserError, match=r"has no column 'sytem', which data\.ignore names; leave it out"):
+        load(save(rows), ignore=["sytem"])
+
+
+def test_splits_of_which_one_has_a_system_prompt(tmp_path):
+    for split, more in {"train": {"system": "be brief"}, "validation": {}, "test": {}}.items():
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(PAIR | more))
+    splits = load_completion(DataConfig(source=str(tmp_path)))
+    assert [[turn["role"] for turn in rows[0]["messages"]] for rows in (splits.train, splits.test)] == [
+        ["system", "user", "assistant"],
+        ["user", "assistant"],
+    ]
+
+
+def test_single_turns_are_of_text_alone(save):
+    call = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    rows = [{"messages": chat(n)} for n in range(20)] + [turn(**call), {**turn(), "tools": [{"name": "f"}]}]
+    with pytest.warns(UserWarning, match="2 of 22 conversations are left out"):
+        assert len(load(save(rows), single_turn=True)) == 20

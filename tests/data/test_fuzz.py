@@ -20,23 +20,23 @@ quick = settings(
 )
 PLAIN = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
 PLAIN |= st.sampled_from(["user", "assistant", "good", "\ud800", " "])
+KEYS = ["role", "content", "from", "value", "x", "tool_calls", "function", "name", "arguments", "weight", "train"]
 VALUES = st.recursive(
     PLAIN,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "x"]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=8,
 )
 COLUMNS = ["id", "text", "label", "prompt", "completion", "messages", "conversations", "instruction", "input", "output"]
-COLUMNS += ["query", "response", "answer", "x", ""]
+COLUMNS += ["query", "response", "answer", "x", "", "system", "history", "tools", "chat_template_kwargs", "images"]
 ROW = st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=5)
 TEXT = st.text(min_size=1, max_size=4)
 EXTRA = {"id": VALUES, "x": VALUES}
 LABELLED = st.fixed_dictionaries(
     {"text": TEXT, "label": st.sampled_from([0, 1, "a", True, -1, 1.0, None])}, optional=EXTRA
 )
-TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT})
+MORE = dict.fromkeys(("tool_calls", "weight", "train", "name", "reasoning_content", "x"), VALUES)
+TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT | VALUES}, optional=MORE)
+EXTRA |= dict.fromkeys(("system", "history", "tools", "chat_template_kwargs", "rejected"), VALUES)
 CHAT = st.fixed_dictionaries({"messages": st.lists(TURN, min_size=1, max_size=3)}, optional=EXTRA)
 PAIR = st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}, optional=EXTRA)
 ROWS = st.one_of(*(st.lists(row, max_size=10) for row in (ROW, LABELLED, CHAT, PAIR, LABELLED | ROW)))

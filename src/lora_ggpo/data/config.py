@@ -43,6 +43,11 @@ class DataConfig(BaseModel):
         description="Of conversations keep those of one user and one assistant message, as prompt and completion: "
         "for models without a chat template.",
     )
+    ignore: list[str] = Field(
+        [],
+        description="Fine-tuning on completions: columns that are not looked at, though their names have a meaning for "
+        "training, such as system or tools.",
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the training rows to validate on, if the source has no such split."
     )

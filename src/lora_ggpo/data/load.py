@@ -13,9 +13,10 @@ import datasets
 import numpy as np
 
 from lora_ggpo.data.bundled import BUNDLED
-from lora_ggpo.data.completion import read_completions
+from lora_ggpo.data.completion import as_messages, read_completions
 from lora_ggpo.data.config import DataConfig
 from lora_ggpo.data.labels import classes_of, is_unlabelled, read_label_names, to_indices
+from lora_ggpo.data.messages import store
 from lora_ggpo.data.sampling import carve, flip_labels, stratified_order
 from lora_ggpo.data.sources import ALL, FURTHER_TESTS, read_source
 from lora_ggpo.data.table import Table
@@ -33,6 +34,7 @@ FEATURES = {
     "prompt": STRING,
     "completion": STRING,
     "messages": [{"role": STRING, "content": STRING}],
+    "template": STRING,
 }
 
 
@@ -88,10 +90,11 @@ def load_classification(config: DataConfig) -> Splits:
 
 
 def load_completion(config: DataConfig) -> Splits:
-    """Load data with "id" and either "prompt" and "completion", or "messages": lists of {"role", "content"}.
+    """Load data with "id" and either "prompt" and "completion", or "messages" and perhaps "template".
 
-    The columns of Alpaca, ShareGPT, MetaMathQA and CodeFeedback are brought to these. Splits are as in
-    `load_classification`, without strata.
+    The columns of Alpaca, ShareGPT, MetaMathQA and CodeFeedback are brought to these. "messages" are lists of
+    {"role", "content"}, with "more" where they say more (`lora_ggpo.data.messages.restore`); "template" is the JSON of
+    further arguments of the chat template. Splits are as in `load_classification`, without strata.
 
     Raises:
         UserError: the source or its content is not usable, or label noise is asked for.
@@ -99,12 +102,14 @@ def load_completion(config: DataConfig) -> Splits:
     if config.label_noise:
         raise UserError("data.label_noise needs labels, which data for completion has not; set it to 0.")
     tables = _main_tables(config)
+    unknown = [name for name in config.ignore if not any(name in table.columns for table in tables.values())]
+    if unknown:
+        raise UserError(f"{config.source} has no column {unknown[0]!r}, which data.ignore names; leave it out.")
     read: dict[str, Columns] = {split: read_completions(table, config) for split, table in tables.items()}
-    shapes = [set(columns) for columns in read.values()]
-    if any(shape != shapes[0] for shape in shapes):
-        raise UserError(f"The splits of {config.source} differ in their columns; give them the same.")
+    chat = any("messages" in columns for columns in read.values())
+    read = {split: as_messages(columns) if chat else columns for split, columns in read.items()}
     extra = _further_tests(read)
-    parts = _three_splits(read, None, "messages" if "messages" in shapes[0] else "prompt", config)
+    parts = _three_splits(read, None, "messages" if chat else "prompt", config)
     train = _cut(parts["train"], [0] * len(parts["train"]["id"]), config, next(iter(tables.values())))
     for source in config.out_of_domain:
         of_source = read_source(source, None, config.columns)
@@ -235,4 +240,11 @@ def _take(columns: Columns, rows: Sequence[int]) -> Columns:
 
 
 def _dataset(columns: Columns) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(columns, features=datasets.Features({key: FEATURES[key] for key in columns}))
+    features, columns = {name: FEATURES[name] for name in columns}, dict(columns)
+    if "messages" in columns:
+        columns["messages"] = [[store(turn) for turn in chat] for chat in columns["messages"]]
+        if any("more" in turn for chat in columns["messages"] for turn in chat):
+            features["messages"] = [{"role": STRING, "content": STRING, "more": STRING}]
+    if "template" in columns:
+        columns["template"] = [json.dumps(arguments) if arguments else None for arguments in columns["template"]]
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import reprlib
@@ -82,10 +83,17 @@ class Table:
         Raises:
             UserError: they have no form in Python, such as a date in the year 100000.
         """
+        column = self.columns[name]
         try:
-            return list(self.columns[name][:])  # the slice is what a datasets.Column reads in one go
+            values = list(column[:])  # the slice is what a datasets.Column reads in one go
         except (pyarrow.ArrowException, OverflowError, ValueError) as error:
             raise UserError(f"{self.origin}: the values of column {name!r} cannot be read ({error}).") from error
+        return [_as_written(value) for value in values] if isinstance(column, datasets.Column) else values
+
+    def without(self, names: Sequence[str]) -> Table:
+        """Return the table without some of its columns."""
+        kept = {name: values for name, values in self.columns.items() if name not in names}
+        return dataclasses.replace(self, columns=kept)
 
     def texts(self, name: str, setting: str) -> list[str]:
         """Return a column of text.
@@ -121,6 +129,15 @@ class Table:
             return [str(value) for value in given]
         name = self.origin.replace("\\", "/").rpartition("/")[2]
         return [f"{name}:{position}" for position in self.positions]
+
+
+def _as_written(value: Any) -> Any:
+    """`value` without the nulls that Arrow puts where an object of a column lacks a key that others have."""
+    if isinstance(value, list):
+        return [_as_written(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _as_written(one) for key, one in value.items() if one is not None}
+    return value
 
 
 def _encodable(text: str) -> bool:

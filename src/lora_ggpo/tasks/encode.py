@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from jinja2.exceptions import TemplateError
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from lora_ggpo.data.messages import Message
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import TaskKind
 from lora_ggpo.tasks.config import LABEL_WORD_KINDS, PLAIN, TaskConfig
+from lora_ggpo.tasks.conversation import UnusedFields, behind_prompt, conversation, learnt_turns, render
 from lora_ggpo.tasks.length import NO_LOSS, Room
 
 _CHUNK = 1000
@@ -50,7 +51,7 @@ def encode(
 
     Args:
         dataset: columns "text", "label" and for pairs of texts "text_pair" for the classification kinds; "prompt" and
-            "completion", or "messages", for "sft".
+            "completion", or "messages" and perhaps "template" (as `load_completion` gives them), for "sft".
         config: with `label_words` filled in (`TaskConfig.for_labels`) for the kinds that need them.
         name: of the set, for what is said of its lengths.
 
@@ -104,7 +105,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, 
     if isinstance(prompt, str):
         return _start(tokenizer) + _tokens(tokenizer, prompt)
     _check_chat_template(tokenizer)
-    return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
+    return _tokens(tokenizer, render(tokenizer, prompt, {}, add_generation_prompt=True))
 
 
 def label_word_ids(tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> list[list[int]]:
@@ -165,15 +166,17 @@ def _seq2seq_classification(
 
 def _sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, room: Room) -> Iterator[list[Row]]:
     chat = config.chat_template or "messages" in dataset.column_names
+    unused = UnusedFields(room.name)
     for first in range(0, len(dataset), _CHUNK):
         rows = []
         for index in range(first, min(first + _CHUNK, len(dataset))):
-            segments = _segments(tokenizer, config, dataset[index], index, chat)
+            segments = _segments(tokenizer, config, dataset[index], index, chat, unused)
             ids, labels = _join(tokenizer, segments, [] if chat else _start(tokenizer))
             fitted = room.fit(ids, labels)
             if fitted:
                 rows.append(_row(*fitted))
         yield rows
+    unused.report()
     room.report()
 
 
@@ -214,7 +217,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, texts: Texts
     prompt = config.fill(texts).rstrip(" ")
     if not config.chat_template:
         return prompt
-    return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    return render(tokenizer, [{"role": "user", "content": prompt}], {}, add_generation_prompt=True)
 
 
 def _cut_to_fit(tokens: Callable[[Texts], list[int]], texts: Texts, room: int) -> list[int]:
@@ -248,14 +251,16 @@ def _target(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, word: str) -
 
 
 def _segments(
-    tokenizer: PreTrainedTokenizerBase, config: TaskConfig, row: Row, index: int, chat: bool
+    tokenizer: PreTrainedTokenizerBase, config: TaskConfig, row: Row, index: int, chat: bool, unused: UnusedFields
 ) -> list[tuple[str, bool]]:
     """Split a row's full text into (text, learn it?) pieces."""
     if not chat:
         prompt, space = _filled(config, row["prompt"])
         return [(prompt, False), (space + row["completion"] + str(tokenizer.eos_token), True)]
     try:
-        return _turns(tokenizer, row["messages"] if "messages" in row else _exchange(config, row))
+        messages, arguments = conversation(row) if "messages" in row else (_exchange(config, row), {})
+        unused.look(tokenizer, messages, arguments)
+        return _turns(tokenizer, messages, arguments)
     except UserError as error:
         place = f"Row {index} ({row['id']})" if "id" in row else f"Row {index}"  # an id is file:line by default
         raise UserError(f"{place}: {error}") from error
@@ -275,21 +280,22 @@ def _filled(config: TaskConfig, prompt: str) -> tuple[str, str]:
     return filled[: len(filled) - spaces], " " * spaces
 
 
-def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: dict[str, Any]
+) -> list[tuple[str, bool]]:
     """Render ever longer beginnings of a conversation; what each assistant turn adds to them is what is learnt."""
     segments: list[tuple[str, bool]] = []
     done = ""
-    for position, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:position], add_generation_prompt=True)
-        after = _render(tokenizer, messages[: position + 1], add_generation_prompt=False)
-        if not (before.startswith(done) and after.startswith(before)):
+    for position in learnt_turns(messages):
+        before = render(tokenizer, messages[:position], arguments, add_generation_prompt=True)
+        after = behind_prompt(tokenizer, messages[: position + 1], arguments, before)
+        if not before.startswith(done):
             raise UserError(
                 "the tokenizer's chat template changes earlier turns as the conversation grows, so the assistant's "
-                "turns cannot be told apart; use prompt and completion columns."
+                "turns cannot all be learnt in one row; make a row of each, with weight 0 for the assistant's messages "
+                "before it."
             )
-        reply = _up_to_last(after[len(before) :], str(tokenizer.eos_token))
+        reply = _up_to_last(after, str(tokenizer.eos_token))
         segments += [(before[len(done) :], False), (reply, True)]
         done = before + reply
     if not segments:
@@ -301,13 +307,6 @@ def _up_to_last(text: str, end: str) -> str:
     """Leave out the white space a template puts behind the end of a turn: nothing generates it."""
     head, found, tail = text.rpartition(end)
     return head + found if found and not tail.strip() else text
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
-        raise UserError(f"the tokenizer's chat template rejects the messages: {error}") from error
 
 
 def _join(
@@ -417,7 +416,10 @@ def _check_sft(columns: set[str], tokenizer: PreTrainedTokenizerBase, config: Ta
             f"but has only {', '.join(sorted(columns))}."
         )
     if "messages" in columns and config.template != PLAIN:
-        raise UserError("task.template is for prompts and completions, but the data has messages; leave it out.")
+        raise UserError(
+            "task.template is for prompts and completions, but the data has messages (as rows with a system prompt, a "
+            "history or tools are); leave it out, or name those columns in data.ignore."
+        )
     if tokenizer.eos_token is None:
         raise UserError("The tokenizer has no end-of-text token, so a completion could not be taught to end.")
     if config.chat_template or "messages" in columns:
@@ -427,6 +429,6 @@ def _check_sft(columns: set[str], tokenizer: PreTrainedTokenizerBase, config: Ta
 def _check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise UserError(
-            "The tokenizer has no chat template, which messages and task.chat_template need; "
-            "use prompt and completion columns, or an instruction-tuned model."
+            "The tokenizer has no chat template, which task.chat_template and messages need (as rows with a system "
+            "prompt, a history or tools are); use prompt and completion columns, or an instruction-tuned model."
         )

@@ -7,8 +7,8 @@ import gc
 import math
 import statistics
 import tempfile
-import warnings
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

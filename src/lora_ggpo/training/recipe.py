@@ -437,6 +437,7 @@ _IDLE_IN_TASK = {
     "seq2seq-classification": ("too_long",),
     "sft": ("label_words",),
 }
+_COMPLETION_ONLY = ("prompt", "completion", "single_turn", "ignore")
 _ADAMS = {"optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"}
 _INITS_BESIDE_W0 = (True, False, "gaussian", "eva")
 """Starting values for which peft neither decomposes nor writes W0."""
@@ -450,7 +451,7 @@ def _changed(section: BaseModel, names: Iterable[str]) -> list[str]:
 
 def _data_problem(recipe: Recipe, data: DataConfig) -> str | None:
     kind = recipe.task.kind
-    idle = _changed(data, ("text", "text_pair", "label") if kind == "sft" else ("prompt", "completion", "single_turn"))
+    idle = _changed(data, ("text", "text_pair", "label") if kind == "sft" else _COMPLETION_ONLY)
     return f"sets {idle[0]}, which task {kind} does not look at; leave it out" if idle else None
 
 

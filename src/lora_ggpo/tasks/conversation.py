@@ -1,0 +1,144 @@
+"""Conversations in a tokenizer's chat template: what precedes an assistant's turn, and what the turn adds."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from lora_ggpo.data.messages import Message, restore
+from lora_ggpo.errors import UserError
+
+# These only say which message is meant, or are looked at elsewhere.
+_NOT_SHOWN = {"role", "content", "weight", "tool_call_id"}
+_MARK = "\ue000"  # a private character, which no template holds
+
+
+def conversation(row: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:
+    """The messages of a row as `load_completion` gives it, and further arguments of the chat template."""
+    return [restore(turn) for turn in row["messages"]], json.loads(row.get("template") or "{}")
+
+
+def learnt_turns(messages: list[Message]) -> list[int]:
+    """Positions of the assistant's messages, without those of weight 0."""
+    return [
+        position
+        for position, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("weight", 1)
+    ]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    arguments: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        arguments: Further ones of the chat template, such as tools.
+
+    Raises:
+        UserError: the template rejects the messages.
+    """
+    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    options: dict[str, Any] = {**arguments, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        return str(tokenizer.apply_chat_template(shown, **options))
+    except (TemplateError, AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
+        raise UserError(f"the tokenizer's chat template rejects the messages: {error}") from error
+
+
+def behind_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any], before: str
+) -> str:
+    """The text of the last message, an assistant's, as a model generates it behind `before`.
+
+    Args:
+        before: The messages ahead of it with the generation prompt. Where that opens what the template leaves out of
+            the message, such as "<think>", the message's own content is what follows it.
+
+    Raises:
+        UserError: the generation prompt opens what the content does not begin with.
+    """
+    whole = render(tokenizer, messages, arguments, add_generation_prompt=False)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    marked = [*messages[:-1], {**messages[-1], "content": _MARK}]
+    ahead, _, behind = render(tokenizer, marked, arguments, add_generation_prompt=False).partition(_MARK)
+    opened, content = before[len(ahead) :], messages[-1].get("content", "").lstrip()
+    if not before.startswith(ahead) or not opened.strip() or "tool_calls" in messages[-1]:
+        raise UserError(
+            "the tokenizer's chat template changes earlier turns as the conversation grows, so the assistant's turns "
+            "cannot be told apart; use prompt and completion columns, or another model."
+        )
+    if not content.startswith(opened.strip()):
+        raise UserError(
+            f"the chat template's generation prompt ends in {opened!r}, which is what answers are generated behind, "
+            f"but this one does not begin with {opened.strip()!r}; write it as it is to be generated, with its "
+            "thoughts or with an empty thought."
+        )
+    return content.removeprefix(opened if content.startswith(opened) else opened.strip()) + behind
+
+
+class UnusedFields:
+    """Finds the fields of conversations that a chat template makes no use of: without them it gives the same text.
+
+    Args:
+        name: Of the set, as the warning names it; "" for none.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+        self._rows: Counter[str] = Counter()
+
+    def look(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]) -> None:
+        """Count the unused fields of a row.
+
+        Raises:
+            UserError: its tool calls are among them, so that a turn which calls a tool would be learnt as a silent one.
+        """
+        fields = {key for message in messages for key in message} - _NOT_SHOWN
+        if not fields and not arguments:
+            return
+        whole = render(tokenizer, messages, arguments, add_generation_prompt=False)
+        for name in arguments.keys() - {"tools"}:
+            self._rows[name] += name not in str(tokenizer.chat_template)  # it may well be given as it is by default
+        if "tools" in arguments:
+            fewer = {key: value for key, value in arguments.items() if key != "tools"}
+            self._rows["tools"] += _rendered_or_none(tokenizer, messages, fewer) == whole
+        for name in sorted(fields):
+            bare = [{key: value for key, value in message.items() if key != name} for message in messages]
+            same = _rendered_or_none(tokenizer, bare, arguments) == whole
+            if same and name == "tool_calls":
+                raise UserError(
+                    "the tokenizer's chat template makes no use of tool_calls, so they would not be learnt; use a "
+                    "model whose template does, or write the calls into the content."
+                )
+            self._rows[name] += same
+
+    def report(self) -> None:
+        """Name them in one warning, with the number of rows."""
+        found = [f"{name} ({rows:,})" for name, rows in sorted(self._rows.items()) if rows]
+        if found:
+            prefix = f"{self._name}: " if self._name else ""
+            warnings.warn(
+                f"{prefix}The tokenizer's chat template makes no use of these, in so many rows: {', '.join(found)}.",
+                stacklevel=4,
+            )
+
+
+def _rendered_or_none(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]
+) -> str | None:
+    try:
+        return render(tokenizer, messages, arguments, add_generation_prompt=False)
+    except UserError:
+        return None
