@@ -7,6 +7,8 @@ import json
 
 import datasets
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -156,3 +158,71 @@ def test_json_lines_round_trip(rows, tmp_path_factory):
     content = "\n".join(json.dumps(row) for row in rows).encode()
     table = parse_jsonl(tmp_path_factory.getbasetemp() / "rows.jsonl", content)
     assert table.columns == {"text": [row["text"] for row in rows], "label": [row["label"] for row in rows]}
+
+
+# --- what is meant is clear, or said -------------------------------------------------------------------------------
+
+ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps({"data": ROWS}, indent=2)),
+        ("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ("a.jsonl", json.dumps(ROWS, indent=2)),
+        ("a.jsonl", json.dumps({"rows": ROWS}, indent=2)),
+        ("a.json", "\n".join(map(json.dumps, ROWS))),
+        ("a.jsonl", gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),  # without the suffix
+        ("a.csv", gzip.compress(b"text,label\na,0\nb,1\n")),
+    ],
+)
+def test_files_whose_form_is_clear_are_read(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    table = read_file(tmp_path / name)
+    assert [(text, int(label)) for text, label in zip(table.values("text"), table.values("label"), strict=True)] == [
+        ("a", 0),
+        ("b", 1),
+    ]
+
+
+def test_one_object_is_one_row(tmp_path):
+    row = {"prompt": "a", "items": ["x"], "messages": [{"role": "user"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=2))
+    table = read_file(tmp_path / "a.json")
+    assert len(table) == 1
+    assert table.values("items") == [["x"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.json", '{\n"data": [\n{"text" 1}]}', r"a\.json: malformed JSON \(.* at line 3, column 9\)"),
+        ("a.csv", b"PAR1\xff\xfe", r"a\.csv is a parquet file, not what its name says"),
+        ("a.jsonl", b"PK\x03\x04\xff\xff", r"a\.jsonl is a zip archive, not what its name says; unpack it"),
+    ],
+)
+def test_files_that_are_something_else_are_named(name, content, sentence, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=sentence):
+        read_file(tmp_path / name)
+
+
+def test_columns_that_cannot_be_read_matter_only_if_they_are_used(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.int8())
+    columns = {
+        "text": pyarrow.array(["a", "b"]),
+        "map": pyarrow.array([[("k", 1)], []], kind),
+        "nested": pyarrow.array([{"m": [("k", 1)]}] * 2, pyarrow.struct({"m": kind})),
+        "twice": pyarrow.array([1, 2]),
+    }
+    whole = pyarrow.Table.from_arrays([*columns.values(), pyarrow.array([3, 4])], [*columns, "twice"])
+    pyarrow.parquet.write_table(whole, tmp_path / "a.parquet")
+    table = read_file(tmp_path / "a.parquet")
+    assert len(table) == 2
+    assert table.texts("text", "text") == ["a", "b"]
+    assert table.values("map") == [[("k", 1)], []]
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: column 'map' must hold text, but here it holds list"):
+        table.texts("map", "text")
+    with pytest.raises(UserError, match=r"a\.parquet has more than one column named 'twice'; rename one\."):
+        table.texts("twice", "text")

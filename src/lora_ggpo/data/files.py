@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -17,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_ggpo.data.separated import Records, csv_records, tsv_records, with_header
-from lora_ggpo.data.table import Table
+from lora_ggpo.data.table import NoValues, Table
 from lora_ggpo.errors import UserError, first_line
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -26,6 +27,15 @@ SPLIT_NAMES |= {"dev": "validation", "test": "test"}
 SPLIT_NAMES |= {"validation_matched": "validation", "test_matched": "test"}
 SPLIT_NAMES |= {"validation_mismatched": "validation_mismatched"}
 SPLIT_NAMES |= {"dev_matched": "validation", "dev_mismatched": "validation_mismatched"}  # in GLUE's own folders
+
+
+WRAPPERS = ("data", "rows", "examples", "records", "items", "instances")
+"""Keys under which a JSON file may hold its rows."""
+
+GZIP = b"\x1f\x8b"
+BINARY = {b"PAR1": "a parquet file", b"PK\x03\x04": "a zip archive", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file"}
+BINARY |= {b"\x28\xb5\x2f\xfd": "a zstandard file", b"ARROW1": "an Arrow file"}
+"""What a file that is no text begins with."""
 
 
 def read_file(path: Path, columns: Sequence[str] | None = None) -> Table:
@@ -85,9 +95,14 @@ def has_known_suffix(source: str) -> bool:
 
 
 def parse_jsonl(path: Path, content: bytes) -> Table:
-    """Return one row for each line's JSON object; blank lines are skipped."""
+    """Return one row for each line's JSON object; blank lines are skipped. A file of one JSON list is recognised."""
+    text = _decoded(path, content)
+    found = re.split(r"\r\n|\n|\r", text)
+    first = next((line for line in found if line.strip()), "")
+    if not _is_json(first) and _is_json(text):
+        return parse_json(path, content)
     rows, lines = [], []
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", _decoded(path, content)), start=1):
+    for number, line in enumerate(found, start=1):
         if line.strip():
             rows.append(_object(_json(line, f"{path}, line {number}"), f"{path}, line {number}"))
             lines.append(number)
@@ -95,11 +110,14 @@ def parse_jsonl(path: Path, content: bytes) -> Table:
 
 
 def parse_json(path: Path, content: bytes) -> Table:
-    """Return one row for each object of a JSON list; a file of JSON lines is recognised."""
+    """Return one row for each object of a JSON list, or of the list in `{"data": [...]}`; JSON lines are recognised."""
     text = _decoded(path, content)
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith("{") and not _is_json(text) and _is_json(text.lstrip().splitlines()[0]):
         return parse_jsonl(path, content)
     values = _json(text, str(path)) if text.strip() else []
+    if isinstance(values, dict):
+        inner = [values[name] for name in WRAPPERS if _are_objects(values.get(name))]
+        values = inner[0] if len(inner) == 1 else [values]
     if not isinstance(values, list):
         raise UserError(f"{path} must hold a list of objects, but it holds a {type(values).__name__}.")
     rows = [_object(value, f"{path}, row {number}") for number, value in enumerate(values, start=1)]
@@ -117,15 +135,24 @@ def parse_tsv(path: Path, content: bytes, columns: Sequence[str] | None = None) 
 
 
 def parse_parquet(path: Path, content: bytes) -> Table:
-    """Return the rows of a parquet file, with the class names if `datasets` wrote it."""
+    """Return the rows of a parquet file, with the class names if `datasets` wrote it.
+
+    Columns of types that `datasets` does not know (maps) are read as pyarrow does, and names that occur twice are
+    refused when they are asked for.
+    """
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        table.validate(full=True)
-        _refuse_repeated(path, table.column_names)
-        return Table.of_dataset(_dataset(table), str(path))
+        whole = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        whole.validate(full=True)
+        names = whole.column_names
+        once = whole.select([index for index, name in enumerate(names) if names.count(name) == 1])
+        plain = [name for name in once.column_names if _is_known(once.schema.field(name))]
+        table = Table.of_dataset(_dataset(once.select(plain)), str(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"{path} is not a readable parquet file ({reason}); write it again.") from None
+    columns: dict[str, Any] = {name: NoValues(f"has more than one column named {name!r}; rename one") for name in names}
+    columns |= {name: table.columns[name] if name in plain else once[name] for name in once.column_names}
+    return dataclasses.replace(table, columns=columns, positions=range(1, whole.num_rows + 1))
 
 
 READERS: dict[str, Callable[[Path, bytes], Table]] = {
@@ -147,7 +174,7 @@ def _content(path: Path) -> bytes:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from None
-    if path.suffix.lower() != ".gz":
+    if path.suffix.lower() != ".gz" and not content.startswith(GZIP):
         return content
     try:
         return gzip.decompress(content)
@@ -159,6 +186,9 @@ def _decoded(path: Path, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        kind = next((kind for magic, kind in BINARY.items() if content.startswith(magic)), None)
+        if kind:
+            raise UserError(f"{path} is {kind}, not what its name says; unpack it, or rename it.") from None
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: the text is not UTF-8; save the file as UTF-8.") from None
 
@@ -171,6 +201,18 @@ def _json(text: str, where: str) -> Any:
         raise UserError(f"{where}: malformed JSON ({error.msg} at {place}).") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: JSON that cannot be read ({error}).") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _are_objects(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _object(value: object, where: str) -> dict[str, Any]:
@@ -197,6 +239,15 @@ def _refuse_repeated(path: Path, names: list[str], hint: str = "") -> None:
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise UserError(f"{path} has more than one column named {min(repeated)!r}; rename one{hint}.")
+
+
+def _is_known(field: pyarrow.Field) -> bool:
+    """Whether `datasets` has a type for a column."""
+    try:
+        datasets.Features.from_arrow_schema(pyarrow.schema([field]))
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def _dataset(table: pyarrow.Table) -> datasets.Dataset:

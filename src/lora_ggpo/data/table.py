@@ -17,6 +17,13 @@ from lora_ggpo.errors import UserError
 
 
 @dataclass(frozen=True)
+class NoValues:
+    """A column without values that can be told, and why: as in "FILE has two of that name"."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Table:
     """Columns of equal length.
 
@@ -29,7 +36,7 @@ class Table:
     """
 
     origin: str
-    columns: Mapping[str, Sequence[Any]]
+    columns: Mapping[str, Sequence[Any] | NoValues]
     unit: str
     positions: Sequence[int]
     label_names: Mapping[str, list[str]] = field(default_factory=dict)
@@ -81,9 +88,13 @@ class Table:
         """Return the values of a column that is there.
 
         Raises:
-            UserError: they have no form in Python, such as a date in the year 100000.
+            UserError: they have no form in Python, such as a date in the year 100000, or there are none.
         """
         column = self.columns[name]
+        if isinstance(column, NoValues):
+            raise UserError(f"{self.origin} {column.reason}.")
+        if isinstance(column, pyarrow.ChunkedArray):
+            return list(column.to_pylist())
         try:
             values = list(column[:])  # the slice is what a datasets.Column reads in one go
         except (pyarrow.ArrowException, OverflowError, ValueError) as error:
