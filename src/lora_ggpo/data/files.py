@@ -150,7 +150,9 @@ def parse_parquet(path: Path, content: bytes) -> Table:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = first_line(error)
         raise UserError(f"{path} is not a readable parquet file ({reason}); write it again.") from None
-    columns: dict[str, Any] = {name: NoValues(f"has more than one column named {name!r}; rename one") for name in names}
+    columns: dict[str, Any] = {
+        name: NoValues(f"{path} has more than one column named {name!r}; rename one.") for name in names
+    }
     columns |= {name: table.columns[name] if name in plain else once[name] for name in once.column_names}
     return dataclasses.replace(table, columns=columns, positions=range(1, whole.num_rows + 1))
 

@@ -16,11 +16,17 @@ import pyarrow
 from lora_ggpo.errors import UserError
 
 
-@dataclass(frozen=True)
-class NoValues:
-    """A column without values that can be told, and why: as in "FILE has two of that name"."""
+class NoValues(Sequence[Any]):
+    """A column that cannot be read: asking for a value raises a UserError with the `reason`."""
 
-    reason: str
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __len__(self) -> int:
+        raise UserError(self._reason)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise UserError(self._reason)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Table:
     """
 
     origin: str
-    columns: Mapping[str, Sequence[Any] | NoValues]
+    columns: Mapping[str, Sequence[Any]]
     unit: str
     positions: Sequence[int]
     label_names: Mapping[str, list[str]] = field(default_factory=dict)
@@ -88,11 +94,9 @@ class Table:
         """Return the values of a column that is there.
 
         Raises:
-            UserError: they have no form in Python, such as a date in the year 100000, or there are none.
+            UserError: they have no form in Python, such as a date in the year 100000.
         """
         column = self.columns[name]
-        if isinstance(column, NoValues):
-            raise UserError(f"{self.origin} {column.reason}.")
         if isinstance(column, pyarrow.ChunkedArray):
             return list(column.to_pylist())
         try:
