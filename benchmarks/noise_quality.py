@@ -25,8 +25,9 @@ from scipy.stats import ks_2samp, kurtosis, ttest_ind
 from torch import Tensor, nn
 
 from lora_ggpo import GGPO, GGPOConfig
+from lora_ggpo.adapters import add_adapter
 from lora_ggpo.data import DataConfig, load_classification
-from lora_ggpo.models import add_adapter, load_model
+from lora_ggpo.models import load_model
 from lora_ggpo.perturbation.config import NoiseKind
 from lora_ggpo.tasks import TaskConfig, collator, encode
 

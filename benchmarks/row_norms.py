@@ -24,8 +24,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from lora_ggpo.adapters import add_adapter
 from lora_ggpo.data import DataConfig, load_classification
-from lora_ggpo.models import add_adapter, load_model
+from lora_ggpo.models import load_model
 from lora_ggpo.perturbation.config import GradientEstimator
 from lora_ggpo.perturbation.layers import PerturbedLayer, find_layers
 from lora_ggpo.perturbation.statistics import grouped

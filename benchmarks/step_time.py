@@ -30,7 +30,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from lora_ggpo import GGPO, GGPOConfig
-from lora_ggpo.models import add_adapter, load_model
+from lora_ggpo.adapters import add_adapter
+from lora_ggpo.models import load_model
 from lora_ggpo.perturbation.config import NoiseKind
 from lora_ggpo.training.memory import peak, reset_peak
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ggpo.models import add_adapter, load_model
+from lora_ggpo.adapters import add_adapter
+from lora_ggpo.models import load_model
 from lora_ggpo.tasks import collator, encode
 from lora_ggpo.tasks.encode import NO_LOSS
 from lora_ggpo.training.progress import Reporter

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
 
 
 class UserError(Exception):
@@ -37,3 +41,48 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of what `error` says, with its full stop."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else None
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", first_line(error, text))[0].rstrip(".:") + "."
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether `error` is Python's or torch's for a lack of memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+@contextmanager
+def rejected(section: str, settings: Collection[str] = ()) -> Iterator[None]:
+    """Say in one sentence what a library does not take in a `section` of the recipe, and in which of its `settings`.
+
+    The setting is named if the library names it. A lack of memory, what the system is at fault for, and what is raised
+    by this package itself pass as they are.
+
+    Raises:
+        UserError: instead of what a library raises.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        library = _raised_by(error)
+        if library == __package__ or lacks_memory(error):
+            raise
+        named = next((word for word in re.findall(r"\w+", str(error)) if word in settings), None)
+        subject, where = (f"{section}.{named}", "") if named else (section, " (--debug shows where)")
+        text = f"{error} is none of its choices" if isinstance(error, KeyError) else first_sentence(error).rstrip(".")
+        raise UserError(f"{subject} is rejected by {library}: {text}{where}.") from error
+
+
+def _raised_by(error: BaseException) -> str:
+    """The package whose code raised `error`, by itself or in Python's own library."""
+    frames = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    return next((name for name in reversed(frames) if name not in sys.stdlib_module_names), "Python")

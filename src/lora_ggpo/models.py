@@ -1,24 +1,18 @@
-"""Pretrained models and their adapters: a bundled name, a local folder or a hub id becomes a model ready to train."""
+"""Pretrained models: a bundled name, a local folder or a hub id becomes a model that an adapter can be put on."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import importlib.util
 import io
-import re
 import warnings
 from collections.abc import Iterator
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import peft
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from peft import AdaLoraConfig, LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -34,8 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from lora_ggpo.errors import UserError, causes, first_line
-from lora_ggpo.methods.initialise import Batches, adalora_config, initialised, with_init_config
+from lora_ggpo.errors import UserError, causes, first_sentence
 from lora_ggpo.quantise import Quantisation, loading_arguments, prepared
 
 TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "sft"]
@@ -45,12 +38,6 @@ _MODEL_CLASSES: dict[TaskKind, Any] = {
     "causal-classification": AutoModelForCausalLM,
     "seq2seq-classification": AutoModelForSeq2SeqLM,
     "sft": AutoModelForCausalLM,
-}
-_PEFT_TASKS: dict[TaskKind, str] = {
-    "classification": "SEQ_CLS",
-    "causal-classification": "CAUSAL_LM",
-    "seq2seq-classification": "SEQ_2_SEQ_LM",
-    "sft": "CAUSAL_LM",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the libraries raise for a damaged file: it may hold anything, where they expect a certain structure.
@@ -108,7 +95,7 @@ def load_model(
             "a folder with save_pretrained first (docs/recipes.md shows how), and give that folder."
         )
     options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
-    with _one_sentence("model", name), _quiet():
+    with one_sentence("model", name), _quiet():
         config = AutoConfig.from_pretrained(source, **options, **_label_names(kind, labels))
         _check_type(name, kind, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -116,74 +103,6 @@ def load_model(
     _check_loading(name, model, loading, head_is_new=kind == "classification")
     _prepare(name, model, tokenizer)
     return prepared(model, quantisation) if quantisation else model, tokenizer
-
-
-def add_adapter(
-    model: PreTrainedModel,
-    adapter: dict[str, Any] | None,
-    kind: TaskKind,
-    *,
-    total_steps: int | None = None,
-    batches: Batches | None = None,
-) -> PeftModel | PreTrainedModel:
-    """Put a LoRA adapter on `model`; with `adapter` None make every parameter trainable (full fine-tuning).
-
-    Args:
-        model: as `load_model` returns it. It is changed in place.
-        adapter: fields of `peft.LoraConfig`, for instance {"r": 8, "target_modules": "all-linear", "use_dora": True};
-            with "type": "adalora" also those of `peft.AdaLoraConfig`, where r is the average rank in the end.
-            For "classification" the head is trained in full and saved with the adapter.
-        kind: sets the adapter's task type.
-        total_steps: optimizer steps of the run, which AdaLoRA's schedule needs.
-        batches: makes batches of training data, for starting values that come from it (EVA, CorDA, LoRA-GA).
-
-    Raises:
-        UserError: an unknown field (the nearest valid one is named), a value out of range, or anything peft rejects.
-    """
-    if adapter is None:
-        return model.requires_grad_(True)
-    fields = _adapter_fields(adapter)
-    for name in fields.get("modules_to_save") or ():  # peft warns of other settings that match nothing
-        if not any(part.endswith(name) for part, _ in model.named_modules()):
-            raise UserError(f"adapter.modules_to_save names {name!r}, which the model has not; leave it out.")
-    if kind == "classification":
-        fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
-    fields["task_type"] = _PEFT_TASKS[kind]
-    try:
-        if fields.pop("type", "lora") == "adalora":
-            return peft.get_peft_model(model, adalora_config(fields, total_steps))
-        return initialised(model, LoraConfig(**with_init_config(fields)), batches)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError, re.error) as error:
-        raise UserError(_why_not_built(model, fields, error)) from error
-
-
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put the saved adapter in `folder` on `model`, trainable as in training.
-
-    Raises:
-        UserError: it cannot be read, or is not for such a model.
-    """
-    with _one_sentence("adapter", str(folder)):
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are; of quantised weights those they stand for."""
-    sizes = [(p.requires_grad, _entries(p)) for p in model.parameters()]
-    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
-
-
-def _entries(parameter: torch.nn.Parameter) -> int:
-    if type(parameter).__name__ == "Params4bit":
-        return 2 * parameter.numel() * parameter.element_size()
-    return parameter.numel()
-
-
-def freeze_body(model: PreTrainedModel) -> PreTrainedModel:
-    """Leave only a classification model's head trainable (a linear probe)."""
-    model.requires_grad_(True)
-    model.base_model.requires_grad_(False)
-    return model
 
 
 # --- finding and loading -------------------------------------------------------------------------------------------
@@ -359,7 +278,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_sentence(what: str, name: str) -> Iterator[None]:
+def one_sentence(what: str, name: str) -> Iterator[None]:
     """Turn what the libraries raise for an unreadable model or adapter into one sentence."""
     try:
         yield
@@ -380,86 +299,4 @@ def _why_not_loaded(what: str, name: str, error: Exception) -> str:
         )
     if "trust_remote_code" in str(error):
         return f"Model {name!r} needs code from its repository, which is never run here; choose another model."
-    return f"{what} {name!r} cannot be loaded: {_first_sentence(error)}"
-
-
-def _first_sentence(error: Exception) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else None
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", first_line(error, text))[0].rstrip(".:") + "."
-
-
-# --- adapters ------------------------------------------------------------------------------------------------------
-
-_FIXED_BY_TASK = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-_FIXED_BY_RUN = {"inference_mode", "runtime_config", "total_step", "target_r"}
-
-
-def _settable(config: type) -> list[str]:
-    return sorted(
-        field.name
-        for field in dataclasses.fields(config)
-        if field.init and field.name not in _FIXED_BY_TASK | _FIXED_BY_RUN
-    )
-
-
-_ADAPTER_FIELDS = {"lora": _settable(LoraConfig), "adalora": _settable(AdaLoraConfig)}
-
-
-def _adapter_fields(adapter: dict[str, Any]) -> dict[str, Any]:
-    """Check names and ranges of the LoraConfig fields in `adapter`; return a copy."""
-    valid = _ADAPTER_FIELDS[adapter.get("type", "lora")]
-    for key in adapter:
-        if key not in (*valid, "type"):
-            if key in _ADAPTER_FIELDS["adalora"]:
-                raise UserError(f"adapter.{key} is a setting of AdaLoRA; set adapter.type to adalora as well.")
-            near = {"rank": ["r"]}.get(key) or difflib.get_close_matches(key, valid, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else "see the fields of peft.LoraConfig."
-            raise UserError(f"adapter.{key} is not an adapter setting; {hint}")
-    ranks = {"r": adapter.get("r", 8), **_pattern(adapter, "rank_pattern")}
-    for key, value in ranks.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UserError(f"adapter.{key} is the rank and must be a whole number of at least 1, not {value!r}.")
-    alphas = {"lora_alpha": adapter.get("lora_alpha", 8), **_pattern(adapter, "alpha_pattern")}
-    for key, value in alphas.items():
-        if not _is_number(value) or value <= 0:
-            raise UserError(f"adapter.{key} must be a number above 0, not {value!r}.")
-    dropout = adapter.get("lora_dropout", 0.0)
-    if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise UserError(f"adapter.lora_dropout must be at least 0 and below 1, not {dropout!r}.")
-    return dict(adapter)
-
-
-def _why_not_built(model: PreTrainedModel, fields: dict[str, Any], error: Exception) -> str:
-    if re.search(r"target modules .* not found|modules were targeted|modules were excluded", str(error), re.I):
-        layers = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-        return (
-            f"adapter.target_modules {fields.get('target_modules')!r} matches no layer that can be adapted; "
-            f"the model's linear layers are called {', '.join(sorted(layers))}."
-        )
-    return f"The adapter cannot be built: {_first_sentence(error)}"
-
-
-def _pattern(adapter: dict[str, Any], key: str) -> dict[str, Any]:
-    pattern = adapter.get(key) or {}
-    if not isinstance(pattern, dict):
-        raise UserError(f"adapter.{key} must map module names to values, not {pattern!r}.")
-    return {f"{key}[{name!r}]": value for name, value in pattern.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _modules_to_save(model: PreTrainedModel, chosen: list[str] | None) -> list[str]:
-    """The user's choice and the whole head: every part with parameters that lies outside the pretrained body.
-
-    peft by itself knows only "classifier" and "score"; other parts of a head (DistilBERT's "pre_classifier", say)
-    would stay frozen at their random values.
-    """
-    known_to_peft = ("classifier", "score")
-    head = [
-        name
-        for name, part in model.named_children()
-        if name != model.base_model_prefix and name not in known_to_peft and any(True for _ in part.parameters())
-    ]
-    return [*(chosen or []), *(name for name in head if name not in (chosen or []))]
+    return f"{what} {name!r} cannot be loaded: {first_sentence(error)}"

@@ -10,10 +10,11 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners.adalora import AdaLoraModel
 from transformers import TrainingArguments
 
+from lora_ggpo.adapters import add_adapter, freeze_body
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import lora_fa, lora_plus
-from lora_ggpo.models import add_adapter, freeze_body, load_model
+from lora_ggpo.models import load_model
 
 TEXTS = ["A delight from start to finish.", "Dull, overlong and badly acted.", "I laughed.", "Why was this made?"]
 FIELDS = {"r": 4, "lora_alpha": 6, "target_modules": r".*layer\.[01]\.attention\.self\.query|.*pooler\.dense"}
@@ -188,7 +189,6 @@ def test_head_only(base):
     ("fields", "message"),
     [
         ({"init_lora_weights": "corda", "use_dora": True}, "DoRA"),
-        ({"tinit": 3}, "set adapter.type to adalora"),
     ],
 )
 def test_what_does_not_go_together(base, minilm, fields, message):

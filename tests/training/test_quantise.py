@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from lora_ggpo.adapters import count_parameters
 from lora_ggpo.analysis.point import load_point
 from lora_ggpo.cli import app
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import count_parameters, load_model
+from lora_ggpo.models import load_model
 from lora_ggpo.perturbation.layers import _dequantised
 from lora_ggpo.quantise import Quantisation
 from lora_ggpo.training.callbacks import RunCallback

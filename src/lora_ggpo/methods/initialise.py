@@ -17,10 +17,13 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lora_ggpo.errors import UserError
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[], Iterable[Batch]]
@@ -40,6 +43,9 @@ _CONFIGS = {
     "corda": ("corda_config", CordaConfig),
     "lora_ga": ("lora_ga_config", LoraGAConfig),
 }
+_DIRECTIONS = {"pissa": 1, "olora": 1, "corda": 1, "eva": 1, "mica": 1, "lora_ga": 2}
+"""Singular directions of a layer that starting values take for each rank."""
+
 _MOVES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -52,19 +58,19 @@ def with_init_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """LoraConfig's fields, with the sub-configuration that their initialisation needs as an object.
 
     Raises:
-        ValueError: the initialisation cannot be combined with DoRA, or with what peft cannot save as a difference.
+        UserError: the initialisation cannot be combined with DoRA, or with what peft cannot save as a difference.
     """
     init = str(fields.get("init_lora_weights"))
     if fields.get("use_dora") and (init in ("corda", "lora_ga") or init.startswith("pissa_niter")):
-        raise ValueError(
-            f"init_lora_weights {init!r} moves the base weights, which DoRA's magnitudes tie the adapter to; "
-            "use one of the two"
+        raise UserError(
+            f"adapter.init_lora_weights {init!r} moves the base weights, which DoRA's magnitudes tie the adapter to; "
+            "use one of the two."
         )
     clash = _clash_with_difference(fields)
     if clash and _moves_base(init, fields.get("use_dora")):
-        raise ValueError(
-            f"init_lora_weights {init!r} is saved as a difference of two adapters, which peft cannot do with {clash}; "
-            "use one of the two"
+        raise UserError(
+            f"adapter.init_lora_weights {init!r} is saved as a difference of two adapters, which peft cannot do with "
+            f"{clash}; use one of the two."
         )
     if init not in _CONFIGS:
         return dict(fields)
@@ -88,17 +94,39 @@ def initialised(model: PreTrainedModel, config: LoraConfig, batches: Batches | N
     """Put the LoRA adapter of `config` on `model` (in place) with its starting values.
 
     Raises:
-        ValueError: the values need data, and `batches` is None; or they move weights that peft would save as they are.
+        UserError: the values need data, and `batches` is None; there are fewer of them than the rank asks for; or they
+            move weights that peft would save as they are.
     """
+    _check_ranks(model, config)
     if not needs_data(config):
         adapted: PeftModel = peft.get_peft_model(model, config)
     elif batches is None:
-        raise ValueError(f"init_lora_weights {config.init_lora_weights!r} needs training data")
+        raise UserError(f"adapter.init_lora_weights {config.init_lora_weights!r} needs training data.")
     else:
         adapted = _FROM_DATA[str(config.init_lora_weights)](model, config, batches)
     if moves_base(adapted):
         _refuse_embeddings(adapted)
     return adapted
+
+
+def _check_ranks(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Refuse a rank above the number of singular directions of a layer: peft makes factors of fewer, or fails."""
+    init = str(config.init_lora_weights)
+    directions = next((count for name, count in _DIRECTIONS.items() if init.startswith(name)), 0)
+    if not directions:
+        return
+    _resolve_targets(model, config)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2 and check_target_module_exists(config, name):
+            pattern: dict[str, int] = config.rank_pattern
+            r, side = pattern.get(get_pattern_key(list(pattern), name), config.r), min(weight.shape)
+            if directions * r > side:
+                raise UserError(
+                    f"adapter.r is {r}, but init_lora_weights {init!r} takes {directions} singular direction(s) of a "
+                    f"weight for each rank, and {name} {tuple(weight.shape)} has {side}; lower it to "
+                    f"{side // directions}, or leave that layer out."
+                )
 
 
 def _refuse_embeddings(model: PeftModel) -> None:
@@ -107,9 +135,9 @@ def _refuse_embeddings(model: PeftModel) -> None:
     output = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and (module is output or isinstance(module.get_base_layer(), nn.Embedding)):
-            raise ValueError(
-                f"init_lora_weights {config.init_lora_weights!r} is saved as a difference of two adapters, which peft "
-                f"cannot do for {name.removeprefix('base_model.model.')}; leave it out of target_modules"
+            raise UserError(
+                f"adapter.init_lora_weights {config.init_lora_weights!r} is saved as a difference of two adapters, "
+                f"which peft cannot do for {name.removeprefix('base_model.model.')}; leave it out of target_modules."
             )
 
 
@@ -153,10 +181,10 @@ def adalora_config(fields: Mapping[str, Any], total_steps: int | None) -> AdaLor
     run, in about a hundred allocations.
 
     Raises:
-        ValueError: `total_steps` is None or too few.
+        UserError: `total_steps` is None or too few.
     """
     if total_steps is None:
-        raise ValueError("AdaLoRA's schedule needs the number of steps of the run")
+        raise UserError("adapter.type adalora needs the number of steps of the run for its schedule.")
     r = fields.get("r", 8)
     defaults = {
         "init_r": -(-3 * r // 2),
@@ -192,9 +220,9 @@ class _Passes(list[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in range(EVA_PASSES):
             yield from super().__iter__()
-        raise ValueError(
-            f"EVA's directions have not settled after {EVA_PASSES} passes over {len(self)} batches; "
-            "lower r or eva_config.tau, or give more data"
+        raise UserError(
+            f"adapter.init_lora_weights 'eva': its directions have not settled after {EVA_PASSES} passes over "
+            f"{len(self)} batches; lower adapter.r or adapter.eva_config.tau, or give more data."
         )
 
 

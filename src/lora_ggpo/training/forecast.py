@@ -28,10 +28,10 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from lora_ggpo.adapters import count_parameters
 from lora_ggpo.data import Splits
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.initialise import moves_base
-from lora_ggpo.models import count_parameters
 from lora_ggpo.quantise import stored_bytes
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.training.evaluation import fixed_sample

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, lacks_memory
 from lora_ggpo.training.recipe import Recipe
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -61,8 +61,7 @@ def memory_errors(recipe: Recipe, batch_size: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not full:
+        if not lacks_memory(error):
             raise
         trains = batch_size == "per_device_train_batch_size"
         checkpointing = ", or set training.gradient_checkpointing: true" if trains else ""

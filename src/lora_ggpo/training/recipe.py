@@ -9,12 +9,11 @@ import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from peft import AdaLoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,83 +21,28 @@ from pydantic import (
     PrivateAttr,
     TypeAdapter,
     ValidationError,
-    create_model,
     field_validator,
     model_validator,
 )
-from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 from pydantic_core import ErrorDetails
-from transformers import TrainingArguments
 
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.tasks import TaskConfig
+from lora_ggpo.training.settings import (
+    ADAPTER_DEFAULT,
+    TRAINING_DEFAULTS,
+    AdapterFields,
+    GGPOFields,
+    MGPOFields,
+    OptimizerFields,
+    SAMFields,
+    TrainingFields,
+    adapter_owned,
+    training_owned,
+)
 from lora_ggpo.training.source import KeyPath, Source, parse_source, read_source
-
-ADAPTER_DEFAULT: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-
-TRAINING_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 5e-4,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "logging_steps": 10,
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "train_sampling_strategy": "group_by_length",
-    "dataloader_pin_memory": False,
-}
-"""What a run uses where the recipe's ``training`` says nothing; everything else is transformers' own default."""
-
-# What transformers takes without a word, or with a traceback.
-_LEAST = dict.fromkeys(
-    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
-) | dict.fromkeys(("learning_rate", "dataloader_num_workers", "warmup_steps", "weight_decay", "save_steps"), 0)
-_SAMPLING = ("group_by_length", "random", "sequential")
-_MOMENTUM_KEPT = ("adamw_torch", "adamw_torch_fused")
-_BY_TASK = "the task and the model set it"
-_ADAPTER_OWNED = dict.fromkeys(
-    ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), _BY_TASK
-) | {
-    "inference_mode": "training needs it off",
-    "runtime_config": "it is not part of an adapter",
-    "arrow_config": "it routes between adapters that are trained already",
-    "total_step": "the number of steps of the run sets it",
-    "target_r": "it is adapter.r",
-}
-
-_EVALUATION = "evaluation is done after training, and every validate_every steps if the recipe says so"
-_HUB = "nothing is uploaded; push the adapter folder yourself"
-_LOGGING = "the run folder holds the log and the plot"
-_TRAINING_OWNED = {
-    "output_dir": "the recipe's output sets it",
-    "seed": "the recipe's seeds set it",
-    "data_seed": "the recipe's seeds set the order of the data",
-    "resume_from_checkpoint": "an unfinished run resumes by itself",
-    "ignore_data_skip": "a resumed run must see the batches it has not seen yet",
-    "save_only_model": "a run must be able to resume",
-    "auto_find_batch_size": "a run must be able to resume with the same batches",
-    "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "remove_unused_columns": "the task chooses the columns",
-    "length_column_name": "the task chooses the columns",
-    "label_names": "the task chooses the columns",
-    **dict.fromkeys(
-        [
-            *("do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
-            *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "batch_eval_metrics"),
-            *("include_for_metrics", "prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"),
-            *("greater_is_better", "bf16_full_eval", "fp16_full_eval"),
-        ],
-        _EVALUATION,
-    ),
-    **dict.fromkeys(("report_to", "disable_tqdm", "run_name", "project"), _LOGGING),
-    **dict.fromkeys(
-        ("fsdp", "fsdp_config", "deepspeed"),
-        "a recipe is trained with DDP; docs/integration.md shows FSDP2 and DeepSpeed in a script of your own",
-    ),
-    "logging_strategy": "use logging_steps",
-    "save_strategy": "use save_steps",
-}
 
 _NICKNAMES = {
     "lr": "learning_rate",
@@ -117,110 +61,10 @@ _NICKNAMES = {
 }
 
 
-def _owned(name: str) -> str | None:
-    """Why `training.name` is not the recipe's to set, or None."""
-    if name.startswith(("push_to_hub", "hub_", "trackio_")):
-        return _HUB
-    return _TRAINING_OWNED.get(name)
-
-
-def _mirror(
-    name: str,
-    cls: type,
-    owned: typing.Callable[[str], str | None],
-    defaults: typing.Mapping[str, Any] | None = None,
-    **further: tuple[Any, Any],
-) -> type[BaseModel]:
-    """A pydantic model with the fields of dataclass `cls`, so that they are checked and described like our own.
-
-    Args:
-        defaults: Those that differ from the dataclass's.
-    """
-    hints = typing.get_type_hints(cls)
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        if field.init and not owned(field.name):
-            missing = field.default is dataclasses.MISSING
-            default = None if missing else field.default
-            description = field.metadata.get("help")
-            hint = _describable(hints[field.name])
-            shown = (defaults or {}).get(field.name, default)
-            fields[field.name] = (hint | None if default is None else hint, Field(shown, description=description))
-    return create_model(
-        name, __config__=ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False), **(fields | further)
-    )
-
-
-def _describable(hint: Any) -> Any:
-    """`hint`, or Any where pydantic cannot express the type."""
-    if hint is float:
-        return float | int  # a whole number stays one: transformers' step counts are declared as floats
-    members = typing.get_args(hint)
-    if str in members and any(isinstance(member, type) and issubclass(member, Enum) for member in members):
-        return typing.Union[tuple(member for member in members if member is not str)]  # noqa: UP007  built from parts
-    try:
-        TypeAdapter(hint).json_schema()
-    except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
-        return Any
-    return hint
-
-
-_INITS = r"^(gaussian|pissa|pissa_niter_[0-9]+|olora|eva|corda|lora_ga|loftq|orthogonal|mica)$"
-_Init = typing.Annotated[str, Field(pattern=_INITS)]
-
-if typing.TYPE_CHECKING:
-
-    class AdapterFields(BaseModel): ...
-
-    class GGPOFields(BaseModel): ...
-
-    class TrainingFields(BaseModel): ...
-
-else:
-    AdapterFields = _mirror(
-        "AdapterFields",
-        AdaLoraConfig,  # LoraConfig and what AdaLoRA adds
-        _ADAPTER_OWNED.get,
-        type=(Literal["lora", "adalora"], Field("lora", description="adalora: r is the average rank in the end.")),
-        # peft's annotation knows neither lora_ga nor a number in pissa_niter_N.
-        init_lora_weights=(_Init | bool, Field(True, description="Starting values; true is LoRA's own.")),
-    )
-    GGPOFields = _mirror("GGPOFields", GGPOConfig, lambda _: None)
-    TrainingFields = _mirror("TrainingFields", TrainingArguments, _owned, TRAINING_DEFAULTS)
-
-
-class OptimizerFields(BaseModel):
-    """An optimizer of peft's for LoRA; the learning rate and weight decay are those of ``training``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["lora-plus", "lora-fa"] = Field(description="lora-plus (2402.12354) or lora-fa (2308.03303).")
-    lr_ratio: float = Field(16.0, ge=1, description="lora-plus: learning rate of B in units of that of A.")
-
-
-class SAMFields(BaseModel):
-    """Sharpness-aware minimisation: a second forward and backward pass at a worse point (arXiv 2010.01412)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rho: float = Field(0.05, gt=0, description="Distance of the worse point.")
-    space: Literal["adapter", "weights"] = Field(
-        "adapter", description="What is moved: A and B (all parameters without an adapter), or W0 + s B A."
-    )
-
-
-class MGPOFields(BaseModel):
-    """LoRA-MGPO: the gradient is taken ahead along the optimizer's momentum (arXiv 2502.14538v2)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    rho: float = Field(0.05, gt=0, description="Largest distance of that point.")
-
-
 class Recipe(BaseModel):
     """Everything that decides a run. `load_recipe` makes one from a YAML file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = Field(min_length=1, description="Bundled model (minilm, smollm2), local folder, or hub id.")
     task: TaskConfig = Field(description="Task settings, or just the kind of task.")
@@ -272,16 +116,12 @@ class Recipe(BaseModel):
     @classmethod
     def _usable_training(cls, fields: BaseModel) -> BaseModel:
         values = fields.model_dump(exclude_unset=True)
-        for name, least in _LEAST.items():
-            if name in values and values[name] < least:
-                raise ValueError(f"{name} must be at least {least}, not {values[name]}")
-        if values.get("max_steps") == 0:
+        if values.get("max_steps", 1) < 1 and values["max_steps"] != -1:  # -1 is transformers' "not set"
             raise ValueError("max_steps must be above 0, or there is nothing to train")
-        if values.get("num_train_epochs", 1) <= 0:
-            raise ValueError("num_train_epochs must be above 0, or there is nothing to train")
-        sampling = values.get("train_sampling_strategy", _SAMPLING[0])
-        if sampling not in _SAMPLING:
-            raise ValueError(f"train_sampling_strategy must be {', '.join(_SAMPLING)}, not {sampling!r}")
+        if not values.get("dataloader_num_workers"):
+            idle = [name for name in _OF_WORKERS if values.get(name)]
+            if idle:
+                raise ValueError(f"{idle[0]} is for workers; set training.dataloader_num_workers, or leave it out")
         return fields
 
     @field_validator("ggpo")
@@ -299,8 +139,8 @@ class Recipe(BaseModel):
         for section, needs in _NEEDS.items():
             value = getattr(self, section)
             problem = needs(self, value) if value else None
-            if problem:
-                raise ValueError(f"{section} {problem}")
+            if problem:  # of a field of the section it begins with a dot
+                raise ValueError(f"{section}{problem}" if problem.startswith(".") else f"{section} {problem}")
         return self
 
     @property
@@ -431,6 +271,14 @@ def _quantise_problem(recipe: Recipe, quantise: str) -> str | None:
     return None
 
 
+_MOMENTUM_KEPT = ("adamw_torch", "adamw_torch_fused")
+_OF_WORKERS = (
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+)
+_LORA, _ADALORA = ({field.name for field in dataclasses.fields(config)} for config in (LoraConfig, AdaLoraConfig))
+_DEFAULT_RANK: int = LoraConfig().r
 _IDLE_IN_TASK = {
     "classification": ("template", "label_words", "chat_template", "too_long"),
     "causal-classification": ("too_long",),
@@ -466,7 +314,21 @@ def _task_problem(recipe: Recipe, task: TaskConfig) -> str | None:
     return None
 
 
+def _adapter_problem(recipe: Recipe, adapter: AdapterFields) -> str | None:
+    fields = recipe.adapter_fields or {}
+    if not recipe.adalora:
+        own = [name for name in fields if name in _ADALORA and name not in _LORA]
+        return f".{own[0]} is a setting of AdaLoRA; set adapter.type to adalora as well" if own else None
+    init_r, r = fields.get("init_r"), fields.get("r", _DEFAULT_RANK)
+    if init_r is not None and init_r < r:
+        return f".init_r is the rank AdaLoRA starts from: it must be at least adapter.r, {r}, not {init_r}"
+    if fields.get("rank_pattern"):
+        return ".rank_pattern changes nothing, since AdaLoRA chooses the ranks; leave it out"
+    return None
+
+
 _NEEDS: dict[str, typing.Callable[[Recipe, Any], str | None]] = {
+    "adapter": _adapter_problem,
     "task": _task_problem,
     "data": _data_problem,
     "ggpo": _ggpo_problem,
@@ -516,8 +378,8 @@ def check_recipe(source: Source) -> Recipe:
     Raises:
         UserError: as `load_recipe`.
     """
-    _refuse_owned(source, "training", _owned)
-    _refuse_owned(source, "adapter", _ADAPTER_OWNED.get)
+    _refuse_owned(source, "training", training_owned)
+    _refuse_owned(source, "adapter", adapter_owned)
     try:
         recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
@@ -546,6 +408,17 @@ def _refuse_owned(source: Source, section: str, owned: typing.Callable[[str], st
             raise UserError(f"{source.where((section, key))}: {section}.{key} cannot be set: {reason}.")
 
 
+_WORDING = {
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be": "must be",
+    "Input should have": "must have",
+    "String should": "must",
+    "Unable to parse input string as an integer, exceeded maximum size": "must be a smaller number",
+    "Unexpected keyword argument": "is not a setting of it",
+}
+"""Of pydantic's messages, as they read behind the name of a field."""
+
+
 def _explain(source: Source, error: ValidationError) -> str:
     errors = error.errors(include_url=False)
     unknown = next((one for one in errors if one["type"] == "extra_forbidden"), None)
@@ -553,15 +426,19 @@ def _explain(source: Source, error: ValidationError) -> str:
         return _explain_unknown(source, unknown["loc"])
     first = errors[0]
     path = _written(source, first["loc"])
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be").rstrip(".")
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    for pydantic, ours in _WORDING.items():
+        message = message.replace(pydantic, ours)
     if first["type"] == "missing":
         missing = ".".join(map(str, first["loc"]))
         return f"{source.where(path)}: {missing} is missing; add it."
-    field, _, rest = message.partition(" ")
-    if first["type"] == "value_error" and field in _keys(source.values, path):
-        path, message = (*path, field), rest  # a check of a whole section names the field first: point at it
-    if first["type"] == "value_error" and path and field == path[-1]:
-        message = rest
+    if first["type"] == "value_error":
+        field, _, rest = message.partition(" ")
+        within = _written(source, tuple(field.split(".")), path)
+        if len(within) > len(path):
+            path, message = within, rest  # a check of a whole section names the field first: point at it
+        elif path and field == path[-1]:
+            message = rest
     subject = ".".join(map(str, path))
     return f"{source.where(path)}: {f'{subject} ' if subject else ''}{message}{_shown(first)}."
 
@@ -594,9 +471,8 @@ def _explain_unknown(source: Source, loc: KeyPath) -> str:
     return f"{source.where(path)}: {'.'.join(map(str, path))} is not a setting; {hint}"
 
 
-def _written(source: Source, loc: KeyPath) -> KeyPath:
-    """The part of pydantic's location that is in the recipe: it also names union members and validators."""
-    path: KeyPath = ()
+def _written(source: Source, loc: KeyPath, path: KeyPath = ()) -> KeyPath:
+    """`path`, and the part of pydantic's location that is there: it also names union members and validators."""
     for part in loc:
         if part in _keys(source.values, path):
             path = (*path, part)

@@ -43,13 +43,14 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
+from lora_ggpo.adapters import add_adapter, count_parameters, freeze_body, load_adapter
 from lora_ggpo.data import DataConfig, Splits, load_classification, load_completion
-from lora_ggpo.errors import DivergedError, UserError
+from lora_ggpo.errors import DivergedError, UserError, rejected
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import OPTIMIZERS
-from lora_ggpo.models import add_adapter, count_parameters, freeze_body, load_adapter, load_model
+from lora_ggpo.models import load_model
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.quantise import Quantisation
 from lora_ggpo.report.plots import save_training_plot
@@ -75,7 +76,7 @@ from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.ranks import is_first, wait_for_all
 from lora_ggpo.training.recipe import Recipe, dump_yaml, load_recipe
 from lora_ggpo.training.source import KeyPath, flatten, read_source
-from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, check_checkpointing, rejected
+from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, check_checkpointing
 
 VALIDATION_ROWS = 500
 _STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
@@ -244,7 +245,7 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
     Raises:
         UserError: transformers rejects a value.
     """
-    with rejected():
+    with rejected("training", recipe.training.model_fields_set):
         return TrainingArguments(
             # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
             **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
@@ -548,9 +549,10 @@ def make_trainer(
         args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
     if args.gradient_checkpointing:
         check_checkpointing(args)
-    with rejected():
+    with rejected("training", recipe.training.model_fields_set):
         trainer = RunTrainer(
             lengths=list(rows["length"]),
+            settings=recipe.training.model_fields_set,
             make_optimizer=partial(OPTIMIZERS[optimizer.kind], optimizer.lr_ratio) if optimizer else None,
             make_ascent=_ascent(recipe),
             model=model,
@@ -579,7 +581,7 @@ def _fit(
     """Train; return whether a stop was asked for in the last step, when all is done."""
     trainer.add_callback(callback)
     try:
-        with refused(checkpoint), rejected((ImportError,)):  # some packages are looked for in here
+        with refused(checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteLossError as error:
         good = last_whole(checkpoints)

@@ -3,8 +3,7 @@ optimizers and gradients of other methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
 from copy import copy
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.training_args import OptimizerNames
 
-from lora_ggpo.errors import DivergedError, UserError, first_line
+from lora_ggpo.errors import DivergedError, UserError, rejected
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
@@ -60,26 +59,6 @@ class EpochSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
 
 
-@contextmanager
-def rejected(
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, ImportError, KeyError),
-    what: str = "training",
-    by: str = "transformers",
-) -> Iterator[None]:
-    """Say in one sentence what a library does not take in a recipe's ``training``.
-
-    Args:
-        kinds: The exceptions that it says so with.
-        what: The section or setting that it does not take.
-        by: The library.
-    """
-    try:
-        yield
-    except kinds as error:
-        text = f"{error} is none of its choices" if isinstance(error, KeyError) else None
-        raise UserError(f"{what} is rejected by {by}: {first_line(error, text).rstrip('.')}.") from error
-
-
 def check_checkpointing(args: TrainingArguments) -> None:
     """Try gradient checkpointing on one number: torch looks at its settings in the first forward pass only.
 
@@ -87,7 +66,7 @@ def check_checkpointing(args: TrainingArguments) -> None:
         UserError: torch does not take them.
     """
     settings: Any = args.gradient_checkpointing_kwargs or {}
-    with rejected((ValueError, TypeError), "training.gradient_checkpointing_kwargs", "torch"):
+    with rejected("training.gradient_checkpointing_kwargs"):
         checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": True, **settings})
 
 
@@ -104,6 +83,7 @@ class RunTrainer(Trainer):
 
     Args:
         lengths: Tokens of each training row.
+        settings: The fields of the recipe's ``training``, for what a library says of one.
         make_optimizer: Makes the optimizer; None is the one that the arguments name.
         make_ascent: Makes what moves the weights for the gradient; None is nothing.
     """
@@ -112,12 +92,14 @@ class RunTrainer(Trainer):
         self,
         *,
         lengths: list[int],
+        settings: Collection[str] = (),
         make_optimizer: MakeOptimizer | None = None,
         make_ascent: MakeAscent | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self._lengths, self._make_optimizer, self._make_ascent = lengths, make_optimizer, make_ascent
+        self._lengths, self._settings = lengths, settings
+        self._make_optimizer, self._make_ascent = make_optimizer, make_ascent
         self._ascent: SAM | MGPO | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -131,24 +113,29 @@ class RunTrainer(Trainer):
         """As Trainer's, or what `make_optimizer` makes.
 
         Raises:
-            UserError: there is no such optimizer, or not with such arguments.
+            UserError: the optimizer does not look at its arguments.
         """
-        with rejected():
-            if self.optimizer is None and self._make_optimizer:
-                self.optimizer = self._make_optimizer(model or self.model, self.args)
-            elif self.args.optim_args and _same_without_optim_args(self.args, model or self.model):
-                optim = OptimizerNames(self.args.optim).value
-                raise UserError(f"training.optim_args changes nothing with optim {optim}; leave it out.")
-            return super().create_optimizer(model)
+        if self.optimizer is None and self._make_optimizer:
+            self.optimizer = self._make_optimizer(model or self.model, self.args)
+        elif self.args.optim_args and _same_without_optim_args(self.args, model or self.model):
+            optim = OptimizerNames(self.args.optim).value
+            raise UserError(f"training.optim_args changes nothing with optim {optim}; leave it out.")
+        return super().create_optimizer(model)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """As Trainer's.
 
         Raises:
-            UserError: there is no such schedule, or not with such arguments.
+            UserError: what the libraries find in the settings as they make the optimizer, the schedule and the batches,
+                and take the first step.
         """
-        with rejected():
-            return super().create_scheduler(num_training_steps, optimizer)
+        try:
+            return super().train(resume_from_checkpoint, **options)
+        except Exception:
+            if resume_from_checkpoint or self.state.global_step:
+                raise
+            with rejected("training", self._settings):
+                raise
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """As Trainer's, with the gradient where the run's method takes it.

@@ -1,0 +1,260 @@
+"""The sections of a recipe that mirror a library's own settings: types, ranges, and what a recipe may not set."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval
+from peft import AdaLoraConfig
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model
+from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
+from transformers import TrainingArguments
+
+from lora_ggpo.perturbation import GGPOConfig
+
+ADAPTER_DEFAULT: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "train_sampling_strategy": "group_by_length",
+    "dataloader_pin_memory": False,
+}
+"""What a run uses where the recipe's ``training`` says nothing; everything else is transformers' own default."""
+
+# --- ranges --------------------------------------------------------------------------------------------------------
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
+
+
+_Pattern = Annotated[str, AfterValidator(_regular_expression)]
+_Count = Annotated[int, BeforeValidator(_number), Ge(1)]
+_AboveZero = Annotated[float, BeforeValidator(_number), Gt(0)]
+_SHARE, _INNER_SHARE = Interval(ge=0, lt=1), Interval(gt=0, lt=1)
+
+# Values outside these the libraries take without a word, or answer with a traceback.
+_ADAPTER_RANGES: dict[str, Any] = {
+    **dict.fromkeys(("r", "init_r", "deltaT", "qalora_group_size"), Ge(1)),
+    **dict.fromkeys(("tinit", "tfinal", "orth_reg_weight"), Ge(0)),
+    **dict.fromkeys(("beta1", "beta2"), _INNER_SHARE),
+    "lora_alpha": Gt(0),
+    "lora_dropout": _SHARE,
+}
+_TRAINING_RANGES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), Ge(1)
+    ),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_steps"), Ge(0)),
+    **dict.fromkeys(("save_total_limit", "dataloader_num_workers", "neftune_noise_alpha"), Ge(0)),
+    **dict.fromkeys(("gradient_accumulation_steps", "dataloader_prefetch_factor", "torch_empty_cache_steps"), Ge(1)),
+    **dict.fromkeys(("num_train_epochs", "adam_epsilon", "logging_steps", "ddp_timeout", "ddp_bucket_cap_mb"), Gt(0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _SHARE),
+}
+_INITS = r"^(gaussian|pissa|pissa_niter_[0-9]{1,3}|olora|eva|corda|lora_ga|loftq|orthogonal|mica)$"
+_ADAPTER_TYPES: dict[str, Any] = {
+    # peft's annotation knows neither lora_ga nor a number in pissa_niter_N.
+    "init_lora_weights": Annotated[str, Field(pattern=_INITS)] | bool,
+    "target_modules": list[str] | _Pattern | None,
+    "exclude_modules": list[str] | _Pattern | None,
+    "layers_pattern": list[_Pattern] | _Pattern | None,
+    "layers_to_transform": list[Annotated[int, Ge(0)]] | Annotated[int, Ge(0)] | None,
+    "rank_pattern": dict[_Pattern, _Count] | None,
+    "alpha_pattern": dict[_Pattern, _AboveZero] | None,
+    "trainable_token_indices": list[Annotated[int, Ge(0)]] | dict[str, list[Annotated[int, Ge(0)]]] | None,
+}
+_TRAINING_TYPES: dict[str, Any] = {
+    "train_sampling_strategy": Literal["group_by_length", "random", "sequential"],
+    "accelerator_config": dict[str, Any] | None,  # not the path of a file
+    "include_num_input_tokens_seen": Literal["all", "non_padding", "no"] | bool,
+}
+
+# --- what the recipe may not set -----------------------------------------------------------------------------------
+
+_BY_TASK = "the task and the model set it"
+_ADAPTER_OWNED = dict.fromkeys(
+    ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"), _BY_TASK
+) | {
+    "inference_mode": "training needs it off",
+    "runtime_config": "it is not part of an adapter",
+    "arrow_config": "it routes between adapters that are trained already",
+    "total_step": "the number of steps of the run sets it",
+    "target_r": "it is adapter.r",
+}
+
+_EVALUATION = "evaluation is done after training, and every validate_every steps if the recipe says so"
+_HUB = "nothing is uploaded; push the adapter folder yourself"
+_LOGGING = "the run folder holds the log and the plot"
+_COLUMNS = "the task chooses the columns"
+_RESUMES = "an unfinished run resumes by itself"
+_DDP = "a recipe is trained with DDP; docs/integration.md shows FSDP2 and DeepSpeed in a script of your own"
+_TRAINING_OWNED = {
+    "output_dir": "the recipe's output sets it",
+    "seed": "the recipe's seeds set it",
+    "data_seed": "the recipe's seeds set the order of the data",
+    **dict.fromkeys(("resume_from_checkpoint", "restore_callback_states_from_checkpoint"), _RESUMES),
+    "ignore_data_skip": "a resumed run must see the batches it has not seen yet",
+    "save_only_model": "a run must be able to resume",
+    "auto_find_batch_size": "a run must be able to resume with the same batches",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    **dict.fromkeys(("remove_unused_columns", "length_column_name", "label_names"), _COLUMNS),
+    **dict.fromkeys(
+        [
+            *("do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+            *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "batch_eval_metrics"),
+            *("include_for_metrics", "prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"),
+            *("greater_is_better", "bf16_full_eval", "fp16_full_eval"),
+        ],
+        _EVALUATION,
+    ),
+    **dict.fromkeys(("report_to", "disable_tqdm", "run_name", "project"), _LOGGING),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _DDP),
+    "local_rank": "torchrun sets it",
+    "enable_jit_checkpoint": "a run that is asked to stop saves a checkpoint in any case",
+    "debug": "a loss that is not finite stops the run, and --debug shows tracebacks",
+    "logging_strategy": "use logging_steps",
+    "save_strategy": "use save_steps",
+}
+
+
+def adapter_owned(name: str) -> str | None:
+    """Why ``adapter.name`` is not the recipe's to set, or None."""
+    return _ADAPTER_OWNED.get(name)
+
+
+def training_owned(name: str) -> str | None:
+    """Why ``training.name`` is not the recipe's to set, or None."""
+    if name.startswith(("push_to_hub", "hub_", "trackio_")):
+        return _HUB
+    return _TRAINING_OWNED.get(name)
+
+
+# --- sections ------------------------------------------------------------------------------------------------------
+
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _mirror(
+    name: str,
+    cls: type,
+    owned: Callable[[str], str | None] = lambda _: None,
+    ranges: Mapping[str, Any] | None = None,
+    types: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **further: tuple[Any, Any],
+) -> type[BaseModel]:
+    """A pydantic model with the fields of dataclass `cls`, so that they are checked and described like our own.
+
+    Args:
+        owned: Says which fields are left out.
+        ranges: Of numbers, by field.
+        types: Those that are narrower or wider than the dataclass's.
+        defaults: Those that differ from the dataclass's.
+        further: Fields that it has not.
+    """
+    hints = typing.get_type_hints(cls) | dict(types or {})
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.init and not owned(field.name):
+            default = None if field.default is dataclasses.MISSING else field.default
+            hint = _ranged(_describable(hints[field.name]), (ranges or {}).get(field.name))
+            shown = (defaults or {}).get(field.name, default)
+            description = field.metadata.get("help")
+            fields[field.name] = (hint | None if default is None else hint, Field(shown, description=description))
+    return create_model(name, __config__=_STRICT, **(fields | further))
+
+
+def _describable(hint: Any) -> Any:
+    """`hint`, or Any where pydantic cannot express the type."""
+    if hint is float:
+        return float | int  # a whole number stays one: transformers' step counts are declared as floats
+    members = typing.get_args(hint)
+    if str in members and any(isinstance(member, type) and issubclass(member, Enum) for member in members):
+        return typing.Union[tuple(member for member in members if member is not str)]  # noqa: UP007  built from parts
+    try:
+        TypeAdapter(hint).json_schema()
+    except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
+        return Any
+    return hint
+
+
+def _ranged(hint: Any, interval: Any) -> Any:
+    """`hint` with its numbers in `interval`; true and false are no numbers."""
+    members = set(typing.get_args(hint)) or {hint}
+    if not members & {int, float} or bool in members:
+        return hint
+    bounds = (BeforeValidator(_number), *([interval] if interval else []))
+    ranged = [Annotated[m, *bounds] if m in (int, float) else m for m in typing.get_args(hint) or (hint,)]
+    return typing.Union[tuple(ranged)]  # noqa: UP007  built from parts
+
+
+if typing.TYPE_CHECKING:
+
+    class AdapterFields(BaseModel): ...
+
+    class GGPOFields(BaseModel): ...
+
+    class TrainingFields(BaseModel): ...
+
+else:
+    AdapterFields = _mirror(
+        "AdapterFields",
+        AdaLoraConfig,  # LoraConfig and what AdaLoRA adds
+        adapter_owned,
+        _ADAPTER_RANGES,
+        _ADAPTER_TYPES,
+        type=(Literal["lora", "adalora"], Field("lora", description="adalora: r is the average rank in the end.")),
+    )
+    GGPOFields = _mirror("GGPOFields", GGPOConfig)
+    TrainingFields = _mirror(
+        "TrainingFields", TrainingArguments, training_owned, _TRAINING_RANGES, _TRAINING_TYPES, TRAINING_DEFAULTS
+    )
+
+
+class OptimizerFields(BaseModel):
+    """An optimizer of peft's for LoRA; the learning rate and weight decay are those of ``training``."""
+
+    model_config = _STRICT
+
+    kind: Literal["lora-plus", "lora-fa"] = Field(description="lora-plus (2402.12354) or lora-fa (2308.03303).")
+    lr_ratio: float = Field(16.0, ge=1, description="lora-plus: learning rate of B in units of that of A.")
+
+
+class SAMFields(BaseModel):
+    """Sharpness-aware minimisation: a second forward and backward pass at a worse point (arXiv 2010.01412)."""
+
+    model_config = _STRICT
+
+    rho: float = Field(0.05, gt=0, description="Distance of the worse point.")
+    space: Literal["adapter", "weights"] = Field(
+        "adapter", description="What is moved: A and B (all parameters without an adapter), or W0 + s B A."
+    )
+
+
+class MGPOFields(BaseModel):
+    """LoRA-MGPO: the gradient is taken ahead along the optimizer's momentum (arXiv 2502.14538v2)."""
+
+    model_config = _STRICT
+
+    rho: float = Field(0.05, gt=0, description="Largest distance of that point.")
