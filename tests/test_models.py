@@ -321,7 +321,10 @@ def test_no_adapter_means_full_fine_tuning(encoder):
     ("adapter", "sentence"),
     [
         ({"target_modules": ["q_proj"]}, "matches no layer .* called classifier, dense, key, query, value"),
-        ({"init_lora_weights": "nonsense", "target_modules": ["query"]}, r"adapter.init_lora_weights is rejected by peft: .*nonsense"),
+        (
+            {"init_lora_weights": "nonsense", "target_modules": ["query"]},
+            r"adapter.init_lora_weights is rejected by peft: .*nonsense",
+        ),
         ({"init_lora_weights": "eva"}, "needs training data"),
     ],
 )

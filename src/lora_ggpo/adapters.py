@@ -223,7 +223,8 @@ def _warn_of_what_cannot_be_merged(model: PeftModel) -> None:
     The smallest layer of each kind is merged, as a copy; quantised weights are merged unquantised in the end.
     """
     layers: dict[tuple[Any, ...], BaseTunerLayer] = {}
-    for layer in sorted((part for part in model.modules() if isinstance(part, BaseTunerLayer)), key=_size):
+    adapted: list[BaseTunerLayer] = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in sorted(adapted, key=_size):
         base = layer.get_base_layer()
         if type(getattr(base, "weight", None)) is nn.Parameter:
             layers.setdefault((type(layer), type(base), getattr(base, "bias", None) is None), layer)
@@ -231,7 +232,7 @@ def _warn_of_what_cannot_be_merged(model: PeftModel) -> None:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                copy.deepcopy(layer).merge()  # type: ignore[operator]
+                copy.deepcopy(layer).merge()
         except (NotImplementedError, RuntimeError, ValueError) as error:
             warnings.warn(
                 f"This adapter can be trained and used, but not merged: {first_sentence(error)}", stacklevel=3

@@ -73,7 +73,9 @@ def rejected(section: str, settings: Collection[str] = ()) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:
-        library = _raised_by(error)
+        library, _, part = _raised_by(error).partition(".")
+        if library == __package__ and part.startswith("perturbation") and isinstance(error, ValueError):
+            raise UserError(f"ggpo: {first_sentence(error)}") from error  # what the method documents that it raises
         if library == __package__ or lacks_memory(error):
             raise
         named = next((word for word in re.findall(r"\w+", str(error)) if word in settings), None)
@@ -83,6 +85,6 @@ def rejected(section: str, settings: Collection[str] = ()) -> Iterator[None]:
 
 
 def _raised_by(error: BaseException) -> str:
-    """The package whose code raised `error`, by itself or in Python's own library."""
-    frames = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
-    return next((name for name in reversed(frames) if name not in sys.stdlib_module_names), "Python")
+    """The module whose code raised `error`, by itself or in Python's own library."""
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(error.__traceback__)]
+    return next((name for name in reversed(modules) if name.partition(".")[0] not in sys.stdlib_module_names), "Python")

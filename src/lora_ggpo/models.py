@@ -12,7 +12,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -123,7 +129,20 @@ def locate(name: str) -> tuple[str, str | None]:
         return _locate_in_folder(path)
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or name.count("/") > 1:
         raise UserError(f"Model {name!r}: there is no such folder.")
+    _check_hub_id(name)
     return name, None
+
+
+def _check_hub_id(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        tagged = "@" in name or ":" in name
+        hint = "; a revision or tag cannot be chosen: get it with `hf download` and give the folder" if tagged else ""
+        raise UserError(
+            f"Model {name!r} is no folder here, and no hub id, which is owner/name in letters, digits, -, _ and ."
+            f"{hint}."
+        ) from error
 
 
 def _locate_bundled(name: str) -> tuple[str, str | None]:

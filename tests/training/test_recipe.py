@@ -8,7 +8,8 @@ from transformers import TrainingArguments
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.perturbation import GGPOConfig
-from lora_ggpo.training.recipe import TRAINING_DEFAULTS, dump_yaml, json_schema, load_recipe, parse_recipe
+from lora_ggpo.training.recipe import dump_yaml, json_schema, load_recipe, parse_recipe
+from lora_ggpo.training.settings import TRAINING_DEFAULTS
 
 TEXT = """\
 model: minilm

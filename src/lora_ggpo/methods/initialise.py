@@ -119,7 +119,7 @@ def _check_ranks(model: PreTrainedModel, config: LoraConfig) -> None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and check_target_module_exists(config, name):
-            pattern: dict[str, int] = config.rank_pattern
+            pattern: dict[str, int] = config.rank_pattern or {}
             r, side = pattern.get(get_pattern_key(list(pattern), name), config.r), min(weight.shape)
             if directions * r > side:
                 raise UserError(

@@ -126,14 +126,13 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
         UserError: bad input, as `train` finds it, or not enough memory.
     """
     quiet_libraries()
-    splits = load_splits(recipe.task, recipe.data)
     with (
         tempfile.TemporaryDirectory(prefix="lora-ggpo-") as folder,
         recipe.located(),
         memory_errors(recipe, "per_device_train_batch_size"),
     ):
         args = training_arguments(recipe, Path(folder), recipe.seeds[0])
-        return _forecast(recipe, args, splits, steps, reporter)
+        return _forecast(recipe, args, load_splits(recipe.task, recipe.data), steps, reporter)
 
 
 def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: int, reporter: Reporter) -> Forecast:

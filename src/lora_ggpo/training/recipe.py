@@ -204,10 +204,10 @@ class Recipe(BaseModel):
             yield
         except UserError as error:
             message = str(error)
-            path: KeyPath = tuple(message.split(" ", 1)[0].rstrip(":,").split("."))
-            if self._source is None or path[0] not in Recipe.model_fields:
+            section, *within = message.split(" ", 1)[0].rstrip(":,").split(".")
+            if self._source is None or section.lower() not in Recipe.model_fields:
                 raise
-            raise UserError(f"{self._source.where(path)}: {message}") from error
+            raise UserError(f"{self._source.where((section.lower(), *within))}: {message}") from error
 
 
 def _ggpo_problem(recipe: Recipe, ggpo: GGPOFields) -> str | None:
@@ -278,6 +278,11 @@ _OF_WORKERS = (
     "dataloader_multiprocessing_context",
 )
 _LORA, _ADALORA = ({field.name for field in dataclasses.fields(config)} for config in (LoraConfig, AdaLoraConfig))
+_IDLE_IN_ADALORA = (
+    *("rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config", "corda_config", "lora_ga_config"),
+    *("use_rslora", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "kasa_config"),
+    "alora_invocation_tokens",
+)
 _DEFAULT_RANK: int = LoraConfig().r
 _IDLE_IN_TASK = {
     "classification": ("template", "label_words", "chat_template", "too_long"),
@@ -322,9 +327,8 @@ def _adapter_problem(recipe: Recipe, adapter: AdapterFields) -> str | None:
     init_r, r = fields.get("init_r"), fields.get("r", _DEFAULT_RANK)
     if init_r is not None and init_r < r:
         return f".init_r is the rank AdaLoRA starts from: it must be at least adapter.r, {r}, not {init_r}"
-    if fields.get("rank_pattern"):
-        return ".rank_pattern changes nothing, since AdaLoRA chooses the ranks; leave it out"
-    return None
+    idle = _changed(adapter, _IDLE_IN_ADALORA)
+    return f".{idle[0]} is none of AdaLoRA's settings; leave it out" if idle else None
 
 
 _NEEDS: dict[str, typing.Callable[[Recipe, Any], str | None]] = {
@@ -424,8 +428,9 @@ def _explain(source: Source, error: ValidationError) -> str:
     unknown = next((one for one in errors if one["type"] == "extra_forbidden"), None)
     if unknown:
         return _explain_unknown(source, unknown["loc"])
-    first = errors[0]
-    path = _written(source, first["loc"])
+    path = _written(source, errors[0]["loc"])
+    # Of the members of a union, the one that the value is of has more to say than that it is none of the others.
+    first = next((e for e in errors if e["type"] == "value_error" and e["loc"][: len(path)] == path), errors[0])
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
     for pydantic, ours in _WORDING.items():
         message = message.replace(pydantic, ours)

@@ -49,8 +49,9 @@ def _number(value: Any) -> Any:
 
 
 _Pattern = Annotated[str, AfterValidator(_regular_expression)]
-_Count = Annotated[int, BeforeValidator(_number), Ge(1)]
-_AboveZero = Annotated[float, BeforeValidator(_number), Gt(0)]
+_Count = Annotated[int, Ge(1), BeforeValidator(_number)]
+_AboveZero = Annotated[float, Gt(0), BeforeValidator(_number)]
+_Index = Annotated[int, Ge(0), BeforeValidator(_number)]
 _SHARE, _INNER_SHARE = Interval(ge=0, lt=1), Interval(gt=0, lt=1)
 
 # Values outside these the libraries take without a word, or answer with a traceback.
@@ -78,10 +79,10 @@ _ADAPTER_TYPES: dict[str, Any] = {
     "target_modules": list[str] | _Pattern | None,
     "exclude_modules": list[str] | _Pattern | None,
     "layers_pattern": list[_Pattern] | _Pattern | None,
-    "layers_to_transform": list[Annotated[int, Ge(0)]] | Annotated[int, Ge(0)] | None,
+    "layers_to_transform": list[_Index] | _Index | None,
     "rank_pattern": dict[_Pattern, _Count] | None,
     "alpha_pattern": dict[_Pattern, _AboveZero] | None,
-    "trainable_token_indices": list[Annotated[int, Ge(0)]] | dict[str, list[Annotated[int, Ge(0)]]] | None,
+    "trainable_token_indices": list[_Index] | dict[str, list[_Index]] | None,
 }
 _TRAINING_TYPES: dict[str, Any] = {
     "train_sampling_strategy": Literal["group_by_length", "random", "sequential"],
@@ -204,7 +205,7 @@ def _ranged(hint: Any, interval: Any) -> Any:
     members = set(typing.get_args(hint)) or {hint}
     if not members & {int, float} or bool in members:
         return hint
-    bounds = (BeforeValidator(_number), *([interval] if interval else []))
+    bounds = (*([interval] if interval else []), BeforeValidator(_number))
     ranged = [Annotated[m, *bounds] if m in (int, float) else m for m in typing.get_args(hint) or (hint,)]
     return typing.Union[tuple(ranged)]  # noqa: UP007  built from parts
 

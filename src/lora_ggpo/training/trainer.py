@@ -122,7 +122,7 @@ class RunTrainer(Trainer):
             raise UserError(f"training.optim_args changes nothing with optim {optim}; leave it out.")
         return super().create_optimizer(model)
 
-    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """As Trainer's.
 
         Raises:
@@ -130,7 +130,7 @@ class RunTrainer(Trainer):
                 and take the first step.
         """
         try:
-            return super().train(resume_from_checkpoint, **options)
+            return super().train(resume_from_checkpoint, *arguments, **options)
         except Exception:
             if resume_from_checkpoint or self.state.global_step:
                 raise
