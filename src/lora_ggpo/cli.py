@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import shlex
@@ -17,6 +16,7 @@ import typer
 from rich.console import Console
 
 from lora_ggpo.errors import DivergedError, UserError
+from lora_ggpo.paths import expanded
 from lora_ggpo.training.ranks import is_first
 
 if TYPE_CHECKING:
@@ -33,11 +33,33 @@ app = typer.Typer(
 
 USER_ERROR, INTERRUPTED = 2, 130
 
+
+def place(text: str) -> str:
+    """What a user names that may be a path, or not."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} {error}.") from error
+
+
+def path(text: str | Path) -> Path:
+    """A path that a user names; typer hands over its own defaults as well."""
+    return Path(place(str(text)))
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show Python tracebacks and the libraries' own messages.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, such as training.max_steps=50 or 'seeds=[0,1,2]'.")
 ]
-RunFolder = Annotated[Path, typer.Argument(help="A run folder: an output folder, or seed-N in it.")]
+RecipeFile = Annotated[Path, typer.Argument(parser=path, help="A YAML recipe; `lora-ggpo schema` describes it.")]
+MethodsRecipe = Annotated[
+    Path, typer.Argument(parser=path, help="A YAML recipe; methods change its adapter, ggpo and optimizer.")
+]
+RunFolder = Annotated[Path, typer.Argument(parser=path, help="A run folder: an output folder, or seed-N in it.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", parser=place, help="Of a run: where its base model lies now; it must be the same one."),
+]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")]
 Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster to run on instead.")]
 RayCpus = Annotated[int, typer.Option(min=0, help="Cores of a run on the cluster.")]
@@ -46,6 +68,9 @@ RayGpus = Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluste
 
 def main() -> None:
     """Entry point of ``lora-ggpo``: exits with 2 on bad input and 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal, or its locale, may not know every character
     try:
         app()
     except KeyboardInterrupt:
@@ -54,7 +79,7 @@ def main() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `lora-ggpo schema` describes it.")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -74,7 +99,7 @@ def train(
 
 @app.command(name="plan")
 def forecast(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `lora-ggpo schema` describes it.")],
+    recipe: RecipeFile,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to time, after two that warm up.")] = 5,
     debug: Debug = False,
@@ -100,18 +125,22 @@ def evaluate(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run folder, or seed-N in it; with --suite also a model: bundled name, folder or hub id."
+            parser=place,
+            help="A run folder, or seed-N in it; with --suite also a model: bundled name, folder or hub id.",
         ),
     ],
     on: Annotated[
         str | None,
-        typer.Option(help="Data to score on instead of the run's own: bundled name, file, folder or hub id."),
+        typer.Option(
+            parser=place, help="Data to score on instead of the run's own: bundled name, file, folder or hub id."
+        ),
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="Generate and score: gsm8k, humaneval, mt-bench, or harness:TASK.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Problems: a file, folder or hub id; of a harness, a folder of task files.")
+        str | None,
+        typer.Option(parser=place, help="Problems: a file, folder or hub id; of a harness, a folder of task files."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Problems to do, from the first on; all by default.")] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each problem (1).")] = None,
@@ -121,11 +150,12 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Of the draws (0).")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Answers generated at a time (16).")] = None,
     judge: Annotated[
-        str | None, typer.Option(help="mt-bench: address of an OpenAI-compatible server, or a model or run.")
+        str | None,
+        typer.Option(parser=place, help="mt-bench: address of an OpenAI-compatible server, or a model or run."),
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="The model's name on that server.")] = None,
     judge_prompts: Annotated[
-        str | None, typer.Option(help="FastChat's judge_prompts.jsonl, instead of our wording.")
+        str | None, typer.Option(parser=place, help="FastChat's judge_prompts.jsonl, instead of our wording.")
     ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Programs run, or questions to the judge, at a time (4).")
@@ -139,7 +169,10 @@ def evaluate(
     template: Annotated[
         str | None, typer.Option(help='Of a model: what goes around a question, such as "Q: {text}\\nA: ".')
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the results (RUN/seed-N/evaluation).")] = None,
+    output: Annotated[
+        str | None, typer.Option(parser=place, help="Folder of the results (RUN/seed-N/evaluation).")
+    ] = None,
+    base: Base = None,
     debug: Debug = False,
 ) -> None:
     """Score a finished run again, on other data, or by what it generates; resumes what is unfinished."""
@@ -162,39 +195,49 @@ def evaluate(
         "output": output,
     }
     with _errors(debug):
-        evaluations = _evaluate_sets(run, on, asked) if suite is None else _evaluate_suite(run, on, suite, asked)
+        if suite is None:
+            evaluations = _evaluate_sets(run, on, asked, base)
+        else:
+            evaluations = _evaluate_suite(run, on, suite, asked, base)
         from lora_ggpo.report.tables import metrics_table
 
         _stdout().print(metrics_table(evaluations))
 
 
-def _evaluate_sets(run: str, on: str | None, asked: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
+def _evaluate_sets(
+    run: str, on: str | None, asked: dict[str, Any], base: str | None
+) -> list[dict[str, dict[str, Any]]]:
     given = next((name for name, value in asked.items() if value is not None), None)
     if given:
         raise UserError(f"--{given.replace('_', '-')} is for what a run generates: give --suite as well.")
     from lora_ggpo.training.reuse import evaluate_run
     from lora_ggpo.training.run import find_runs
 
-    return [evaluate_run(one.folder, on) for one in find_runs(Path(run))]
+    return [evaluate_run(one.folder, on, base=base) for one in find_runs(Path(run))]
 
 
-def _evaluate_suite(run: str, on: str | None, suite: str, asked: dict[str, Any]) -> list[dict[str, dict[str, Any]]]:
+def _evaluate_suite(
+    run: str, on: str | None, suite: str, asked: dict[str, Any], base: str | None
+) -> list[dict[str, dict[str, Any]]]:
     if on is not None:
         raise UserError("--on is for the run's own scores; the problems of a suite are given as --data.")
     from lora_ggpo.evaluation.suites import Options, evaluate_suite
     from lora_ggpo.training.progress import Reporter
 
-    return evaluate_suite(run, suite, Options(**asked), Reporter())
+    return evaluate_suite(run, suite, Options(**asked), Reporter(), base)
 
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A run folder with one seed, a bundled model, a folder or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(parser=place, help="A run folder with one seed, a bundled model, a folder or a hub id.")
+    ],
     system: Annotated[str | None, typer.Option(help="System message that each conversation begins with.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the tokens that hold this probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    base: Base = None,
     debug: Debug = False,
 ) -> None:
     """Try a run or a model in the terminal, or on the lines of a pipe."""
@@ -210,20 +253,21 @@ def chat(
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")  # a pipe may hold anything
-        run_chat(Chat(load_target(targets[0]), sampling, system), sys.stdin, Reporter().say)
+        run_chat(Chat(load_target(targets[0], base=base), sampling, system), sys.stdin, Reporter().say)
 
 
 @app.command()
 def merge(
-    run: Annotated[Path, typer.Argument(help="A run folder with one seed, or seed-N in it.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    run: Annotated[Path, typer.Argument(parser=path, help="A run folder with one seed, or seed-N in it.")],
+    out: Annotated[Path, typer.Argument(parser=path, help="The folder to write.")],
+    base: Base = None,
     debug: Debug = False,
 ) -> None:
     """Fold a run's adapter into the model's weights and save the plain model."""
     with _errors(debug):
-        from lora_ggpo.training.reuse import merge_run
+        from lora_ggpo.training.merge import merge_run
 
-        merged = merge_run(run, out)
+        merged = merge_run(run, out, base)
         print(f"Merged model: {out}")
         reach = f"(logits reach {merged.largest:.2g})"
         print(f"Its logits differ from the adapter's by at most {merged.difference:.1e} {reach}.")
@@ -264,7 +308,9 @@ def schema(debug: Debug = False) -> None:
 @app.command()
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    output: Annotated[Path, typer.Option(help="Folder of the runs, the table and the figure.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs, the table and the figure.")] = Path(
+        "runs/demo"
+    ),
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -283,7 +329,7 @@ def demo(
 
 @app.command()
 def compare(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; methods change its adapter, ggpo and optimizer.")],
+    recipe: MethodsRecipe,
     overrides: Overrides = None,
     methods: Annotated[
         str,
@@ -295,7 +341,9 @@ def compare(
         list[str] | None, typer.Option(help="Data settings to compare in, such as data.label_noise=0,0.3; repeatable.")
     ] = None,
     metric: Annotated[str | None, typer.Option(help="What is compared and tuned for.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/compare"),
+    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs and the report.")] = Path(
+        "runs/compare"
+    ),
     jobs: Jobs = 1,
     ray: Ray = None,
     ray_cpus: RayCpus = 1,
@@ -320,7 +368,7 @@ def compare(
 
 @app.command()
 def study(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; methods change its adapter, ggpo and optimizer.")],
+    recipe: MethodsRecipe,
     overrides: Overrides = None,
     methods: Annotated[
         str, typer.Option(help="Methods, such as lora,ggpo, or recipe; `lora-ggpo methods` lists them.")
@@ -332,7 +380,7 @@ def study(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method in each setting.")] = 5,
-    output: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path("runs/study"),
+    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs and the report.")] = Path("runs/study"),
     jobs: Jobs = 1,
     ray: Ray = None,
     ray_cpus: RayCpus = 1,
@@ -357,7 +405,9 @@ def study(
 
 @app.command()
 def sharpness(
-    runs: Annotated[list[Path], typer.Argument(help="Finished runs, or folders of seeds; the first is the baseline.")],
+    runs: Annotated[
+        list[Path], typer.Argument(parser=path, help="Finished runs, or folders of seeds; the first is the baseline.")
+    ],
     on: Annotated[Literal["train", "validation", "test"], typer.Option(help="Set to measure the loss on.")] = "train",
     rows: Annotated[int, typer.Option(min=1, help="Rows of it, at most.")] = 64,
     space: Annotated[
@@ -369,7 +419,10 @@ def sharpness(
     eigenvalues: Annotated[int, typer.Option(min=0, help="Top Hessian eigenvalues; 0 leaves the Hessian out.")] = 3,
     products: Annotated[int, typer.Option(min=9, help="Hessian products for eigenvalues, and for the density.")] = 45,
     plane: Annotated[int, typer.Option(min=0, help="Points a side of a two-dimensional slice; 0 draws none.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder of the measurements and figures.")] = Path("runs/sharpness"),
+    output: Annotated[Path, typer.Option(parser=path, help="Folder of the measurements and figures.")] = Path(
+        "runs/sharpness"
+    ),
+    base: Base = None,
     debug: Debug = False,
 ) -> None:
     """Measure how sharp the minima of RUNS are: rise of the loss under noise, at worst, and the Hessian."""
@@ -391,7 +444,7 @@ def sharpness(
             products=products,
             plane=plane,
         )
-        measure_runs(runs, settings, output, Reporter())
+        measure_runs(runs, settings, output, Reporter(), base)
         report = write_sharpness_report(output)
         _stdout().print(report.table)
         print("\n".join(report.verdicts))
@@ -477,13 +530,12 @@ def _errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         _stop(str(error) or "Interrupted.", INTERRUPTED, debug)
     except OSError as error:
-        from lora_ggpo.training.files import is_disk_full
+        from lora_ggpo.training.files import refusal
 
-        if error.errno == errno.ENAMETOOLONG:
-            _stop(f"error: {error.filename} is too long a name; give a shorter one.", USER_ERROR, debug)
-        if not is_disk_full(error):
+        refused = refusal(error)
+        if refused is None:
             raise
-        _stop("error: The disk is full; free some space and give the same command again.", USER_ERROR, debug)
+        _stop(f"error: {refused}", USER_ERROR, debug)
 
 
 def _stop(message: str | None, code: int, debug: bool) -> None:

@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lora_ggpo.errors import UserError, causes, first_sentence
+from lora_ggpo.paths import absolute, expanded
 from lora_ggpo.quantise import Quantisation, loading_arguments, prepared
 
 TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "sft"]
@@ -114,6 +115,17 @@ def load_model(
 # --- finding and loading -------------------------------------------------------------------------------------------
 
 
+def settled(name: str) -> str:
+    """`name` as it means the same in any working directory: a local folder or file by its absolute path.
+
+    Raises:
+        ValueError: it is no path that can be.
+    """
+    path = expanded(name)
+    local = Path(path).is_dir() or path.startswith((".", "/")) or path.endswith(".gguf") or path.count("/") > 1
+    return absolute(path) if local and name not in BUNDLED else name
+
+
 def locate(name: str) -> tuple[str, str | None]:
     """Return what `from_pretrained` takes (a folder or a hub id) and the GGUF file in it, if any.
 
@@ -122,12 +134,15 @@ def locate(name: str) -> tuple[str, str | None]:
     """
     if name in BUNDLED:
         return _locate_bundled(name)
-    path = Path(name).expanduser()
+    try:
+        path = Path(settled(name))
+    except ValueError as error:
+        raise UserError(f"Model {name!r} {error}.") from error
     if path.suffix == ".gguf" and path.is_file():
         return _gguf(str(path.parent), path.name)
     if path.is_dir():
         return _locate_in_folder(path)
-    if path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".gguf" or name.count("/") > 1:
+    if path.is_absolute():
         raise UserError(f"Model {name!r}: there is no such folder.")
     _check_hub_id(name)
     return name, None

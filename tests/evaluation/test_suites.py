@@ -10,8 +10,8 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import humaneval, suites
 from lora_ggpo.evaluation.suites import Options, evaluate_suite
 from lora_ggpo.evaluation.target import load_target
+from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.reuse import merge_run
 
 from .test_judge import reply, serving
 

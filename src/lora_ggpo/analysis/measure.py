@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from lora_ggpo.analysis.landscape import between, filter_direction, line, plane
-from lora_ggpo.analysis.point import Point, Space, load_point
+from lora_ggpo.analysis.point import Point, Space, check_space, load_point
 from lora_ggpo.analysis.sharpness import (
     Estimate,
     Hessian,
@@ -71,15 +71,21 @@ class Settings:
     plane: int = 0
 
 
-def measure_runs(paths: Sequence[Path], settings: Settings, output: Path, reporter: Reporter) -> None:
+def measure_runs(
+    paths: Sequence[Path], settings: Settings, output: Path, reporter: Reporter, base: str | None = None
+) -> None:
     """Measure the runs at `paths` (each one run, or a folder of seeds) into ``output/points/*.json``.
 
     What is there of the same run, as it is now, is not measured again. ``output/measured.json`` then lists the runs of
-    this call in its order, which a report is of.
+    this call in its order, which a report is of. A run without an adapter is measured in the space of the weights.
+
+    Args:
+        base: Where the runs' base model lies now, if it has moved.
 
     Raises:
-        UserError: a path is no finished run, a run is given twice, two are of different base models, a loss under
-            noise is not finite, or the folder holds other settings.
+        UserError: a path is no finished run, a run is given twice, two are of different base models, one is of
+            quantised weights or has none of the spaces, a loss under noise is not finite, or the folder holds other
+            settings.
     """
     quiet_libraries()
     with disk_errors(output):
@@ -88,13 +94,16 @@ def measure_runs(paths: Sequence[Path], settings: Settings, output: Path, report
             _claim(output, settings)
             runs = named_runs(paths)
             _check_one_model([run.folder for seeds in runs.values() for run in seeds.values()])
-            measure_once = partial(_measured, settings=settings, output=output, reporter=reporter)
+            own = {
+                run.folder: _settings_of(run, settings, reporter) for seeds in runs.values() for run in seeds.values()
+            }
+            measure_once = partial(_measured, output=output, reporter=reporter, base=base)
             measured = [
-                {"label": label, "seed": seed, "file": measure_once(run, f"{label}/seed-{seed}")}
+                {"label": label, "seed": seed, "file": measure_once(run, f"{label}/seed-{seed}", own[run.folder])}
                 for label, seeds in runs.items()
                 for seed, run in seeds.items()
             ]
-            lines = list(_joined(runs, settings, output, reporter))
+            lines = list(_joined(runs, settings, output, reporter, base))
             write_json(output / "measured.json", {"runs": measured, "lines": lines})
 
 
@@ -126,12 +135,24 @@ def _check_one_model(folders: list[Path]) -> None:
             raise UserError(f"{folders[0]} and {folder} train different models; give runs of one.")
 
 
+def _settings_of(run: Run, settings: Settings, reporter: Reporter) -> Settings:
+    """What of `settings` can be measured of `run`."""
+    finished_metrics(run)
+    adapter = run.recipe["adapter"] is not None
+    if not adapter and settings.spaces == get_args(Space):
+        reporter.say(f"{run.folder} has no adapter: it is measured in the space of its weights alone.")
+        settings = dataclasses.replace(settings, spaces=("weights",))
+    for space in settings.spaces:
+        check_space(run.folder, space, adapter=adapter, quantise=run.recipe.get("quantise"))
+    return settings
+
+
 def _named_by(run: Path) -> Path:
     run = Path(os.path.abspath(run))  # not resolved: a link's name is the user's
     return run.parent if run.name.startswith("seed-") else run
 
 
-def _measured(run: Run, name: str, settings: Settings, output: Path, reporter: Reporter) -> str:
+def _measured(run: Run, name: str, settings: Settings, output: Path, reporter: Reporter, base: str | None) -> str:
     """The name in ``output/points`` of what is measured of `run`."""
     file = output / "points" / f"{identity(run)}.json"
     if file.is_file():
@@ -139,7 +160,7 @@ def _measured(run: Run, name: str, settings: Settings, output: Path, reporter: R
         return file.name
     with reporter.task(f"measure {name}") as task:
         began = time.monotonic()
-        found = measure(run.folder, settings, task)
+        found = measure(run.folder, settings, task, base)
         facts = {"folder": run.folder.as_posix(), "seconds": round(time.monotonic() - began, 1)}
         write_json(file, {**facts, **found})
     return file.name
@@ -150,12 +171,12 @@ def identity(run: Run) -> str:
     return json_digest([finished_metrics(run), read_json(run.folder / "data.json")])
 
 
-def measure(folder: Path, settings: Settings, task: Task) -> dict[str, Any]:
+def measure(folder: Path, settings: Settings, task: Task, base: str | None = None) -> dict[str, Any]:
     """Everything of `settings` about the run in `folder`, as JSON holds it."""
     progress = _Progress(task, settings)
     found: dict[str, Any] = {"measures": [], "spectra": {}, "slices": {}, "planes": {}}
     for space in settings.spaces:
-        point = load_point(folder, space, settings.split, settings.rows)
+        point = load_point(folder, space, settings.split, settings.rows, base=base)
         loss = Estimate(point.loss(point.parameters), 0.0)
         found["measures"] += [
             {"space": space, "measure": measure, "noise": noise, "size": size, **estimate.to_dict()}
@@ -252,7 +273,7 @@ def _slices(point: Point, settings: Settings, progress: _Progress) -> tuple[dict
 
 
 def _joined(
-    runs: Mapping[str, Mapping[int, Run]], settings: Settings, output: Path, reporter: Reporter
+    runs: Mapping[str, Mapping[int, Run]], settings: Settings, output: Path, reporter: Reporter, base: str | None
 ) -> Iterator[dict[str, Any]]:
     """Loss on the line from the first label's model of a seed to every other label's model of the same seed."""
     first, *others = runs
@@ -262,7 +283,8 @@ def _joined(
             ends = runs[first][seed], runs[other][seed]
             file = output / "points" / f"line-{'-'.join(map(identity, ends))}.json"
             if not file.is_file():
-                start, end = (load_point(run.folder, "weights", settings.split, settings.rows) for run in ends)
+                load = partial(load_point, space="weights", split=settings.split, rows=settings.rows, base=base)
+                start, end = (load(run.folder) for run in ends)
                 with reporter.task(f"line {first} to {other}, seed-{seed}"):
                     values = between(start, end, at)
                 write_json(file, {"at": at, "loss": values.tolist()})

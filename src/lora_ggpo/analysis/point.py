@@ -70,7 +70,9 @@ class Point:
         return total
 
 
-def load_point(folder: Path, space: Space, split: str, rows: int, batch_size: int = 32) -> Point:
+def load_point(
+    folder: Path, space: Space, split: str, rows: int, batch_size: int = 32, base: str | None = None
+) -> Point:
     """The trained model of a finished run as a point.
 
     Args:
@@ -78,16 +80,13 @@ def load_point(folder: Path, space: Space, split: str, rows: int, batch_size: in
             head for a run without one). ``"adapter"``: its A and B.
         split: Set of the run that L is measured on: train (its labels as trained on), validation or test.
         rows: At most as many rows, the same ones for every run on the data.
+        base: Where the run's base model lies now, if it has moved.
 
     Raises:
-        UserError: the run is unfinished, the split is empty, or it has no adapter and the space is the adapter's.
+        UserError: the run is unfinished, the split is empty, or there is no such space (see `check_space`).
     """
-    model, tokenizer, recipe, labels = load_trained(folder)
-    if recipe.quantise:
-        raise UserError(
-            f"{folder} was trained on weights in {recipe.quantise}, around which no sharpness is measured; "
-            "give runs without quantise."
-        )
+    model, tokenizer, recipe, labels = load_trained(folder, base=base)
+    check_space(folder, space, adapter=recipe.adapter is not None, quantise=recipe.quantise)
     task = recipe.task.for_labels(labels)
     sample = fixed_sample(getattr(load_splits(recipe.task, recipe.data), split), rows)
     if not len(sample):
@@ -99,8 +98,23 @@ def load_point(folder: Path, space: Space, split: str, rows: int, batch_size: in
     parts = (encoded.select(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
     batches = [{name: t.to(device) for name, t in collate(part.to_list()).items()} for part in parts]
     model = model.float().to(device)
-    plain, names = (_merged if space == "weights" else _adapter)(model, folder)
+    plain, names = (_merged if space == "weights" else _adapter)(model)
     return make_point(plain, names, batches)
+
+
+def check_space(folder: Path, space: Space, *, adapter: bool, quantise: str | None) -> None:
+    """Check that the run in `folder` has the parameters of `space`, and that they can be moved.
+
+    Raises:
+        UserError: it has no adapter and the space is the adapter's, or its weights are quantised.
+    """
+    if quantise:
+        raise UserError(
+            f"{folder} was trained on weights in {quantise}, around which no sharpness is measured; "
+            "give runs without quantise."
+        )
+    if space == "adapter" and not adapter:
+        raise UserError(f"{folder} has no adapter, so it has no adapter space; measure it with --space weights.")
 
 
 def make_point(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> Point:
@@ -116,7 +130,7 @@ def make_point(model: nn.Module, names: Sequence[str], batches: Sequence[Batch])
     return Point(model, parameters, row_dims, batches, [_count(batch["labels"], behind) for batch in batches])
 
 
-def _merged(model: Any, folder: Path) -> tuple[nn.Module, list[str]]:
+def _merged(model: Any) -> tuple[nn.Module, list[str]]:
     if isinstance(model, PeftModel):
         prefix = "base_model.model."
         names = [name.removeprefix(prefix) for name, part in model.named_modules() if isinstance(part, LoraLayer)]
@@ -129,9 +143,7 @@ def _merged(model: Any, folder: Path) -> tuple[nn.Module, list[str]]:
     ]
 
 
-def _adapter(model: Any, folder: Path) -> tuple[nn.Module, list[str]]:
-    if not isinstance(model, PeftModel):
-        raise UserError(f"{folder} has no adapter, so it has no adapter space; leave out --space adapter.")
+def _adapter(model: Any) -> tuple[nn.Module, list[str]]:
     return model, [name for name, p in model.named_parameters() if "lora_" in name and p.dim() == 2]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from lora_ggpo.data.sources import FURTHER_TESTS
+from lora_ggpo.data.sources import OWN_SETS, set_names, settled
 
-_OWN_SETS = {"train", "train-clean", "train-noisy", "validation", "test", *FURTHER_TESTS}
+_Source = Annotated[str, AfterValidator(settled)]
 
 
 class DataConfig(BaseModel):
@@ -17,7 +16,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field(
+    source: _Source = Field(
         min_length=1,
         description="A bundled set (movie-reviews, amazon-reviews), a .jsonl, .json, .csv, .tsv or .parquet file, "
         "a folder of train, validation and test files of these types, or a hub id.",
@@ -67,7 +66,7 @@ class DataConfig(BaseModel):
         0.0, ge=0, lt=1, description="Share of the training rows whose label is changed to another one."
     )
     noise_seed: int = Field(0, ge=0, description="Seed of the label noise; more noise contains the lesser.")
-    out_of_domain: list[str] = Field(
+    out_of_domain: list[_Source] = Field(
         [], description="Further sources with the same labels; their test split is an extra test set."
     )
 
@@ -77,10 +76,14 @@ class DataConfig(BaseModel):
             raise ValueError("validation_fraction and test_fraction must add up to less than 1")
         if self.columns is not None and (not self.columns or len(set(self.columns)) < len(self.columns)):
             raise ValueError("columns must be names that differ, one for each column of the file")
-        places = {os.path.normpath(source) for source in (self.source, *self.out_of_domain)}
-        if len(places) <= len(self.out_of_domain):
+        if len({self.source, *self.out_of_domain}) <= len(self.out_of_domain):
             raise ValueError("out_of_domain must name different sources, none of them the training source")
-        taken = sorted(_OWN_SETS & set(self.out_of_domain))
+        taken = sorted(OWN_SETS & set(self.set_names.values()))
         if taken:
             raise ValueError(f"out_of_domain has a source named {taken[0]}, as a set of the run's own is; rename it")
         return self
+
+    @property
+    def set_names(self) -> dict[str, str]:
+        """What the out-of-domain sets are called, by source."""
+        return set_names(self.out_of_domain, OWN_SETS)

@@ -45,7 +45,7 @@ class Splits:
     Attributes:
         train, validation, test: Rows in the order of the source.
         labels: The classes' names, which "label" indexes; None for completions.
-        out_of_domain: Extra test sets, by source, or by split if they come with the training data.
+        out_of_domain: Extra test sets, by the name of their source, or by split if they come with the training data.
     """
 
     train: datasets.Dataset
@@ -85,7 +85,8 @@ def load_classification(config: DataConfig) -> Splits:
         )
     train = _cut(parts["train"], parts["train"]["label"], config, tables[whole])
     train["label"], train["noisy"] = flip_labels(train["label"], len(classes), config.label_noise, config.noise_seed)
-    extra = further | {source: _dataset(_other_domain(source, config, classes)) for source in config.out_of_domain}
+    others = {name: _other_domain(source, config, classes) for source, name in config.set_names.items()}
+    extra = further | {name: _dataset(columns) for name, columns in others.items()}
     return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), classes, extra)
 
 
@@ -111,9 +112,9 @@ def load_completion(config: DataConfig) -> Splits:
     extra = _further_tests(read)
     parts = _three_splits(read, None, "messages" if chat else "prompt", config)
     train = _cut(parts["train"], [0] * len(parts["train"]["id"]), config, next(iter(tables.values())))
-    for source in config.out_of_domain:
+    for source, name in config.set_names.items():
         of_source = read_source(source, None, config.columns)
-        extra[source] = _dataset(read_completions(_test_table(of_source, lambda table: False), config))
+        extra[name] = _dataset(read_completions(_test_table(of_source, lambda table: False), config))
     return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), None, extra)
 
 

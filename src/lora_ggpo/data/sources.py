@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_ggpo.data.bundled import BUNDLED, read_bundled
@@ -13,9 +13,38 @@ from lora_ggpo.data.files import has_known_suffix, read_file, read_folder
 from lora_ggpo.data.hub import read_hub
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
+from lora_ggpo.paths import absolute, expanded
 
 ALL = "all"  # the one table of a source that has no splits
 FURTHER_TESTS = ("validation_mismatched",)  # splits that are test sets beside "test"
+OWN_SETS = frozenset({"train", "train-clean", "train-noisy", "validation", "test", *FURTHER_TESTS})
+"""Names of a run's own sets."""
+
+
+def settled(source: str) -> str:
+    """`source` as it means the same in any working directory: a local file or folder by its absolute path.
+
+    Raises:
+        ValueError: it is no path that can be.
+    """
+    path = expanded(source)
+    local = os.path.exists(path) or has_known_suffix(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
+    return absolute(path) if local and source not in BUNDLED else source
+
+
+def set_names(sources: Sequence[str], taken: Collection[str]) -> dict[str, str]:
+    """What sets of rows from `sources` are called: a path by its shortest end that tells it from all others.
+
+    Args:
+        taken: Names of other sets.
+    """
+    paths = {source: Path(source).parts for source in sources if os.path.isabs(source)}
+    for depth in range(1, 1 + max(map(len, paths.values()), default=0)):
+        names = {source: "/".join(parts[-depth:]) for source, parts in paths.items()}
+        others = {*taken, *(source for source in sources if source not in paths)}
+        if len(set(names.values())) == len(names) and not others & set(names.values()):
+            return {source: names.get(source, source) for source in sources}
+    return {source: source for source in sources}
 
 
 def read_source(source: str, subset: str | None = None, columns: Sequence[str] | None = None) -> dict[str, Table]:
@@ -30,10 +59,13 @@ def read_source(source: str, subset: str | None = None, columns: Sequence[str] |
     """
     if source in BUNDLED and columns is None:
         return read_bundled(source)
-    path = Path(os.path.expanduser(source))
+    try:
+        path = Path(settled(source))
+    except ValueError as error:
+        raise UserError(f"The data {source!r} {error}.") from error
     if os.path.isdir(path):
         return read_folder(path, columns)
-    if os.path.isfile(path) or has_known_suffix(source) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+    if path.is_absolute():
         return {ALL: read_file(path, columns)}
     if columns is not None:
         raise UserError(f"data.columns is for CSV and TSV files without a header, but {source} is none; drop it.")

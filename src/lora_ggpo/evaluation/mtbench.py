@@ -80,7 +80,7 @@ def load_problems(source: str | None) -> list[Problem]:
         raise UserError(
             "mt-bench needs its questions: give FastChat's llm_judge/data/mt_bench/question.jsonl as --data."
         )
-    table = read_file(Path(source).expanduser())
+    table = read_file(Path(source))
     table.require(("question_id", "category", "turns"), "; mt-bench takes FastChat's question.jsonl.")
     categories = table.texts("category", "category")
     references = table.columns.get("reference", [None] * len(table))

@@ -136,8 +136,13 @@ _COMMON = frozenset({"limit", "batch_size", "chat", "dtype", "template", "output
 _GENERATION = frozenset({"samples", "temperature", "top_p", "max_new_tokens", "seed"})
 
 
-def evaluate_suite(name: str, suite: str, options: Options, reporter: Reporter) -> list[dict[str, dict[str, Any]]]:
+def evaluate_suite(
+    name: str, suite: str, options: Options, reporter: Reporter, base: str | None = None
+) -> list[dict[str, dict[str, Any]]]:
     """Score the run, all seeds of a run, or the model `name`.
+
+    Args:
+        base: Where a run's base model lies now, if it has moved.
 
     Returns:
         {set: {metric: {"value", "se", "n"}}} for each seed.
@@ -148,7 +153,7 @@ def evaluate_suite(name: str, suite: str, options: Options, reporter: Reporter) 
     """
     row = _find(suite, options)
     targets = find_targets(name)
-    return [plain(_evaluate(one, suite, row, options, len(targets) > 1, reporter)) for one in targets]
+    return [plain(_evaluate(one, suite, row, options, len(targets) > 1, reporter, base)) for one in targets]
 
 
 def _find(suite: str, options: Options) -> Suite:
@@ -163,11 +168,13 @@ def _find(suite: str, options: Options) -> Suite:
     return row
 
 
-def _evaluate(name: str, suite: str, row: Suite, options: Options, several: bool, reporter: Reporter) -> Scores:
+def _evaluate(
+    name: str, suite: str, row: Suite, options: Options, several: bool, reporter: Reporter, base: str | None
+) -> Scores:
     given = {field.name: getattr(options, field.name, None) for field in fields(Sampling)}
     chosen = {"max_new_tokens": row.max_new_tokens} | {name: one for name, one in given.items() if one is not None}
     sampling = Sampling(**chosen)
-    target = load_target(name, chat=options.chat, dtype=options.dtype, template=options.template)
+    target = load_target(name, chat=options.chat, dtype=options.dtype, template=options.template, base=base)
     parent = Path(options.output) if options.output else target.folder
     folder = (parent / Path(name).name if several and options.output else parent) / file_name(suite)
     settings = _settings(suite, target, sampling)

@@ -87,7 +87,12 @@ def find_targets(name: str) -> list[str]:
 
 
 def load_target(
-    name: str, *, chat: bool | None = None, dtype: str | None = None, template: str | None = None
+    name: str,
+    *,
+    chat: bool | None = None,
+    dtype: str | None = None,
+    template: str | None = None,
+    base: str | None = None,
 ) -> Target:
     """Load a run folder with one seed, a bundled model, a model folder or a hub id.
 
@@ -95,6 +100,7 @@ def load_target(
         chat: Use the chat template; None does as the run was trained, and with a model if it has one.
         dtype: Type of a model's weights, "float32" by default; a run has its own.
         template: Goes around what a user asks, as task.template does in a recipe; a run has its own.
+        base: Where a run's base model lies now, if it has moved.
 
     Raises:
         UserError: the run is unfinished or of a task that generates nothing, or the model cannot be loaded.
@@ -104,7 +110,9 @@ def load_target(
         if dtype or template:
             option = "--dtype" if dtype else "--template"
             raise UserError(f"{option} is for models, but {name} is a run, whose recipe has it; leave it out.")
-        target = _run(name, chat)
+        target = _run(name, chat, base)
+    elif base:
+        raise UserError(f"--model is for runs, but {name} is a model itself; leave it out.")
     else:
         target = _model(name, chat, dtype or "float32", template or PLAIN)
     if target.chat and not target.tokenizer.chat_template:
@@ -113,8 +121,8 @@ def load_target(
     return target
 
 
-def _run(name: str, chat: bool | None) -> Target:
-    model, tokenizer, recipe, _ = load_trained(Path(name))
+def _run(name: str, chat: bool | None, base: str | None) -> Target:
+    model, tokenizer, recipe, _ = load_trained(Path(name), base=base)
     if recipe.task.kind != "sft":
         raise UserError(f"{name} is a run of task {recipe.task.kind}, which answers nothing; give one of task sft.")
     args = training_arguments(recipe, Path(name), recipe.seeds[0])

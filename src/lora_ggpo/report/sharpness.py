@@ -205,8 +205,10 @@ def _expected_panels(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
                 [found[space, "expected", noise, size].mean for size in sizes]
                 for run in seeds.values()
                 for found in [_measures(run)]
+                if (space, "expected", noise, sizes[0]) in found  # a run without an adapter has no such space
             ]
-            curves[label] = ([float(size or 0) for size in sizes], np.array(rows))
+            if rows:
+                curves[label] = ([float(size or 0) for size in sizes], np.array(rows))
         yield f"{space}: {noise} noise", curves
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,9 @@ class RunCallback(TrainerCallback):
         wait_for_all()  # each process has a file of its own in it
         if is_first():
             flush_to_disk(self._log)  # a power cut must not take lines that a resumed run does not write again
-            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._keep)
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            shutil.copyfile(self._log.with_name("recipe.yaml"), checkpoint / "recipe.yaml")  # it says whose it is
+            seal(checkpoint, self._keep)
 
     def _write(self, row: dict[str, Any]) -> None:
         if not is_first():

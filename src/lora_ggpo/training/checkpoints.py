@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.files import digests, flush_to_disk, write_json
+from lora_ggpo.training.files import digests, settle, write_json
 
 SEAL = "sealed.json"
 
@@ -26,10 +26,8 @@ def seal(checkpoint: Path, keep: int | None) -> None:
     """Mark `checkpoint` as whole and delete all but the `keep` newest (None or 0 keeps all)."""
     # Trainer pickles its arguments beside the weights; nothing here reads them, and nobody should.
     (checkpoint / "training_args.bin").unlink(missing_ok=True)
-    files = _files(checkpoint)
-    for file in files:
-        flush_to_disk(file)  # Trainer leaves that to the system, and the older checkpoints are about to go
-    write_json(checkpoint / SEAL, digests(files, checkpoint))
+    settle(checkpoint)  # Trainer leaves that to the system, and the older checkpoints are about to go
+    write_json(checkpoint / SEAL, digests(_files(checkpoint), checkpoint))
     rotate_checkpoints(str(checkpoint.parent), save_total_limit=keep)
 
 

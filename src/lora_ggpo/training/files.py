@@ -9,16 +9,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from lora_ggpo.errors import UserError, causes
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ELOOP)
+# What flock says on file systems without it: NFS without its lock service, some that are served by programs.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO, errno.EBADF, errno.EINVAL)
 # What safetensors and torch.save say instead of raising an OSError with its number.
 _NO_SPACE_WORDS = (
     *("No space left on device", "os error 28", "Disk quota exceeded"),
@@ -113,6 +115,20 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def settle(folder: Path) -> None:
+    """Wait until all files in `folder` are on the disk, and give them the permissions that any new file there gets.
+
+    safetensors makes its files for their owner alone, whatever the umask says.
+    """
+    mode = folder.stat().st_mode & 0o666  # what the umask, or the default permissions of the place, left of it
+    for file in folder.rglob("*"):
+        if file.is_file():
+            if file.stat().st_mode & 0o666 != mode:
+                with suppress(OSError):  # some file systems know no permissions
+                    file.chmod(mode)
+            flush_to_disk(file)
+
+
 def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     """The sha256 of each of `paths`, by its place in `folder`."""
     found = {}
@@ -135,9 +151,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                flush_to_disk(file)
+        settle(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     finally:
@@ -148,38 +162,73 @@ def new_folder(path: Path) -> Iterator[Path]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; the lock goes with the process, however it ends.
 
+    Where the file system has no locks, a file stands for one. That of a process which is gone counts no more, if it
+    ran on this machine.
+
     Raises:
         UserError: another process holds it.
     """
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"{folder} is in use by another process; wait for it, or choose another output.") from error
+    lock = _acquired(folder)
     try:
         yield
     finally:
-        lock.release()
+        with suppress(OSError):  # it goes with the process at the latest
+            lock.release()
+
+
+def _acquired(folder: Path) -> BaseFileLock:
+    in_use = f"{folder} is in use by another process; wait for it, or choose another output"
+    try:
+        return _taken(FileLock(folder / ".lock"), f"{in_use}.")
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    held = folder / ".lock.held"
+    return _taken(SoftFileLock(held), f"{in_use} (if there is none, on any machine, delete {held}).")
+
+
+def _taken(lock: BaseFileLock, in_use: str) -> BaseFileLock:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(in_use) from error
+    return lock
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that cannot be written, into one sentence."""
+    """Turn what the file system refuses in work on `folder`, a full disk for one, into one sentence."""
     try:
         yield
     except Exception as error:
-        if is_disk_full(error):
-            raise UserError(
-                f"The disk of {folder} is full; free some space and give the same command again: "
-                "the run goes on from its last whole checkpoint."
-            ) from error
-        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
-            raise UserError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
+        refused = refusal(error, folder)
+        if refused:
+            raise UserError(refused) from error
         if isinstance(error, FileNotFoundError) and not os.path.exists(folder):  # as in /proc
             raise UserError(f"{folder} cannot be made: {error.strerror}; choose another output.") from error
         if isinstance(error, (NotADirectoryError, FileExistsError)):
             raise UserError(f"{error.filename or folder} is not a folder; choose another output.") from error
         raise
+
+
+def refusal(error: BaseException, place: Path | None = None) -> str | None:
+    """What the file system refuses, in one sentence; None if `error` is of another kind.
+
+    Args:
+        place: What was worked on, if the error does not say.
+    """
+    if is_disk_full(error):
+        return f"The disk{f' of {place}' if place else ''} is full; free some space and give the same command again."
+    if not isinstance(error, OSError):
+        return None
+    name = error.filename or place or "A file"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{name} is too long a name; give a shorter one."
+    if error.errno == errno.EROFS:
+        return f"{name} cannot be written: {error.strerror}."
+    return f"{name} cannot be read or written: {error.strerror}." if error.errno in _REFUSED else None
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,26 @@ def record(folder: Path, model: str, splits: Splits, *, begun: bool) -> None:
         write_json(file, now)
 
 
-def check_model(folder: Path, model: str) -> None:
+def check_model(folder: Path, model: str, *, chosen: bool) -> None:
     """Check that `model` is what the run in `folder` was trained on (an earlier release did not write it down).
 
+    Args:
+        chosen: The user names it in place of the one in the recipe.
+
     Raises:
-        UserError: it is not.
+        UserError: it is not, or it is not there.
     """
-    if _differs(folder / "model.json", _model(model)):
+    then, elsewhere = _written(folder / "model.json"), "" if chosen else " If it has moved, give its place as --model."
+    try:
+        now = _model(model)
+    except UserError as error:
+        raise UserError(f"{error}{elsewhere}") from error
+    if "commit" in then and now and "commit" not in now and chosen:
+        told = f"{folder} was trained on a model of the hub; whether {model} is the same cannot be told."
+        warnings.warn(told, stacklevel=3)
+    elif then and "commit" not in then and (not now or "commit" in now):
+        raise UserError(f"Model {model!r} was a folder when {folder} was trained, and is none here.{elsewhere}")
+    elif then and now and then != now:
         raise UserError(f"Model {model!r} is not what {folder} was trained on: its files have changed; put them back.")
 
 
@@ -62,7 +77,16 @@ def _written(file: Path) -> dict[str, Any]:
 
 def _differs(file: Path, now: dict[str, Any]) -> bool:
     then = _written(file)
-    return bool(then and now and then != now)  # nothing is known of a model that was not yet downloaded
+    return bool(then and now and _plain(then) != _plain(now))  # nothing is known of a model not yet downloaded
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` without the names of out-of-domain sets, which an earlier release called by their paths."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("splits"), dict):
+        return facts
+    own = {name: facts["splits"].get(name) for name in ("train", "validation", "test")}
+    others = [json.dumps(of, sort_keys=True) for name, of in facts["splits"].items() if name not in own]
+    return {**facts, "splits": {**own, "others": sorted(others)}}
 
 
 def _data(splits: Splits) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from peft import AdaLoraConfig, LoraConfig
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -28,6 +29,8 @@ from pydantic_core import ErrorDetails
 
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
+from lora_ggpo.models import settled
+from lora_ggpo.paths import absolute, expanded
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.training.settings import (
@@ -66,7 +69,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str = Field(min_length=1, description="Bundled model (minilm, smollm2), local folder, or hub id.")
+    model: typing.Annotated[str, AfterValidator(settled)] = Field(
+        min_length=1, description="Bundled model (minilm, smollm2), local folder, or hub id."
+    )
     task: TaskConfig = Field(description="Task settings, or just the kind of task.")
     data: DataConfig = Field(description="Data settings, or just the source.")
     adapter: AdapterFields | None = Field(
@@ -82,7 +87,7 @@ class Recipe(BaseModel):
     freeze_body: bool = Field(False, description="With adapter: null, train the new classification head alone.")
     training: TrainingFields = Field(TrainingFields(), description="Fields of transformers.TrainingArguments.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")
-    output: str = Field(min_length=1, description="Folder of the runs.")
+    output: typing.Annotated[str, AfterValidator(expanded)] = Field(min_length=1, description="Folder of the runs.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the model's weights.")
     quantise: Literal["nf4", "int8"] | None = Field(
         None, description="QLoRA: keep the linear layers of the model in 4 (nf4) or 8 bits (int8); null does not."
@@ -172,7 +177,10 @@ class Recipe(BaseModel):
         return GGPOConfig(**{"seed": seed} | self.ggpo.model_dump(exclude_unset=True))
 
     def resolved(self, seed: int) -> dict[str, Any]:
-        """The recipe of the one run with `seed`, defaults spelt out: plain values, and itself a valid recipe."""
+        """The recipe of the one run with `seed`, defaults spelt out: plain values, and itself a valid recipe.
+
+        It means the same in any working directory.
+        """
         ggpo = self.ggpo_config(seed)
         values: dict[str, Any] = {
             "model": self.model,
@@ -186,7 +194,7 @@ class Recipe(BaseModel):
             "freeze_body": self.freeze_body,
             "training": self.training_fields,
             "seeds": [seed],
-            "output": self.output,
+            "output": absolute(self.output),
             "dtype": self.dtype,
             "quantise": self.quantise,
             "validate_every": self.validate_every,

@@ -66,6 +66,7 @@ from lora_ggpo.training.files import (
     new_folder,
     read_json,
     read_json_lines,
+    settle,
     write_json,
     write_text,
 )
@@ -202,15 +203,16 @@ def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
 
 
 def load_trained(
-    folder: Path, *, quantised: bool = True
+    folder: Path, *, quantised: bool = True, base: str | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Recipe, list[str] | None]:
     """Load the trained model of a finished run, its tokenizer, recipe and labels.
 
     Args:
         quantised: Quantise the base model as the run did; False loads it in the recipe's dtype, under the same adapter.
+        base: Where the base model lies now, if it has moved.
 
     Raises:
-        UserError: the run is unfinished, or its weights are missing or not those that it ended with.
+        UserError: the run is unfinished, or its weights or its base model are missing or not those that it ended with.
     """
     metrics = finished_metrics(read_run(folder))
     recipe = load_recipe(folder / "recipe.yaml")
@@ -219,8 +221,12 @@ def load_trained(
         raise UserError(f"{folder / 'data.json'} is damaged: it names no labels.")
     labels = data["labels"]
     _check_weights(folder / _weights_name(recipe), metrics)
+    if base and recipe.adapter is None:
+        raise UserError(f"{folder} is full fine-tuning, whose model lies in it; leave out --model.")
+    if base:
+        recipe = recipe.model_copy(update={"model": base})
     if recipe.adapter is not None:
-        check_model(folder, recipe.model)
+        check_model(folder, recipe.model, chosen=base is not None)
     model, tokenizer = _load_weights(recipe, labels, folder, quantised)
     return model, tokenizer, recipe, labels
 
@@ -249,7 +255,7 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
         return TrainingArguments(
             # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
             **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
-            output_dir=str(folder / "checkpoints"),
+            output_dir=str((folder / "checkpoints").absolute()),  # transformers would expand a ~ at its beginning
             seed=seed,
             data_seed=seed,
             report_to="none",
@@ -338,13 +344,26 @@ def _claim(folder: Path, resolved: dict[str, Any], *, begun: bool) -> None:
     if not file.exists() or not begun:
         write_text(file, dump_yaml(resolved))
         return
-    changed = list(_differences(_defaults_filled_in(file), resolved, apart_from=_FREE))
+    changed = _changed(file, resolved)
     if changed:
-        shown = "; ".join(f"{name} is {there} there and {here} here" for name, there, here in changed[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(f"{folder} holds a run of another recipe: {shown}{more}; choose another output.")
+        raise UserError(f"{folder} holds a run of another recipe: {changed}; choose another output.")
     if not (folder / "metrics.json").is_file():
         write_text(file, dump_yaml(resolved))
+
+
+def _check_checkpoint(checkpoint: Path, resolved: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another recipe (those of an earlier release do not say which one they are of)."""
+    file = checkpoint / "recipe.yaml"
+    changed = _changed(file, resolved) if file.is_file() else ""
+    if changed:
+        raise UserError(f"{checkpoint} is of another recipe: {changed}; delete it, or choose another output.")
+
+
+def _changed(file: Path, resolved: dict[str, Any]) -> str:
+    """What the recipe in `file` sets otherwise; "" if nothing that is not free."""
+    changed = list(_differences(_defaults_filled_in(file), resolved, apart_from=_FREE))
+    shown = "; ".join(f"{name} is {there} there and {here} here" for name, there, here in changed[:5])
+    return shown + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def _differences(
@@ -426,14 +445,18 @@ def _trained(
     reporter: Reporter,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Train, and save what was trained."""
-    checkpoints = Path(str(args.output_dir))
+    checkpoints = folder / "checkpoints"
     checkpoint = remove_broken(checkpoints) if is_first() else None
     wait_for_all()
     if not is_first():
         checkpoint = last_whole(checkpoints)
+    if checkpoint:
+        _check_checkpoint(checkpoint, recipe.resolved(args.seed))
     model, tokenizer, rows = untrained(recipe, args, splits, task)
     start = folder / "start"
     moved = model if isinstance(model, PeftModel) and is_first() and save_start(model, start) else None
+    if moved:
+        settle(start)
     score = scorer(model, tokenizer, task, args, reporter)
     _check_further_sets(recipe, splits, score)
     trainer = make_trainer(recipe, model, tokenizer, args, rows)
