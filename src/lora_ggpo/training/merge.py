@@ -151,10 +151,12 @@ def _separate(merged: PreTrainedModel) -> None:
     """Copy what layers share without the model's class knowing: replicated layers, which are saved one by one."""
     known: dict[str, str] = getattr(merged, "all_tied_weights_keys", None) or {}
     seen: set[int] = set()
-    for name, parameter in merged.named_parameters(remove_duplicate=False):
-        if name not in known and parameter.data_ptr() in seen and name not in known.values():
-            parameter.data = parameter.data.clone()
-        seen.add(parameter.data_ptr())
+    for prefix, module in merged.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{prefix}.{name}"
+            if parameter.data_ptr() in seen and full not in known and full not in known.values():
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(parameter.data_ptr())
 
 
 def _add_biases(base: PreTrainedModel, layers: dict[str, LoraLayer]) -> None:
