@@ -1,5 +1,6 @@
 """Where a run lies, which recipe it is of, and who can read it: the same from any folder and for any user."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -64,7 +65,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def project(tiny_llama, tmp_path_factory):
-    """A folder with a model, data, and a run made there of a recipe with relative paths, under umask 002."""
+    """A folder with a model, data, and a run made there of a recipe with relative paths."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(tiny_llama, folder / "models" / "tiny")
     (folder / "data").mkdir()
@@ -73,13 +74,8 @@ def project(tiny_llama, tmp_path_factory):
     (folder / "recipe.yaml").write_text(
         RECIPE.format(model="./models/tiny", data="data/train.jsonl, out_of_domain: [data/other.jsonl]", output="runs")
     )
-    here, before = os.getcwd(), os.umask(0o002)
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         works(run("train", "recipe.yaml"))
-    finally:
-        os.chdir(here)
-        os.umask(before)
     return folder
 
 
@@ -250,18 +246,18 @@ def test_a_model_itself_has_no_other_one(tiny_llama, tmp_path):
 # --- permissions -----------------------------------------------------------------------------------------------------
 
 
-def test_the_umask_decides_who_may_read_and_write_a_run(project, tmp_path):
-    """Under umask 002, and for a merged model under 027."""
-    found = {path: path.stat().st_mode & 0o777 for path in (project / "runs").rglob("*")}
-    wrong = [(str(path), oct(mode)) for path, mode in found.items() if mode != (0o775 if path.is_dir() else 0o664)]
-    assert [path for path, _ in wrong if not path.endswith(".lock")] == []
-    before = os.umask(0o027)
+@pytest.mark.parametrize(("umask", "folders", "files"), [(0o002, 0o775, 0o664), (0o027, 0o750, 0o640)])
+def test_the_umask_decides_who_may_read_and_write_a_run(project, umask, folders, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    before = os.umask(umask)
     try:
-        works(run("merge", project / "runs", tmp_path / "merged"))
+        works(run("train", "recipe.yaml", f"output={tmp_path / 'runs'}", "adapter.init_lora_weights=pissa"))
+        works(run("merge", tmp_path / "runs", tmp_path / "merged"))
     finally:
         os.umask(before)
-    assert (tmp_path / "merged").stat().st_mode & 0o777 == 0o750
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o640}
+    found = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {path: oct(m) for path, m in found.items() if m != (folders if path.is_dir() else files)} == {}
+    assert sum(path.suffix == ".safetensors" for path in found) >= 5  # start, two checkpoints, adapter, merged model
 
 
 @pytest.mark.parametrize("use", ["eval", "merge", "chat"])

@@ -120,13 +120,18 @@ def settle(folder: Path) -> None:
 
     safetensors makes its files for their owner alone, whatever the umask says.
     """
-    mode = folder.stat().st_mode & 0o666  # what the umask, or the default permissions of the place, left of it
+    mode = _file_mode(folder)
     for file in folder.rglob("*"):
         if file.is_file():
             if file.stat().st_mode & 0o666 != mode:
                 with suppress(OSError):  # some file systems know no permissions
                     file.chmod(mode)
             flush_to_disk(file)
+
+
+def _file_mode(folder: Path) -> int:
+    """Permissions of a new file in `folder`: what the umask, or the default of the place, left of the folder's own."""
+    return folder.stat().st_mode & 0o666
 
 
 def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
@@ -179,14 +184,16 @@ def locked(folder: Path) -> Iterator[None]:
 def _acquired(folder: Path) -> BaseFileLock:
     in_use = f"{folder} is in use by another process; wait for it, or choose another output"
     try:
-        return _taken(FileLock(folder / ".lock"), f"{in_use}.")
+        return _taken(FileLock(folder / ".lock", mode=_file_mode(folder)), f"{in_use}.")
     except NotImplementedError:
         pass
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
     held = folder / ".lock.held"
-    return _taken(SoftFileLock(held), f"{in_use} (if there is none, on any machine, delete {held}).")
+    return _taken(
+        SoftFileLock(held, mode=_file_mode(folder)), f"{in_use} (if there is none, on any machine, delete {held})."
+    )
 
 
 def _taken(lock: BaseFileLock, in_use: str) -> BaseFileLock:
