@@ -1,11 +1,13 @@
 """Runs of task sft: packing and gradient checkpointing change nothing but memory and speed."""
 
 import json
+import warnings
 
 import pytest
 import yaml
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import train
@@ -81,6 +83,26 @@ def test_packed_runs_have_fewer_steps_an_epoch(run):
 def test_packing_where_it_cannot_be(run, overrides, message):
     with pytest.raises(UserError, match=message):
         run("a", *overrides)
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_what_max_length_takes_is_said_before_training(run, command, tiny_llama, data, tmp_path):
+    short = ["task.max_length=12", "training.max_steps=1", "training.per_device_train_batch_size=2"]
+
+    def begin(name, *settings):
+        if command == "train":
+            return run(name, *settings)
+        recipe = RECIPE.format(model=tiny_llama, data=data, output=tmp_path / name)
+        return forecast(parse_recipe(recipe, "r.yaml", settings), 1, QUIET)
+
+    with pytest.warns(UserWarning, match=r"^train: [\d,]+ of 32 rows are cut at task\.max_length = 12 tokens, "):
+        begin("cut", *short)
+    with pytest.raises(UserError, match=r"^train: [\d,]+ of 32 rows are longer than task\.max_length = 12 tokens: "):
+        begin("strict", *short, "task.too_long=refuse")
+    assert not (tmp_path / "strict" / "seed-0" / "log.jsonl").exists()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*task.max_length")
+        begin("whole", "training.max_steps=1", "training.per_device_train_batch_size=2")
 
 
 def test_a_further_set_that_cannot_be_read_is_refused_before_training(run, tmp_path):

@@ -101,7 +101,7 @@ class Table:
             return list(column.to_pylist())
         try:
             values = list(column[:])  # the slice is what a datasets.Column reads in one go
-        except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+        except (pyarrow.ArrowException, OverflowError, ValueError, ImportError) as error:  # images need Pillow
             raise UserError(f"{self.origin}: the values of column {name!r} cannot be read ({error}).") from error
         return [_as_written(value) for value in values] if isinstance(column, datasets.Column) else values
 
