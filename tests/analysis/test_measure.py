@@ -180,3 +180,37 @@ def test_bad_input(arguments, message, tmp_path):
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def with_and_without(tiny_llama, tmp_path_factory):
+    """Folders of a LoRA run and of one without an adapter."""
+    folder = tmp_path_factory.mktemp("two")
+    rows = [{"prompt": f"Say {word}", "completion": f" {word} "} for word in ("yes", "no", "why")]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows * 4)))
+    (folder / "r.yaml").write_text(
+        f"model: {tiny_llama}\ntask: sft\nadapter: {{r: 2, target_modules: [q_proj]}}\n"
+        f"data: {{source: {folder / 'data.jsonl'}, validation_fraction: 0.2, test_fraction: 0.2}}\n"
+        f"training: {{max_steps: 1, per_device_train_batch_size: 2, use_cpu: true}}\noutput: {folder / 'lora'}\n"
+    )
+    for overrides in ([], ["adapter=null", f"output={folder / 'full'}"]):
+        train(load_recipe(folder / "r.yaml", overrides), QUIET)
+    return folder / "lora", folder / "full"
+
+
+def test_of_a_run_without_an_adapter_the_weights_are_measured(with_and_without, tmp_path):
+    settings = replace(FEW, spaces=("weights", "adapter"), eigenvalues=0, plane=0)
+    measure_runs(with_and_without, settings, tmp_path, QUIET)
+    found = [json.loads(path.read_text()) for path in (tmp_path / "points").glob("[!l]*.json")]
+    spaces = {Path(one["folder"]).parent.name: {row["space"] for row in one["measures"]} for one in found}
+    assert spaces == {"lora": {"weights", "adapter"}, "full": {"weights"}}
+    rows = [line for line in write_sharpness_report(tmp_path).verdicts if "full" in line]
+    assert rows
+    text = (tmp_path / "sharpness.md").read_text()
+    assert all(line.count("–") == 2 for line in text.splitlines() if line.startswith("| adapter: "))
+
+
+def test_a_space_that_a_run_does_not_have_is_refused_before_one_is_measured(with_and_without, tmp_path):
+    with pytest.raises(UserError, match=r"full/seed-0 has no adapter, .* measure it with --space weights\."):
+        measure_runs(with_and_without, replace(FEW, spaces=("adapter",)), tmp_path, QUIET)
+    assert not list((tmp_path / "points").iterdir())

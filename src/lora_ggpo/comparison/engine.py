@@ -137,7 +137,7 @@ def _close(pool: Pool) -> None:
 
 
 def _submitted(job: Job, pool: Pool) -> Future[Any]:
-    return pool.submit(carry_out, "the recipe", job.recipe.resolved(job.seed), job.run_folder)
+    return pool.submit(carry_out, "the recipe", job.recipe.resolved(job.seed), job.run_folder.absolute())
 
 
 def _is_finished(job: Job) -> bool:
