@@ -28,7 +28,8 @@ from lora_ggpo.adapters import add_adapter
 from lora_ggpo.data import DataConfig, load_classification
 from lora_ggpo.models import load_model
 from lora_ggpo.perturbation.config import GradientEstimator
-from lora_ggpo.perturbation.layers import PerturbedLayer, find_layers
+from lora_ggpo.perturbation.find import find_layers
+from lora_ggpo.perturbation.layers import PerturbedLayer
 from lora_ggpo.perturbation.statistics import grouped
 from lora_ggpo.tasks import TaskConfig, collator, encode
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
-from lora_ggpo.perturbation.layers import find_layers
+from lora_ggpo.perturbation.find import find_layers
 
 from .nets import TARGETS, Net, TiedNet, adapted, batch, conv1d, gradients, loss_of, net, shake
 from .reference import Twin

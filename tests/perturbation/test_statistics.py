@@ -214,7 +214,8 @@ def test_metrics_against_dense_numbers(model, rule):
     assert found["ggpo/gradient_share"] == pytest.approx(sum(guided.values()) / sum(total.values()), rel=1e-7)
     assert found["ggpo/relative_noise"] == pytest.approx((energy / sum(weights[n] for n in norms)) ** 0.5)
     assert found["ggpo/tau"] == pytest.approx((sum(total.values()) / sum(rows.values())) ** 0.5)
-    assert len(found) == 3 * 5
+    assert found["ggpo/coverage"] == found["ggpo/coverage_parameters"] == 1
+    assert len(found) == 3 * 5 + 2
     if rule == "relative":
         assert found["ggpo/relative_noise"] == pytest.approx(SIGMA)
 

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .config import GGPOConfig
-from .layers import PerturbedLayer, find_layers
+from .coverage import Coverage
+from .find import DATA_PARALLEL, check_layers, find_layers, report_skipped
 from .noise import noise_table
 from .passes import Passes, tied_tensors
 from .scales import ramp
 from .statistics import LayerGroup, grouped, summary
+from .watch import Watch
 from .zero import StepHook, zero_optimizer
-
-NEGLIGIBLE_SHARE = 1e-3
-"""Share of the gradient term in tau^2 under which ``rule="paper"`` is numerically Flat-LoRA's noise."""
-
-SHARE_WARNING_STEPS = 20
-"""Optimizer steps after which the share is judged."""
 
 
 class GGPO:
@@ -69,43 +65,59 @@ class GGPO:
         ramp(self.config.schedule, 0, total_steps)
         self._model = model
         self._passes = Passes()
-        self.layers, skipped = find_layers(model, self.config.noise, self._passes)
-        _check_layers(self.layers, skipped, self.config.strict)
+        self._coverage, self._watch = Coverage(self._passes, self.config.strict), Watch(self.config)
+        self.layers, self._skipped = find_layers(model, self.config.noise, self._passes)
+        check_layers(model, self.layers, self._skipped)
+        report_skipped(self._skipped, self.config.strict)
         self._zero = zero_optimizer((p for layer in self.layers for p in layer.trained()), optimizer)
-        self._groups: list[LayerGroup] = []
-        self._adapters: list[Any] | None = None
         self._handles: list[Any] = []
         self._steps = self._forwards = self._draw = 0
         self._stale = True
         self._captured = self._warned = False
-        self._highest_share = 0.0
         self._zero_scale = 1.0
+        self._groups: list[LayerGroup] = []
         self._regroup()
         if self.config.sigma > 0:  # sigma = 0 must be plain LoRA bit for bit: nothing is attached at all
             self._attach()
 
-    def step(self, grad_scale: float = 1.0) -> None:
+    def step(self, grad_scale: float = 1.0, scaler: Any = None) -> None:
         """Count an optimizer step; call it once after each.
 
         Args:
-            grad_scale: The factor that a ``GradScaler`` put on the loss (``scaler.get_scale()`` before ``update()``).
+            grad_scale: The factor that is on the loss.
+            scaler: In place of it, the ``torch.amp.GradScaler`` that put it there, before its ``update()``; None is
+                none, as ``accelerator.scaler`` has it.
+
+        Raises:
+            FloatingPointError: the adapted weights have become so large that their squares are not finite (looked for
+                after each of the first 20 steps, after every 50th, and by :meth:`metrics`).
+            RuntimeError: with ``config.strict``, a layer trains without the noise.
         """
+        if scaler is not None:
+            grad_scale = scaler.get_scale()
         self._warn_if_blind()
+        self._coverage.step(self._groups)
         for group in self._groups:
             group.commit(grad_scale * self._zero_scale, self.config.ema)
         self._steps += 1
         self._stale = True
         self._captured = False
-        self._warn_if_negligible()
+        self._watch.step(self._groups, self._steps)
 
     def metrics(self) -> dict[str, float]:
-        """Diagnostics of the noise in force: for all layers and for each group of equally named ones (``q_proj``).
+        """Diagnostics of the last training pass: for all layers and for each group of equally named ones (``q_proj``).
 
         Keys: ``ggpo/gradient_share``, the share of the gradient term in the sum of tau^2; ``ggpo/relative_noise``,
-        sqrt(E ||eps||^2) / ||W'||; ``ggpo/tau``, the root mean square of tau; each again as ``ggpo/<group>/...``.
-        Empty until the first forward pass in training mode with gradients.
+        sqrt(E ||eps||^2) / ||W'||; ``ggpo/tau``, the root mean square of tau; each again as ``ggpo/<group>/...``. A
+        layer that the pass did not reach counts as one without noise. ``ggpo/coverage`` is the share of the adapted
+        layers that it reached, ``ggpo/coverage_parameters`` that of the entries of their weights. Empty until the
+        first forward pass in training mode with gradients.
+
+        Raises:
+            FloatingPointError: the squares of the adapted weights are not finite.
         """
-        return summary(self._groups)
+        self._watch.look(self._groups)
+        return self._coverage.metrics() | summary(self._groups, self._passes.reached)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the method keeps: the ``table`` of noise that all layers read, row ``statistics``, and the
@@ -161,20 +173,37 @@ class GGPO:
         if self._zero is not None:
             self._handles.append(StepHook(self._zero, self._capture))
 
+    def _follow(self) -> None:
+        """Take up what has changed in the model: looked for once an optimizer step, and by its first layer always."""
+        if not any(layer.has_changed() for layer in (self.layers if self._stale else self.layers[:1])):
+            return
+        known = {skipped.name for skipped in self._skipped}
+        self.layers, self._skipped = find_layers(self._model, self.config.noise, self._passes, self.layers)
+        report_skipped([skipped for skipped in self._skipped if skipped.name not in known], self.config.strict)
+        for layer in self.layers:
+            layer.attach()
+        self._regroup()
+
     def _regroup(self) -> None:
-        """Follow a change of the active adapter: shapes, and what a gradient norm belongs to, change with it."""
-        first = self.layers[0]
-        made = (first.module.lora_A[name] for name in first.adapters())  # one can be made anew under its name
-        active = [*first.module.active_adapters, *made]
-        if active != self._adapters:
-            self._adapters, self._groups, self._stale = active, grouped(self.layers), True
+        """Sort the layers by what is active in them. A gradient norm belongs to the adapters that it was taken of."""
+        kept: dict[str, Tensor] = {}
+        for group in self._groups:
+            if group.gradient is not None:
+                rows = zip(group.layers, group.gradient, strict=True)
+                kept |= {layer.name: row for layer, row in rows if not layer.has_other_factors()}
+        self._groups, self._stale = grouped(self.layers), True
+        for group in self._groups:
+            group.load(kept)
+        self._coverage.set_layers(self._groups, self._skipped)
 
     @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(DATA_PARALLEL)
         if not self._passes.begin(model.training):
             return
         self._forwards += 1
-        self._regroup()
+        self._follow()
         if self._stale:
             factor = ramp(self.config.schedule, self._steps, self.total_steps)
             for group in self._groups:
@@ -222,43 +251,17 @@ class GGPO:
         with torch.no_grad():
             for group in self._groups:
                 group.capture(self.config)
+        self._coverage.note_gradients(always=self._zero is not None)
 
     def _warn_if_blind(self) -> None:
         if self._captured or self._warned or not self._handles:
             return
         self._warned = True
-        warnings.warn(
+        message = (
             "GGPO saw no gradient before step(): call the forward of the very model that was given to GGPO, in "
             "training mode and with gradients, let it return tensors (in tuples, lists, dictionaries or objects), and "
-            "step() after backward()",
-            stacklevel=3,
+            "step() after backward()"
         )
-
-    def _warn_if_negligible(self) -> None:
-        if self.config.rule != "paper" or self.config.beta == 0 or self._steps > SHARE_WARNING_STEPS:
-            return
-        self._highest_share = max(self._highest_share, self.metrics().get("ggpo/gradient_share", 0.0))
-        if self._steps == SHARE_WARNING_STEPS and 0 < self._highest_share < NEGLIGIBLE_SHARE:
-            warnings.warn(
-                f'rule="paper" with beta={self.config.beta:g}: the gradient term made at most '
-                f"{self._highest_share:.1e} of the noise variance in {self._steps} steps, so the noise is Flat-LoRA's; "
-                'use rule="relative" for guidance that counts',
-                stacklevel=3,
-            )
-
-
-def _check_layers(layers: list[PerturbedLayer], skipped: list[tuple[str, str]], strict: bool) -> None:
-    if skipped:
-        names = "; ".join(f"{name} ({reason})" for name, reason in skipped[:3])
-        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        message = f"GGPO cannot perturb {names}{more}"
-        if strict:
-            raise ValueError(f"{message}; leave them out of target_modules, or set strict=False to train them plainly")
-        if layers:
-            warnings.warn(f"{message}: trained without noise", stacklevel=3)
-    if not layers:
-        raise ValueError(
-            "GGPO found no LoRA layer on a linear base layer in this model; add an adapter with PEFT first"
-        )
-    if any(isinstance(layer.base.__dict__.get("forward"), PerturbedLayer) for layer in layers):
-        raise ValueError("the model is perturbed already; detach() the first GGPO before attaching another")
+        if self.config.strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=3)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .config import NoiseChoice
@@ -20,7 +18,7 @@ from .noise import mix, noise_kind, row_blocks, row_signs
 from .passes import Passes
 from .zero import full_gradient, gathered, held_rows, is_cut, is_zero, sum_rows
 
-_QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
+QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
 """PEFT's LoRA layers on bitsandbytes' and torchao's weights; named, since to import them needs these libraries."""
 
 
@@ -35,8 +33,8 @@ class PerturbedLayer:
     def __init__(self, name: str, index: int, module: LoraLinear, noise: NoiseChoice, passes: Passes) -> None:
         self.name, self.index, self.module, self.passes = name, index, module, passes
         self.base: Any = module.get_base_layer()
-        self.fan_in_fan_out = _class(self.base) is Conv1D
-        self.quantised = _class(module).__name__ in _QUANTISED
+        self.fan_in_fan_out = class_of(self.base) is Conv1D
+        self.quantised = class_of(module).__name__ in QUANTISED
         weight = self.w0()
         self.m, self.n = self._shape(weight)
         self.noise = noise_kind(noise, weight.device)
@@ -45,6 +43,8 @@ class PerturbedLayer:
         self.tau: Tensor | None = None  # (m,) noise size of each row of the base weight; None is no noise
         self.scale: Tensor | None = None  # (m,) tau with the signs of this draw
         self.draw_seed = 0
+        self.a: list[Any] = []
+        self._factors: list[Any] | None = None
         self.follow()
         self.original: Callable[..., Tensor] | None = None
 
@@ -61,7 +61,7 @@ class PerturbedLayer:
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.original is not None
-        if self.scale is None or not self.passes.noisy():
+        if not self.passes.noisy(self.index) or self.scale is None:
             return self.original(x, *args, **kwargs)
         return self._perturbed(x, self.scale)
 
@@ -80,6 +80,8 @@ class PerturbedLayer:
         self.scale = self.tau if self.tau is None or signs is None else self.tau * signs
 
     def attach(self) -> None:
+        if self.original is not None:
+            return
         self.original = self.base.forward
         self._own_forward = self.base.__dict__.get("forward")
         self.base.forward = self
@@ -97,19 +99,47 @@ class PerturbedLayer:
 
     # Found once: to look them up by name in every step would take longer than all that is computed from them.
     def follow(self) -> None:
-        """Take up the modules of the adapters that are active now."""
+        """Take up the modules, ranks and scaling of the adapters that are active now."""
         names, module = self.adapters(), self.module
-        self.a: list[Any] = [module.lora_A[name] for name in names]
+        self.a = [module.lora_A[name] for name in names]
         self.b: list[Any] = [module.lora_B[name] for name in names]
         dora = module.lora_magnitude_vector
         self.magnitudes: list[Any] = [dora[name] for name in names if name in dora]
+        if self._factors is None:
+            self._known = self.a
+        elif any(a not in self._known for a in self.a):  # PiSSA, for one, changes W0 as it makes an adapter
+            self.w0_norms = self._w0_norms()
+            self._known = [a for a in module.lora_A.values() if a in self._known or a in self.a]
+        self._factors, self._scaling = self._state()
+
+    def _state(self) -> tuple[list[Any], list[Any]]:
+        """The A of each active adapter and its rank, and the scaling: a tensor written in place, perhaps."""
+        adapters, scaling = self.module.lora_A, self.module.scaling
+        factors: list[Any] = []
+        scales: list[Any] = []
+        for name in self.module.active_adapters:
+            if name in adapters:
+                a, s = adapters[name], scaling[name]
+                factors += a, _rank(a)
+                scales.append((s, s._version) if isinstance(s, Tensor) else s)
+        return factors, scales
+
+    def has_changed(self) -> bool:
+        """Whether something is not as it was taken up."""
+        factors, scales = self._state()
+        return factors != self._factors or scales != self._scaling
+
+    def has_other_factors(self) -> bool:
+        """Whether a gradient of before is one of other adapters than those that are active now."""
+        return self._state()[0] != self._factors
 
     def ranks(self) -> list[int]:
-        return [self.module.r[name] for name in self.adapters()]
+        return [_rank(a) for a in self.a]
 
     def column_scaling(self) -> list[float]:
         """s of each of the r columns of B, over all active adapters."""
-        return [self.module.scaling[name] for name in self.adapters() for _ in range(self.module.r[name])]
+        scales = [float(self.module.scaling[name]) for name in self.adapters()]
+        return [s for s, rank in zip(scales, self.ranks(), strict=True) for _ in range(rank)]
 
     def trained(self) -> list[Tensor]:
         """A and B of the active adapters, and DoRA's magnitudes."""
@@ -181,44 +211,15 @@ class PerturbedLayer:
         return training and not module.disable_adapters and not module.merged and bool(self.adapters())
 
 
-def find_layers(
-    model: nn.Module, noise: NoiseChoice, passes: Passes | None = None
-) -> tuple[list[PerturbedLayer], list[tuple[str, str]]]:
-    """The LoRA layers of a model that can be perturbed, and (name, reason) of those that cannot."""
-    passes = passes or Passes()
-    supported: list[PerturbedLayer] = []
-    skipped: list[tuple[str, str]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        reason = _unsupported(module)
-        if reason:
-            skipped.append((name, reason))
-        else:
-            supported.append(PerturbedLayer(name, len(supported), cast(LoraLinear, module), noise, passes))
-    return supported, skipped
-
-
-def _unsupported(module: LoraLayer) -> str | None:
-    base: Any = module.get_base_layer()
-    kind = _class(cast(nn.Module, module))
-    if kind.__name__ in _QUANTISED:
-        return "a quantised weight under ZeRO-3" if is_cut(base.weight) else _unsupported_variant(module)
-    if kind is not LoraLinear or _class(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
-        return f"LoRA on {type(base).__name__}"
-    if not base.weight.is_floating_point() or base.weight.is_meta:
-        return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
-    return _unsupported_variant(module)
-
-
-def _class(module: nn.Module) -> type:
+def class_of(module: nn.Module) -> type:
     """The module's class, or the one it had before FSDP put its own in front."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
-def _unsupported_variant(module: LoraLayer) -> str | None:
-    variants = {type(variant).__name__ for variant in module.lora_variant.values()} - {"DoraLinearVariant"}
-    return f"the {min(variants)} of LoRA" if variants else None
+# Hot-swapping changes the weights of A and B, and leaves the rank that PEFT remembers.
+def _rank(a: Any) -> int:
+    weight = a.weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 # peft's own dequantize_module_weight() leaves an 8-bit layer on a CPU without its scales.

@@ -21,11 +21,17 @@ class Passes:
 
     def __init__(self) -> None:
         self.forward = False  # a forward pass with gradients is running
+        self.any = False  # there was one
+        self.reached: set[int] = set()  # indices of the layers that the last one called
+        self.reached_in_step: set[int] = set()  # and all of them since the last optimizer step
         self._backward: weakref.ref[Any] | None = None  # to what lives as long as the backward pass of one
 
-    def noisy(self) -> bool:
-        """Whether a layer that is called now is to be noisy."""
-        return self.forward or self.in_backward()
+    def noisy(self, index: int) -> bool:
+        """Whether a layer that is called now is to be noisy; a forward pass has then reached it."""
+        if self.forward:
+            self.reached.add(index)
+            return True
+        return self.in_backward()
 
     def in_backward(self) -> bool:
         """Whether a backward pass that was announced is running."""
@@ -35,11 +41,15 @@ class Passes:
         """A forward pass enters the model; returns whether it is one of training. What runs inside a backward pass is
         not: gradient checkpointing runs something again, under the draw that is in force."""
         self.forward = training and torch.is_grad_enabled() and not _inside_any_backward()
+        if self.forward:
+            self.any, self.reached = True, set()
         return self.forward
 
     def end(self) -> bool:
         """A forward pass leaves the model; returns whether it was one of training."""
         was, self.forward = self.forward, False
+        if was:
+            self.reached_in_step |= self.reached
         return was
 
     def enter_backward(self, at_end: Callable[[], None]) -> None:

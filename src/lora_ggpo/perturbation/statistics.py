@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +60,9 @@ class LayerGroup:
             self.weight, on_base = lora, torch.ones_like(lora)
         tau2, guided = tau_squared(config, self.weight, self.gradient, self.n)
         self.tau2, self.guided = tau2 * factor**2, guided * factor**2
-        for layer, tau in zip(self.layers, (self.tau2 / on_base).sqrt(), strict=True):
+        # Of weights whose squares overflow no noise is made; Watch says that training diverges.
+        sizes = (self.tau2 / on_base).sqrt().nan_to_num(0.0, 0.0)
+        for layer, tau in zip(self.layers, sizes, strict=True):
             layer.tau = tau if factor > 0 else None
 
     def capture(self, config: GGPOConfig) -> None:
@@ -146,21 +148,26 @@ def _group(layers: list[PerturbedLayer]) -> LayerGroup:
     return LayerGroup(layers, w0_norms, s, cut)
 
 
-def summary(groups: list[LayerGroup]) -> dict[str, float]:
-    """Size of the noise and share of the gradient in it, over all layers and over each group of equally named ones."""
+def summary(groups: list[LayerGroup], reached: Set[int]) -> dict[str, float]:
+    """Size of the noise and share of the gradient in it, over all layers and over each group of equally named ones.
+
+    A layer whose index is not in ``reached`` had none: its weight counts, with noise of size 0.
+    """
     sums: dict[str, Tensor] = {}
     for group in groups:
         if group.tau2 is None or group.guided is None or group.weight is None:
             continue
-        parts = (group.guided, group.tau2, group.n * group.tau2, group.weight, torch.ones_like(group.tau2))
+        there = group.tau2.new_tensor([[layer.index in reached] for layer in group.layers])
+        tau2, guided = group.tau2 * there, group.guided * there
+        parts = (guided, tau2, group.n * tau2, group.weight, torch.ones_like(tau2))
         table = torch.stack([part.sum(-1) for part in parts], -1).double().cpu()
         for layer, row in zip(group.layers, table, strict=True):
             for key in ("", layer.name.rpartition(".")[2] + "/"):
                 sums[key] = sums.get(key, torch.zeros(5, dtype=torch.float64)) + row
     metrics = {}
     for key, total in sums.items():
-        guided, tau2, energy, weight, rows = total.tolist()
-        metrics[f"ggpo/{key}gradient_share"] = guided / tau2 if tau2 else 0.0
+        guided_sum, tau2_sum, energy, weight, rows = total.tolist()
+        metrics[f"ggpo/{key}gradient_share"] = guided_sum / tau2_sum if tau2_sum else 0.0
         metrics[f"ggpo/{key}relative_noise"] = (energy / weight) ** 0.5 if weight else 0.0
-        metrics[f"ggpo/{key}tau"] = (tau2 / rows) ** 0.5
+        metrics[f"ggpo/{key}tau"] = (tau2_sum / rows) ** 0.5
     return metrics
