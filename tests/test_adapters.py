@@ -36,6 +36,13 @@ def test_starting_values_have_no_more_ranks_than_the_weight_has_directions(llama
     assert {shape[0] for shape in ranks.values()} == {largest, largest + 1}
 
 
+@pytest.mark.parametrize("init", ["pissa", "lora_ga"])
+def test_the_usual_layers_are_adapted_where_none_are_named(llama, init):
+    adapted = add_adapter(llama, {"r": 4, "init_lora_weights": init}, "sft", batches=batches)
+    layers = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert layers == {"q_proj", "v_proj"}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -59,11 +59,11 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def rejected(section: str, settings: Collection[str] = ()) -> Iterator[None]:
+def rejected(section: str, settings: Collection[str] | None = None) -> Iterator[None]:
     """Say in one sentence what a library does not take in a `section` of the recipe, and in which of its `settings`.
 
-    The setting is named if the library names it. A lack of memory, what the system is at fault for, and what is raised
-    by this package itself pass as they are.
+    The setting is named if the library names it (None: `section` is the setting). A lack of memory, what the system is
+    at fault for, and what is raised by this package itself pass as they are.
 
     Raises:
         UserError: instead of what a library raises.
@@ -78,8 +78,9 @@ def rejected(section: str, settings: Collection[str] = ()) -> Iterator[None]:
             raise UserError(f"ggpo: {first_sentence(error)}") from error  # what the method documents that it raises
         if library == __package__ or lacks_memory(error):
             raise
-        named = next((word for word in re.findall(r"\w+", str(error)) if word in settings), None)
-        subject, where = (f"{section}.{named}", "") if named else (section, " (--debug shows where)")
+        named = next((word for word in re.findall(r"\w+", str(error)) if word in (settings or ())), None)
+        subject = f"{section}.{named}" if named else section
+        where = "" if named or settings is None else " (--debug shows where)"
         text = f"{error} is none of its choices" if isinstance(error, KeyError) else first_sentence(error).rstrip(".")
         raise UserError(f"{subject} is rejected by {library}: {text}{where}.") from error
 

@@ -18,6 +18,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as _USUAL_TARGETS
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def _check_ranks(model: PreTrainedModel, config: LoraConfig) -> None:
     if not directions:
         return
     _resolve_targets(model, config)
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if config.target_modules else ():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and check_target_module_exists(config, name):
             pattern: dict[str, int] = config.rank_pattern or {}
@@ -274,7 +275,9 @@ def _rows(batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
 
 
 def _resolve_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Replace target_modules "all-linear" by names, as get_peft_model will: preprocessing comes before it."""
+    """Replace target_modules "all-linear", or none, by names, as get_peft_model will: this comes before it."""
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = list(_USUAL_TARGETS.get(model.config.model_type, ())) or None
     _maybe_include_all_linear_layers(config, model)
 
 
