@@ -84,7 +84,6 @@ def test_what_the_model_has_not_is_one_sentence(llama, fields, message):
         ({"target_modules": ["q_proj", "qproj"]}, "adapter.target_modules names 'qproj', which matches no layer"),
         ({"exclude_modules": ["nope"]}, "adapter.exclude_modules names 'nope', which matches no layer"),
         ({"layers_to_transform": [0, 9]}, "adapter.layers_to_transform has 9, which matches no layer"),
-        ({"lora_bias": True}, "This adapter can be trained and used, but not merged: .*bias"),
         ({"alora_invocation_tokens": [5]}, "This adapter can be trained and used, but not merged: aLoRA"),
     ],
 )

@@ -226,8 +226,11 @@ def _warn_of_what_cannot_be_merged(model: PeftModel) -> None:
     adapted: list[BaseTunerLayer] = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
     for layer in sorted(adapted, key=_size):
         base = layer.get_base_layer()
+        without_bias = getattr(base, "bias", None) is None
+        if without_bias and any(getattr(layer, "lora_bias", {}).values()):
+            continue  # peft cannot merge it, but `merge` may: it gives the layer a bias where the architecture has one
         if type(getattr(base, "weight", None)) is nn.Parameter:
-            layers.setdefault((type(layer), type(base), getattr(base, "bias", None) is None), layer)
+            layers.setdefault((type(layer), type(base), without_bias), layer)
     for layer in layers.values():
         try:
             with torch.no_grad(), warnings.catch_warnings():
