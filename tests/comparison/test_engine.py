@@ -17,7 +17,7 @@ from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
 from lora_ggpo.training.files import write_json
 from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.source import read_source
+from lora_ggpo.training.source import parse_source, read_source
 
 FILES = ("tuning.jsonl", "runs.jsonl", "curves.jsonl", "facts.json", "table.md", "table.tex", "report.html")
 OVERRIDES = ["training.max_steps=4", "validate_every=2", "data.label_noise=0"]
@@ -172,3 +172,21 @@ def test_bad_data_stops_the_comparison(recipe_file, tmp_path):
 
     with pytest.raises(UserError, match="body"):
         run_comparison(plan, Here, "command", Reporter(quiet=True))
+
+
+def test_a_comparison_goes_on_with_the_data_that_it_was_begun_with(reviews, tmp_path, monkeypatch):
+    """A relative path leads elsewhere from another folder."""
+    text = f"model: minilm\ntask: classification\ndata: {reviews.name}\noutput: runs\n"
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / reviews.name).write_bytes(reviews.read_bytes())
+
+    def claim(name):
+        monkeypatch.chdir(tmp_path / name)
+        plan = make_plan(parse_source(text, "r.yaml"), ["lora", "ggpo"], 1, 1, [], None, tmp_path)
+        engine._claim(plan, "compare")
+
+    claim("here")
+    claim("here")
+    with pytest.raises(UserError, match="holds a comparison with another place of its files"):
+        claim("there")

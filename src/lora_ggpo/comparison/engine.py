@@ -19,6 +19,7 @@ from lora_ggpo.report.analysis import METRICS
 from lora_ggpo.training.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
 from lora_ggpo.training.interrupt import Interrupted
 from lora_ggpo.training.progress import Reporter, Task
+from lora_ggpo.training.recipe import check_recipe
 from lora_ggpo.training.run import device_name, versions
 
 
@@ -164,10 +165,14 @@ def _claim(plan: Plan, command: str) -> None:
     # Methods and seeds may be added to what is there, and settings to a study.
     grown = {"methods": [method.name for method in plan.methods], "seeds": list(plan.seeds), "command": command}
     (grown if plan.study else fixed)["settings"] = _plain(plan.settings)
+    recipe = check_recipe(plan.source)
+    # From the root: paths as the recipe writes them lead elsewhere from another folder.
+    places = {"place of its files": [recipe.model, recipe.data.source, *recipe.data.out_of_domain]}
+    fixed |= places
     file = plan.output / "facts.json"
     facts: dict[str, Any] = {}
     if file.is_file():
-        facts = read_json(file)
+        facts = places | read_json(file)  # an earlier release did not write them down
         changed = [name for name, value in fixed.items() if facts.get(name) != value]
         if changed:
             held = "study" if plan.study else "comparison"
