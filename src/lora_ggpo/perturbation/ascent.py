@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 Closure = Callable[[], Tensor]
@@ -26,8 +27,8 @@ class SAM:
         optimizer.step()
         optimizer.zero_grad()
 
-    With gradient accumulation each micro-batch has its own e (m-sharpness). Moved tensors are put back from copies, so
-    they are afterwards bit for bit what they were.
+    With gradient accumulation each micro-batch, of all processes together, has its own e (m-sharpness). Moved tensors
+    are put back from copies, so they are afterwards bit for bit what they were.
 
     Args:
         model: Any module with trainable parameters.
@@ -52,13 +53,12 @@ class SAM:
         accumulated = _take_gradients(self._trained)
         with _with_gradient(self._moved):
             loss = closure()
-            gradients = [p.grad for p in self._moved]
+            gradients = _averaged(self._moved)
             _take_gradients([*self._trained, *self._moved])
+        for parameter, gradient in zip(self._trained, accumulated, strict=True):
+            parameter.grad = gradient  # before the second pass, in which DDP averages what has been accumulated
         with _moved_by(self._moved, _scaled(gradients, self.rho)):
             closure()
-        for parameter, gradient in zip(self._trained, accumulated, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         return loss
 
 
@@ -125,6 +125,21 @@ def _take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     for parameter in parameters:
         parameter.grad = None
     return gradients
+
+
+def _averaged(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Their gradients, averaged over the processes: DDP does not in each micro-batch, nor for frozen weights.
+
+    FSDP has the averages already; its parameters and gradients are DTensors.
+    """
+    sharded = any(isinstance(p, DTensor) for p in parameters)
+    if sharded or not (distributed.is_available() and distributed.is_initialized()):
+        return [p.grad for p in parameters]
+    averages = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for average in averages:
+        distributed.all_reduce(average)
+        average /= distributed.get_world_size()
+    return list(averages)
 
 
 def _scaled(gradients: Sequence[Tensor | None], length: float) -> list[Tensor | None]:

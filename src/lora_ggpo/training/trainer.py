@@ -1,5 +1,5 @@
-"""transformers' Trainer with a data order that resumes exactly, a stop at the first loss that is not finite, and the
-optimizers and gradients of other methods."""
+"""transformers' Trainer with a data order that resumes exactly, one mean loss over all of an optimizer step, a stop at
+the first loss that is not finite, and the optimizers and gradients of other methods."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from lora_ggpo.errors import DivergedError, UserError, rejected
 from lora_ggpo.perturbation.ascent import MGPO, SAM
+from lora_ggpo.tasks.encode import NO_LOSS
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
 MakeAscent = Callable[[nn.Module, Any], SAM | MGPO]
@@ -81,6 +82,12 @@ def _same_without_optim_args(args: TrainingArguments, model: Any) -> bool:
 class RunTrainer(Trainer):
     """The Trainer of a run.
 
+    The loss of an optimizer step is the mean over all its items, however they are spread over micro-batches and
+    processes: rows where a row has one label, else tokens with a label. Trainer leaves that mean to the models, but
+    few divide by the ``num_items_in_batch`` that it hands them: those with a classification head, encoder-decoders and
+    AdaLoRA's regularisation do not, and their micro-batches would add up. So each model gives the mean of its own
+    micro-batch, which counts by its share of the items.
+
     Args:
         lengths: Tokens of each training row.
         settings: The fields of the recipe's ``training``, for what a library says of one.
@@ -101,6 +108,7 @@ class RunTrainer(Trainer):
         self._lengths, self._settings = lengths, settings
         self._make_optimizer, self._make_ascent = make_optimizer, make_ascent
         self._ascent: SAM | MGPO | None = None
+        self.model_accepts_loss_kwargs = True  # Trainer then knows that compute_loss sees the whole optimizer step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         strategy = self.args.train_sampling_strategy
@@ -136,6 +144,40 @@ class RunTrainer(Trainer):
                 raise
             with rejected("training", self._settings):
                 raise
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Items of an optimizer step, given this process's micro-batches: the mean over the processes."""
+        items = sum((self._items(batch) for batch in batch_samples), torch.tensor(0)).to(device)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            items = self.accelerator.gather(items)
+        return items.float().mean()
+
+    def _items(self, batch: dict[str, Tensor]) -> Tensor:
+        """Number of labels that the model's loss on `batch` is the mean of."""
+        labels = batch["labels"]
+        if labels.dim() == 1:
+            return torch.tensor(len(labels))
+        return (labels if self._encodes_and_decodes() else labels[:, 1:]).ne(NO_LOSS).sum()
+
+    def _encodes_and_decodes(self) -> bool:
+        model: Any = self.model
+        return bool(model.config.is_encoder_decoder)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As Trainer's, such that the losses of an optimizer step's micro-batches sum to its mean."""
+        share = 1.0 if num_items_in_batch is None else self._items(inputs) / num_items_in_batch
+        if self.label_smoother and self._encodes_and_decodes():  # which takes the labels from the model
+            base = self.accelerator.unwrap_model(model)
+            made = base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+            inputs = {**inputs, "decoder_input_ids": made}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (loss * share, outputs) if return_outputs else loss * share
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """As Trainer's, with the gradient where the run's method takes it.

@@ -1,0 +1,119 @@
+"""An optimizer step is the step of one full batch, in whatever micro-batches and processes its rows come."""
+
+import gc
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from lora_ggpo.perturbation.ascent import MGPO, SAM
+from tests.training.accumulation import (
+    ADAM,
+    CASES,
+    METHODS,
+    assert_same,
+    by_hand,
+    by_trainer,
+    make_recipe,
+    run_process,
+    write_data,
+)
+
+# Rows of a micro-batch, micro-batches of a step. The last leaves a shorter last step, with a smaller last micro-batch.
+SPLITS = [(32, 1), (8, 4), (4, 8), (5, 7)]
+COMBINED = [(case, method) for case in CASES for method in METHODS if (case, method) != ("regression", "smoothed")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """The Trainer collects garbage as it begins, over all that the libraries have made: longer than it trains here."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def models(tiny_llama, tiny_t5, tmp_path_factory):
+    """(decoder, encoder-decoder) without dropout, whose draws would differ with the batches."""
+    copy = tmp_path_factory.mktemp("models") / "t5"
+    shutil.copytree(tiny_t5, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
+    return tiny_llama, str(copy)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accumulation") / "data"
+    write_data(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("case", "method"), COMBINED)
+def test_micro_batches_are_one_batch(models, data, case, method, tmp_path):
+    expected = {}
+    for batch, micro_batches in SPLITS:
+        recipe = make_recipe(models, data, case, batch, micro_batches, METHODS[method])
+        rows = batch * micro_batches
+        if rows not in expected:
+            expected[rows] = by_hand(recipe, tmp_path, rows)
+        assert_same(by_trainer(recipe, tmp_path), expected[rows])
+
+
+def test_adalora_regularises_once_a_step(models, data, tmp_path):
+    """Its ranks are cut behind the first step, so one step it is."""
+    settings = ["adapter.type=adalora", "adapter.init_lora_weights=true"]
+    recipe = make_recipe(models, data, "sft", 16, 4, settings)
+    (loss, norm, _), expected = by_trainer(recipe, tmp_path), by_hand(recipe, tmp_path, 64)
+    assert (loss, norm) == (pytest.approx(expected[0], rel=1e-5), pytest.approx(expected[1], rel=1e-5))
+
+
+def test_mgpo_looks_ahead_from_one_point_a_step(models, data, tmp_path):
+    for batch, micro_batches in SPLITS:
+        recipe = make_recipe(models, data, "sft", batch, micro_batches, ["mgpo.rho=0.5", *ADAM])
+        expected = by_hand(recipe, tmp_path, batch * micro_batches, lambda *of: MGPO(*of, rho=0.5))
+        assert_same(by_trainer(recipe, tmp_path), expected)
+
+
+SAM_IN = {space: f"sam={{rho: 0.5, space: {space}}}" for space in ("adapter", "weights")}
+
+
+@pytest.mark.parametrize("space", SAM_IN)
+def test_sam_moves_for_each_micro_batch(models, data, space, tmp_path):
+    recipe = make_recipe(models, data, "classification", 5, 7, [SAM_IN[space]])
+    assert_same(by_trainer(recipe, tmp_path), by_hand(recipe, tmp_path, 35, sam(space), 5))
+
+
+def sam(space):
+    return lambda model, _: SAM(model, rho=0.5, space=space)
+
+
+PROCESSES = {f"{case}-{method}": (case, 4, 4, METHODS[method]) for case, method in COMBINED if case != "packed"}
+PROCESSES |= {f"sam-{space}": ("classification", 4, 4, [SAM_IN[space]]) for space in SAM_IN}
+# Of packed rows there are not two full steps, and accelerate takes some twice so that all processes have as many.
+PROCESSES |= {f"packed-{method}": ("packed", 4, 4, [*METHODS[method], "training.max_steps=1"]) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def processes(models, data, tmp_path_factory):
+    """What both of two processes have at the end of each case."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(run_process, (models, data, folder, PROCESSES, port), nprocs=2)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in PROCESSES}
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes_are_one_batch(models, data, processes, name, tmp_path):
+    """Steps of 2 processes x 4 micro-batches x 4 rows."""
+    recipe = make_recipe(models, data, *PROCESSES[name])
+    ascent = (sam(recipe.sam.space), 8) if recipe.sam else ()
+    expected = by_hand(recipe, tmp_path, 32, *ascent)
+    for found in processes[name]:
+        assert_same(found, expected)
