@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.paths import expanded
+from lora_ggpo.training.interrupt import exit_code, raise_terminated
 from lora_ggpo.training.ranks import is_first
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ app = typer.Typer(
     help="Fine-tune language models with LoRA-GGPO: recipes in, evaluated PEFT adapters out.",
 )
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR = 2
 
 
 def place(text: str) -> str:
@@ -67,14 +69,15 @@ RayGpus = Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluste
 
 
 def main() -> None:
-    """Entry point of ``lora-ggpo``: exits with 2 on bad input and 130 on Ctrl-C."""
+    """Entry point of ``lora-ggpo``: exits with 2 on bad input, 130 on Ctrl-C and 143 on SIGTERM."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal, or its locale, may not know every character
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as error:
+        sys.exit(exit_code(error))
 
 
 @app.command()
@@ -528,7 +531,7 @@ def _errors(debug: bool) -> Iterator[None]:
         told = is_first() or isinstance(error, DivergedError)
         _stop(f"error: {error}" if told else None, USER_ERROR, debug)
     except KeyboardInterrupt as error:
-        _stop(str(error) or "Interrupted.", INTERRUPTED, debug)
+        _stop(str(error) or "Interrupted.", exit_code(error), debug)
     except OSError as error:
         from lora_ggpo.training.files import refusal
 

@@ -18,6 +18,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Protocol
 
 from lora_ggpo.errors import UserError, first_line
+from lora_ggpo.training.interrupt import exit_code, raise_terminated
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 class Pool(Protocol):
@@ -83,10 +86,16 @@ def _end_with(parent: int) -> None:
 
 def _interruptible(function: Callable[..., Any], *arguments: Any) -> Any:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         return function(*arguments)
+    except KeyboardInterrupt as error:
+        if exit_code(error) == TERMINATED:
+            os._exit(TERMINATED)  # the executor would wait for its next call
+        raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class RayPool:

@@ -13,6 +13,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.generate import Prompt, Sampling, draws, generation_arguments, plain_generation
 from lora_ggpo.evaluation.target import Target
 from lora_ggpo.tasks.evaluate import autocasting, evaluating
+from lora_ggpo.training.interrupt import Terminated
 
 HELP = "/reset begins a new conversation, /quit ends."
 
@@ -65,6 +66,8 @@ class Chat:
         with plain_generation(target.model) as base, evaluating(target.model), autocasting(device, target.autocast):
             try:
                 base.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **arguments)
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 streamer.end()
         return "".join(streamer.parts).strip()

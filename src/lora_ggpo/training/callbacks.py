@@ -70,7 +70,8 @@ class RunCallback(TrainerCallback):
     ) -> TrainerControl:
         self._seconds += time.perf_counter() - self._step_start
         self._task.update(state.global_step, state.max_steps, self._note)
-        if any_of(self._stop.made):
+        self._stop.made = any_of(self._stop.made)  # a signal may have come to another process
+        if self._stop.made:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
         if control.should_save or state.global_step >= state.max_steps:

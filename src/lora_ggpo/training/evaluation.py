@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.data import Splits
+from lora_ggpo.errors import UserError
 from lora_ggpo.tasks import Metric, TaskConfig, encode, evaluate, predict, prediction_metrics
 from lora_ggpo.training.files import write_json_lines
 from lora_ggpo.training.progress import Reporter
@@ -45,10 +46,24 @@ class Scorer:
     ) -> None:
         self._model, self._tokenizer, self._config, self._reporter = model, tokenizer, config, reporter
         self._options: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast}
+        self.encoded: dict[str, Dataset] = {}
 
     def encode(self, rows: Dataset, name: str = "") -> Dataset:
         """Tokenise `rows` of the set `name`."""
         return encode(self._config.kind, rows, self._tokenizer, self._config, name)
+
+    def prepare(self, sets: dict[str, Dataset]) -> None:
+        """Encode `sets`, of names that stand for the same rows ever after, so that scoring them cannot fail there.
+
+        Raises:
+            UserError: one cannot be encoded; it is named.
+        """
+        for name, rows in sets.items():
+            if name not in self.encoded:
+                try:
+                    self.encoded[name] = self.encode(rows, name)
+                except UserError as error:
+                    raise UserError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from error
 
     def quick(self, encoded: Dataset) -> dict[str, float]:
         """Metrics of encoded rows by name, without standard errors or progress."""
@@ -58,10 +73,11 @@ class Scorer:
 
     def score(self, sets: dict[str, Dataset], predictions: Path | None) -> Scores:
         """Metrics of each set by name; with `predictions`, a folder, also one file a set with a line for each row."""
+        self.prepare(sets)
         return {name: self._score(name, rows, predictions) for name, rows in sets.items()}
 
     def _score(self, name: str, rows: Dataset, predictions: Path | None) -> dict[str, Metric]:
-        config, encoded = self._config, self.encode(rows, name)
+        config, encoded = self._config, self.encoded[name]
         with self._reporter.task(f"evaluate {name}") as task:
             arguments = (config.kind, self._model, encoded, self._tokenizer, config)
             options: dict[str, Any] = {**self._options, "progress": task.update}

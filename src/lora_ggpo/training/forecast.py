@@ -8,7 +8,6 @@ import math
 import statistics
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,7 @@ from lora_ggpo.data import Splits
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.initialise import moves_base
 from lora_ggpo.quantise import stored_bytes
-from lora_ggpo.tasks import TaskConfig
-from lora_ggpo.training.evaluation import fixed_sample
+from lora_ggpo.training.evaluation import Scorer, fixed_sample
 from lora_ggpo.training.memory import held, memory_errors, obtainable, peak, reset_peak
 from lora_ggpo.training.progress import Reporter, Task
 from lora_ggpo.training.recipe import Recipe
@@ -43,9 +41,9 @@ from lora_ggpo.training.run import (
     load_splits,
     make_trainer,
     optimizer_steps,
+    prepared_scorer,
     quiet_libraries,
     scored_sets,
-    scorer,
     training_arguments,
     untrained,
 )
@@ -136,9 +134,9 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
 
 
 def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: int, reporter: Reporter) -> Forecast:
-    task = recipe.task.for_labels(splits.labels)
     limit, before = obtainable(args.device), held(args.device)
-    model, tokenizer, rows = untrained(recipe, args, splits, task)
+    model, tokenizer, rows = untrained(recipe, args, splits, recipe.task.for_labels(splits.labels))
+    score = prepared_scorer(recipe, splits, model, tokenizer, args, Reporter(quiet=True))
     probe = _Probe(recipe, args, model, tokenizer, rows)
     full = probe.measure(args.per_device_train_batch_size, steps, reporter)
     total = optimizer_steps(args, len(rows))
@@ -147,7 +145,7 @@ def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: in
     peaks[smaller] = probe.measure(smaller, 0, reporter).peak
     sizes = _sizes(model, tokenizer, Path(str(args.output_dir)) / "tokenizer")
     validations, validation_rows, scored_rows = _scored(recipe, splits, total)
-    row_seconds = _row_seconds(model, tokenizer, task, args, splits)
+    row_seconds = _row_seconds(score)
     return Forecast(
         parameters=parameters[1],
         trained=parameters[0],
@@ -355,18 +353,9 @@ def _scored(recipe: Recipe, splits: Splits, steps: int) -> tuple[int, int, int]:
     return count, rows, sum(len(one) for one in scored_sets(recipe, splits).values())
 
 
-def _row_seconds(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskConfig,
-    args: TrainingArguments,
-    splits: Splits,
-) -> float:
+def _row_seconds(score: Scorer) -> float:
     """Seconds to score a row, from a sample."""
-    score = scorer(model, tokenizer, task, args, Reporter(quiet=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a sample has to say of its lengths is not so of the set
-        sample = score.encode(fixed_sample(splits.validation if len(splits.validation) else splits.train, SCORED_ROWS))
+    sample = fixed_sample(next(iter(score.encoded.values())), SCORED_ROWS)
     start = time.perf_counter()
     score.quick(sample)
     return (time.perf_counter() - start) / len(sample)

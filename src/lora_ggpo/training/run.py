@@ -80,7 +80,7 @@ from lora_ggpo.training.source import KeyPath, flatten, read_source
 from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, check_checkpointing
 
 VALIDATION_ROWS = 500
-_STOPPING = "Stopping after this step; press Ctrl-C again to stop at once."
+_STOPPING = "Stopping after this step; press Ctrl-C again, or send SIGTERM again, to stop at once."
 _SECTIONS: dict[str, type | UnionType] = {
     "model": str,
     "task": dict,
@@ -121,7 +121,7 @@ def train(recipe: Recipe, reporter: Reporter | None = None) -> list[Run]:
     Raises:
         UserError: bad input, a loss that is not finite, a full disk, or a folder that holds a run of another recipe or
             is in use.
-        Interrupted: Ctrl-C; a checkpoint has been saved.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been saved.
     """
     reporter = reporter or Reporter(quiet=not is_first())
     quiet_libraries()
@@ -394,18 +394,16 @@ def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, spli
         _record_versions(recipe, folder)
     task = recipe.task.for_labels(splits.labels)
     weights = folder / _weights_name(recipe)
-    model: torch.nn.Module
     if weights.is_dir():
         model, tokenizer = _load_weights(recipe, splits.labels, folder, quantised=True)
+        score = scorer(model, tokenizer, task, args, reporter)
     else:
         with memory_errors(recipe, "per_device_train_batch_size"):
-            model, tokenizer = _trained(recipe, args, folder, splits, task, reporter)
+            score = _trained(recipe, args, folder, splits, task, reporter)
     if not is_first():
         return
     with memory_errors(recipe, "per_device_eval_batch_size"):
-        scores = scorer(model, tokenizer, task, args, reporter).score(
-            scored_sets(recipe, splits), _subfolder(folder, "predictions")
-        )
+        scores = score.score(scored_sets(recipe, splits), _subfolder(folder, "predictions"))
     save_training_plot(read_json_lines(folder / "log.jsonl"), folder / "training.png")
     write_json(
         folder / "metrics.json",
@@ -433,6 +431,7 @@ def untrained(
     if task.packing:
         check_packing(base)
         rows = pack(rows, task.max_length)
+    _check_steps(recipe, args, len(rows))
     return _trainable(recipe, args, base, rows, collator(task.kind, tokenizer)), tokenizer, rows
 
 
@@ -443,8 +442,8 @@ def _trained(
     splits: Splits,
     task: TaskConfig,
     reporter: Reporter,
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Train, and save what was trained."""
+) -> Scorer:
+    """Train, and save what was trained; return what scores it."""
     checkpoints = folder / "checkpoints"
     checkpoint = remove_broken(checkpoints) if is_first() else None
     wait_for_all()
@@ -457,13 +456,12 @@ def _trained(
     moved = model if isinstance(model, PeftModel) and is_first() and save_start(model, start) else None
     if moved:
         settle(start)
-    score = scorer(model, tokenizer, task, args, reporter)
-    _check_further_sets(recipe, splits, score)
+    score = prepared_scorer(recipe, splits, model, tokenizer, args, reporter)
     trainer = make_trainer(recipe, model, tokenizer, args, rows)
     state = read_json(checkpoint / "trainer_state.json") if checkpoint else {}
     enough = partial(_enough, recipe)
     log = read_json_lines(folder / "log.jsonl")
-    stopped = False
+    stop = StopRequest()
     if checkpoint and (
         state["global_step"] >= state["max_steps"]
         or any(enough(row) for row in log if row["step"] == state["global_step"])
@@ -484,7 +482,7 @@ def _trained(
                 enough=enough,
                 keep=recipe.training_fields["save_total_limit"],
             )
-            stopped = _fit(trainer, callback, checkpoint, stop, checkpoints)
+            _fit(trainer, callback, checkpoint, stop, checkpoints)
     if is_first():
         took = _training_summary(read_json_lines(folder / "log.jsonl"), model, args)
         write_json(folder / "training.json", took)
@@ -494,30 +492,42 @@ def _trained(
             else:
                 model.save_pretrained(str(target))
             tokenizer.save_pretrained(target)
-    if stopped:
-        raise Interrupted(f"{folder} is trained but not scored; give the same command again to score it.")
-    return model, tokenizer
+    if stop.made:
+        text = f"{folder} is trained but not scored; give the same command again to score it."
+        raise Interrupted(text) from stop.reason
+    return score
 
 
-def _check_further_sets(recipe: Recipe, splits: Splits, score: Scorer) -> None:
-    """Refuse out-of-domain sets that cannot be scored, or not be kept apart, before hours of training, not after."""
-    files: dict[str, str] = {}
-    for name in scored_sets(recipe, splits):
+def prepared_scorer(
+    recipe: Recipe,
+    splits: Splits,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    reporter: Reporter,
+) -> Scorer:
+    """`scorer` with every set of the run encoded: what cannot be scored is found before hours of training.
+
+    Raises:
+        UserError: a set cannot be encoded, or two could not be kept apart.
+    """
+    sets, files = scored_sets(recipe, splits), dict[str, str]()
+    for name in sets:
         other = files.setdefault(file_name(name), name)
         if other != name:
             raise UserError(f"The predictions on {other} and {name} would have one file name; rename one of them.")
-    for name, rows in splits.out_of_domain.items() if recipe.score_test else ():
-        try:
-            score.encode(rows)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
+    score = scorer(model, tokenizer, recipe.task.for_labels(splits.labels), args, reporter)
+    score.prepare(sets)
+    return score
 
 
 def _validation(recipe: Recipe, splits: Splits, score: Scorer) -> Callable[[], dict[str, float]]:
     """What measures the model during training, at most `VALIDATION_ROWS` rows of each set."""
-    sets = {"validation": splits.validation} | ({"train": splits.train} if recipe.stop_loss else {})
-    samples = {name: fixed_sample(rows, VALIDATION_ROWS) for name, rows in sets.items() if len(rows)}
-    encoded = {name: score.encode(rows, name) for name, rows in samples.items() if recipe.validate_every}
+    encoded: dict[str, Dataset] = {}
+    if recipe.validate_every and len(splits.validation):
+        encoded["validation"] = fixed_sample(score.encoded["validation"], VALIDATION_ROWS)
+    if recipe.stop_loss:
+        encoded["train"] = score.encode(fixed_sample(splits.train, VALIDATION_ROWS), "train")
 
     def validate() -> dict[str, float]:
         measured = {name: score.quick(rows) for name, rows in encoded.items()}
@@ -548,12 +558,25 @@ def _trainable(
 
     base.to(args.device)  # type: ignore[arg-type]
     steps = optimizer_steps(args, len(rows))
+    return add_adapter(base, recipe.adapter_fields, recipe.task.kind, total_steps=steps, batches=batches)
+
+
+def _check_steps(recipe: Recipe, args: TrainingArguments, rows: int) -> None:
+    """Refuse a run that would take no step, or never look at what ends it."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        of = f"{args.world_size} processes x {args.per_device_train_batch_size}" if args.world_size > 1 else str(batch)
+        raise UserError(
+            f"training.dataloader_drop_last leaves out every batch that is not full, and {rows} training rows do not "
+            f"fill one of {of}, so there is no step to take; lower training.per_device_train_batch_size to {rows} or "
+            "less, or leave dataloader_drop_last out."
+        )
+    steps = optimizer_steps(args, rows)
     if recipe.stop_loss and recipe.validate_every and recipe.validate_every > steps:
         raise UserError(
             f"validate_every is {recipe.validate_every}, but the run has {steps} steps, in which stop_loss is never "
             "looked at; lower it."
         )
-    return add_adapter(base, recipe.adapter_fields, recipe.task.kind, total_steps=steps, batches=batches)
 
 
 def make_trainer(
@@ -600,8 +623,8 @@ def _ascent(recipe: Recipe) -> MakeAscent | None:
 
 def _fit(
     trainer: RunTrainer, callback: RunCallback, checkpoint: Path | None, stop: StopRequest, checkpoints: Path
-) -> bool:
-    """Train; return whether a stop was asked for in the last step, when all is done."""
+) -> None:
+    """Train; go on behind the last step even if a stop was asked for in it: what is trained is to be saved."""
     trainer.add_callback(callback)
     try:
         with refused(checkpoint):
@@ -622,8 +645,7 @@ def _fit(
         raise Interrupted(
             f"Stopped after step {state.global_step} of {state.max_steps}; give the same command again "
             + ("to begin anew: peft does not keep AdaLoRA's state." if anew else "to go on from there.")
-        )
-    return stop.made
+        ) from stop.reason
 
 
 def _weights_name(recipe: Recipe) -> str:
