@@ -1,5 +1,6 @@
 """Optimizer steps over micro-batches, by the trainer of a run and by a loop written out in torch."""
 
+import gc
 import json
 import math
 import os
@@ -167,6 +168,7 @@ def regularisation(model):
 def run_process(rank, models, data, folder, cases, port):
     """One of two processes: carry out each of `cases` (name: arguments of `make_recipe`) and save what it ends with."""
     torch.set_num_threads(1)
+    gc.freeze()
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in world.items()})
     for name, arguments in cases.items():

@@ -384,10 +384,32 @@ def test_too_little_memory_is_one_sentence_and_smaller_batches_go_on(whole, tmp_
             ["stop_loss=0.1", "validate_every=5"],
             "validate_every is 5, but the run has 4 steps, in which stop_loss is never looked at; lower it.",
         ),
+        (
+            ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=100"],
+            "training rows do not fill one of 100, so there is no step to take",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_one_sentence(whole, settings, message, tmp_path):
     _refused(_run("train", whole[0], f"output={tmp_path}", *settings), message)
+
+
+@pytest.mark.parametrize("name", ["validation", "test", "further.jsonl"])
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_set_that_cannot_be_scored_is_named_before_training(whole, name, command, tmp_path):
+    """All its prompts are too long."""
+    short = [{"prompt": f"the {n}", "completion": "good."} for n in range(8)]
+    long = [{"prompt": "film " * 100 + str(n), "completion": "good."} for n in range(8)]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        rows = long if split == name else short
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "further.jsonl").write_text("\n".join(map(json.dumps, long)))
+    settings = [f"data.source={tmp_path / 'data'}", f"output={tmp_path / 'runs'}"]
+    if name == "further.jsonl":
+        settings.append(f"data.out_of_domain=[{tmp_path / name}]")
+    _refused(_run(command, whole[0], *settings), f"{name}: No row is left: every prompt fills task.max_length = 32")
+    assert not list((tmp_path / "runs").rglob("log.jsonl"))
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
@@ -424,6 +446,29 @@ def test_what_is_said_at_ctrl_c_is_what_happens(whole, step, settings, message, 
     train(parse_recipe(whole[0].read_text(), "r.yaml", settings), reporter)
     assert ("going on from step 2" in said.getvalue()) == message.endswith("from there.")
     assert ("train " in said.getvalue()) == (step == 2)
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_with_143(whole, tmp_path, monkeypatch):
+    def terminate(self, args, state, control, step_end=RunCallback.on_step_end, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_end(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallback, "on_step_end", terminate)
+        result = _run("train", whole[0], f"output={tmp_path}")
+    assert result.exit_code == 143
+    assert "Stopped after step 2 of 4; give the same command again to go on from there." in result.stderr
+    result = _run("train", whole[0], f"output={tmp_path}")
+    assert "going on from step 2" in result.stderr
+    _assert_same(tmp_path / "seed-0", whole[1])
+
+
+def test_a_process_that_the_signal_did_not_come_to_stops_with_the_others(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_ggpo.training.callbacks.any_of", lambda made: True)
+    with pytest.raises(Interrupted, match="Stopped after step 1 of 4"):
+        _train(whole[0], f"output={tmp_path}")
+    assert not (tmp_path / "seed-0" / "adapter").exists()
 
 
 def test_ctrl_c_while_trained_weights_load_stops_at_once(whole, copy, monkeypatch):
