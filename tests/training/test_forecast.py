@@ -117,7 +117,7 @@ def test_the_command_prints_tables_and_leaves_the_output_alone(recipe_file):
     ("arguments", "message"),
     [
         (["training.max_stps=1"], "training.max_stps is not a setting; did you mean max_steps?"),
-        (["model=./absent"], "error: Model './absent': there is no such folder."),
+        (["model=./absent"], "absent': there is no such folder."),
         (["--steps", "0"], "--steps"),
     ],
 )
