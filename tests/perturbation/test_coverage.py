@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, LoHaConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
