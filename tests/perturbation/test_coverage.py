@@ -149,8 +149,8 @@ def test_a_part_that_is_called_directly_beside_the_model_is_named():
     model, ggpo = routed("none")
     inner = model.base_model.model
     h = torch.tanh(inner.up(torch.ones(2, 8, dtype=torch.float64)))
+    (loss_of(model(batch(0))) + h.square().sum()).backward()
     with pytest.warns(UserWarning, match=r"1 of 4 .*model\.up\."):
-        (loss_of(model(batch(0))) + h.square().sum()).backward()
         ggpo.step()
 
 
