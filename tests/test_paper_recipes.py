@@ -21,6 +21,15 @@ T5 = sorted(path.stem.removeprefix("t5-") for path in FOLDER.glob("t5-*.yaml"))
 # What each label of GLUE is called in the answer, and the columns in the order in which the prompt has them.
 ANSWERS = {subset: names for subset, (_, names) in glue.TASKS.items()} | {"mrpc": ["different", "equivalent"]}
 
+# The prompts of LoRA-GA's reproduce/data.py, whose line breaks are spaces to T5's tokenizer.
+PROMPTS = {
+    "sst2": "classify the sentiment of the text: {0} result:",
+    "cola": "classify the grammaticality of the text: {0} result:",
+    "mrpc": "classify the semantic similarity of the text: {0} {1} result:",
+    "mnli": "classify the semantic similarity of the text: {0} {1} result:",
+    "qnli": "classify the semantic similarity of the question and the sentence: {0} {1} result:",
+}
+
 QUESTION, ANSWER = "Add one to {n}, please.", "That makes one more than {n}."
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -82,8 +91,7 @@ def test_t5_reads_the_row_and_answers_with_the_label(subset, form, tiny_t5, tmp_
     rows = glue.rows(subset, "validation_matched" if subset == "mnli" else "validation")
     for given, row in zip(rows, encoded, strict=True):
         texts = [given[column] for column in glue.TASKS[subset][0]]
-        prompt = task.template.replace("{text}", texts[0]).replace("{text_pair}", texts[-1])
-        assert tokenizer.decode(row["input_ids"]) == f"{prompt}</s>"
+        assert tokenizer.decode(row["input_ids"]) == f"{PROMPTS[subset].format(*texts)}</s>"
         assert tokenizer.decode(row["labels"]) == f"{ANSWERS[subset][given['label']]}</s>"
     assert torch.isfinite(loss(model, tokenizer, task, encoded))
 
