@@ -38,12 +38,15 @@ from lora_ggpo.errors import UserError, causes, first_sentence
 from lora_ggpo.paths import absolute, expanded
 from lora_ggpo.quantise import Quantisation, loading_arguments, prepared
 
-TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "sft"]
+TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "regression", "sft"]
+HEAD_KINDS: tuple[TaskKind, ...] = ("classification", "regression")
+"""The kinds that put a new head on the model."""
 
 _MODEL_CLASSES: dict[TaskKind, Any] = {
     "classification": AutoModelForSequenceClassification,
     "causal-classification": AutoModelForCausalLM,
     "seq2seq-classification": AutoModelForSeq2SeqLM,
+    "regression": AutoModelForSequenceClassification,
     "sft": AutoModelForCausalLM,
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +80,8 @@ def load_model(
 
     Args:
         name: a key of `BUNDLED`, a local folder (safetensors, or one .gguf file), a .gguf file, or a hub id.
-        kind: "classification" puts a new head on the model, drawn from torch's global generator (seed it first);
+        kind: "classification" and "regression" put a new head on the model, drawn from torch's global generator (seed
+            it first);
             "seq2seq-classification" loads an encoder-decoder, the other kinds a causal language model.
         labels: the class names, needed for "classification"; ignored otherwise.
         dtype: "float32", "bfloat16" or "float16", the type of all weights.
@@ -107,7 +111,7 @@ def load_model(
         _check_type(name, kind, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, loading = _from_pretrained(source, kind, config, _DTYPES[dtype], options, quantisation)
-    _check_loading(name, model, loading, head_is_new=kind == "classification")
+    _check_loading(name, model, loading, head_is_new=kind in HEAD_KINDS)
     _prepare(name, model, tokenizer)
     return prepared(model, quantisation) if quantisation else model, tokenizer
 
@@ -198,7 +202,7 @@ def _gguf(folder: str, file: str) -> tuple[str, str]:
 def _check_type(name: str, kind: TaskKind, config: Any) -> None:
     if kind not in get_args(TaskKind):
         raise UserError(f"Task kind {kind!r} is unknown; use one of {', '.join(get_args(TaskKind))}.")
-    if kind == "classification":
+    if kind in HEAD_KINDS:
         return
     if kind == "seq2seq-classification":
         _check_encoder_decoder(name, config)
@@ -222,6 +226,8 @@ def _check_encoder_decoder(name: str, config: Any) -> None:
 
 
 def _label_names(kind: TaskKind, labels: list[str] | None) -> dict[str, Any]:
+    if kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
     if kind != "classification" or labels is None:
         return {}
     return {
@@ -244,10 +250,10 @@ def _from_pretrained(
         arguments["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, which cannot be trained
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if kind == "classification":  # a head for another number of classes is replaced; _check_loading sees to the body
+    if kind in HEAD_KINDS:  # a head for another number of classes is replaced; _check_loading sees to the body
         arguments["ignore_mismatched_sizes"] = True
     if quantisation:
-        arguments |= loading_arguments(quantisation, _head(kind, config) if kind == "classification" else [])
+        arguments |= loading_arguments(quantisation, _head(kind, config) if kind in HEAD_KINDS else [])
     model, loading = _MODEL_CLASSES[kind].from_pretrained(source, **arguments)
     return model, loading
 
@@ -260,7 +266,7 @@ def _head(kind: TaskKind, config: Any) -> list[str]:
 
 
 def _check_loading(name: str, model: PreTrainedModel, loading: dict[str, Any], *, head_is_new: bool) -> None:
-    """Only a classification head may be new: a body that does not fit is an error, a hole in it a warning."""
+    """Only a head may be new: a body that does not fit is an error, a hole in it a warning."""
     expected = f"{model.base_model_prefix}." if head_is_new else ""
     mismatched = sorted(entry[0] for entry in loading.get("mismatched_keys", ()) if entry[0].startswith(expected))
     if mismatched:

@@ -175,7 +175,8 @@ def make_plan(
         methods: Names of `lora_ggpo.methods.table`, several joined by "+", or ``recipe``; the first is the baseline.
         seeds: Number of final runs of each method and setting, with seeds 0, 1, ...
         vary: ``key=value,value`` of data settings; all combinations are run.
-        metric: None is accuracy for classification and loss for fine-tuning on completions.
+        metric: None is accuracy for classification, Pearson's correlation for regression and loss for fine-tuning on
+            completions.
 
     Raises:
         UserError: one sentence about the first thing that is wrong, before anything is run.
@@ -214,7 +215,8 @@ def _methods(names: Iterable[str]) -> tuple[Method, ...]:
 def _metric(source: Source, metric: str | None) -> str:
     """`metric` if the task has it; for None the task's own."""
     kind = check_recipe(source).task.kind
-    known = ("loss", "perplexity") if kind == "sft" else ("accuracy", "f1", "mcc", "log_loss")
+    metrics = {"sft": ("loss", "perplexity"), "regression": ("pearson", "spearman", "mse")}
+    known = metrics.get(kind, ("accuracy", "f1", "mcc", "log_loss"))
     if metric is not None and metric not in known:
         raise UserError(f"--metric {metric} is not measured for task {kind}; choose one of {', '.join(known)}.")
     return metric or known[0]

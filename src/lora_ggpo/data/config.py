@@ -29,7 +29,9 @@ class DataConfig(BaseModel):
     text_pair: str | None = Field(
         None, description="Column of a second text, such as hypothesis; null is one text only."
     )
-    label: str | None = Field(None, description='Column of the label; default "label".')
+    label: str | None = Field(
+        None, description='Column of the label; default "label" (regression: "score", if there is one).'
+    )
     prompt: str | None = Field(
         None,
         description='Fine-tuning on completions: column of the prompt; default "prompt". Columns "messages", '

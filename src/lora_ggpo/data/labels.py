@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Collection, Sequence
 
 from lora_ggpo.data.table import Table
@@ -37,6 +39,15 @@ def read_label_names(table: Table, column: str) -> list[str]:
                 f"({', '.join(names)})."
             )
     return [names[value] for value in values]
+
+
+def read_targets(table: Table, column: str) -> list[float]:
+    """Return each row's number to predict; text that says a number is one.
+
+    Raises:
+        UserError: no such column, or a value that is missing or no finite number.
+    """
+    return [_target(value, table, column, row) for row, value in enumerate(table.column(column, "label"))]
 
 
 def classes_of(names: Sequence[str], table: Table, column: str) -> list[str]:
@@ -91,3 +102,13 @@ def _class_name(value: object, table: Table, column: str, row: int) -> str:
             raise UserError(f"{table.where(row)}: the label in column {column!r} is too large for an integer.")
         return str(value)
     return table.checked_text(value, column, row).strip()
+
+
+def _target(value: object, table: Table, column: str, row: int) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{table.where(row)}: {reprlib.repr(value)} in column {column!r} is no finite number.")
+    return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from lora_ggpo.data.bundled import BUNDLED
 from lora_ggpo.data.completion import as_messages, read_completions
 from lora_ggpo.data.config import DataConfig
-from lora_ggpo.data.labels import classes_of, is_unlabelled, read_label_names, to_indices
+from lora_ggpo.data.labels import classes_of, is_unlabelled, read_label_names, read_targets, to_indices
 from lora_ggpo.data.messages import store
 from lora_ggpo.data.sampling import carve, flip_labels, stratified_order
 from lora_ggpo.data.sources import ALL, FURTHER_TESTS, read_source
@@ -30,6 +30,7 @@ FEATURES = {
     "text": STRING,
     "text_pair": STRING,
     "label": INTEGER,
+    "target": datasets.Value("float64"),
     "noisy": datasets.Value("bool"),
     "prompt": STRING,
     "completion": STRING,
@@ -44,7 +45,7 @@ class Splits:
 
     Attributes:
         train, validation, test: Rows in the order of the source.
-        labels: The classes' names, which "label" indexes; None for completions.
+        labels: The classes' names, which "label" indexes; None where there are no classes.
         out_of_domain: Extra test sets, by the name of their source, or by split if they come with the training data.
     """
 
@@ -88,6 +89,37 @@ def load_classification(config: DataConfig) -> Splits:
     others = {name: _other_domain(source, config, classes) for source, name in config.set_names.items()}
     extra = further | {name: _dataset(columns) for name, columns in others.items()}
     return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), classes, extra)
+
+
+def load_regression(config: DataConfig) -> Splits:
+    """Load data with columns "id", "text" and "target" (float64); with `text_pair` also "text_pair".
+
+    The targets are the numbers in column `label`, else in "score", if there is one, or "label". Splits are as in
+    `load_classification`, without strata.
+
+    Raises:
+        UserError: the source or its content is not usable, or label noise is asked for.
+    """
+    if config.label_noise:
+        raise UserError("data.label_noise needs classes, which data for regression has not; set it to 0.")
+    tables = _main_tables(config)
+    whole = next(iter(tables))
+    target = config.label or ("score" if "score" in tables[whole].columns else "label")
+    texts = _text_columns(config)
+    read = {whole: _texts_and_targets(tables[whole], texts, target)}
+    numbers = read[whole]["target"]
+    if min(numbers) == max(numbers):
+        raise UserError(
+            f"{tables[whole].origin}: every row has {numbers[0]:g} in column {target!r}; there is no target."
+        )
+    tables = _labelled(tables, target, {str(value) for value in tables[whole].values(target)})
+    read |= {split: _texts_and_targets(table, texts, target) for split, table in tables.items() if split != whole}
+    extra = _further_tests(read)
+    parts = _three_splits(read, None, "text", config)
+    train = _cut(parts["train"], [0] * len(parts["train"]["id"]), config, tables[whole])
+    for source, name in config.set_names.items():
+        extra[name] = _dataset(_other_scores(source, config, target))
+    return Splits(_dataset(train), _dataset(parts["validation"]), _dataset(parts["test"]), None, extra)
 
 
 def load_completion(config: DataConfig) -> Splits:
@@ -144,7 +176,7 @@ def _main_tables(config: DataConfig) -> dict[str, Table]:
     return {split: tables[split] for split in (*NAMES, *FURTHER_TESTS) if split in tables}
 
 
-def _labelled(tables: dict[str, Table], label: str, classes: list[str]) -> dict[str, Table]:
+def _labelled(tables: dict[str, Table], label: str, classes: Collection[str]) -> dict[str, Table]:
     """Leave out the splits without labels, with one warning; test on the validation split if that leaves no test."""
     unlabelled = [split for split in list(tables)[1:] if is_unlabelled(tables[split], label, classes)]
     if not unlabelled:
@@ -171,6 +203,11 @@ def _text_columns(config: DataConfig) -> dict[str, str]:
 def _texts_and_names(table: Table, texts: dict[str, str], label: str) -> Columns:
     columns = {name: table.texts(column, name) for name, column in texts.items()}
     return {"id": table.ids(), **columns, "label": read_label_names(table, label)}
+
+
+def _texts_and_targets(table: Table, texts: dict[str, str], target: str) -> Columns:
+    columns = {name: table.texts(column, name) for name, column in texts.items()}
+    return {"id": table.ids(), **columns, "target": read_targets(table, target)}
 
 
 def _further_tests(read: dict[str, Columns]) -> dict[str, datasets.Dataset]:
@@ -221,6 +258,16 @@ def _other_domain(source: str, config: DataConfig, classes: list[str]) -> Column
         )
     columns["label"] = to_indices(columns["label"], classes, table)
     return columns
+
+
+def _other_scores(source: str, config: DataConfig, target: str) -> Columns:
+    tables = read_source(source, None, config.columns)
+    column = _present(
+        target, tables, "score" if any("score" in table.columns for table in tables.values()) else "label"
+    )
+    table = _test_table(tables, lambda table: column in table.columns and is_unlabelled(table, column, ()))
+    texts = {name: _present(given, tables, name) for name, given in _text_columns(config).items()}
+    return _texts_and_targets(table, texts, column)
 
 
 def _present(name: str | None, tables: dict[str, Table], default: str) -> str:

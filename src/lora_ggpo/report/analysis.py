@@ -51,6 +51,9 @@ METRICS: Mapping[str, Metric] = {
     "f1": Metric("F1", "F1, %", True, 100.0, " points", 2, "log_loss"),
     "mcc": Metric("MCC", "100 × MCC", True, 100.0, " points", 2, "log_loss"),
     "log_loss": Metric("log-loss", "log-loss", False, 1.0, "", 4, "accuracy"),
+    "pearson": Metric("Pearson", "100 × Pearson", True, 100.0, " points", 2, "mse"),
+    "spearman": Metric("Spearman", "100 × Spearman", True, 100.0, " points", 2, "mse"),
+    "mse": Metric("MSE", "mean squared error", False, 1.0, "", 4, "pearson"),
     "loss": Metric("loss", "loss", False, 1.0, "", 4, None),
     "perplexity": Metric("perplexity", "perplexity", False, 1.0, "", 3, None),
 }

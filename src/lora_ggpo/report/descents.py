@@ -27,6 +27,9 @@ QUANTITIES: Mapping[str, Metric] = {
 }
 """What curves show, and how."""
 
+_QUANTITIES: Mapping[str, Mapping[str, str]] = {"loss": {"loss": "loss"}, "pearson": {"loss": "mse"}}
+"""The metrics behind them, for tasks without classes by the metric that these are compared by."""
+
 Array = NDArray[np.float64]
 Group = tuple[str, str]
 """Setting and title of a method."""
@@ -126,7 +129,7 @@ def study_results(results: Results) -> StudyResult:
     settings: Mapping[str, Mapping[str, Any]] = results.facts["settings"]
     axes = axes_of(settings.values())
     numeric = tuple(key for key, values in axes.items() if len(values) > 1 and all(map(_is_number, values)))
-    quantities = {"loss": "loss"} if results.facts["metric"] == "loss" else {"error": "accuracy", "loss": "log_loss"}
+    quantities = _QUANTITIES.get(results.facts["metric"], {"error": "accuracy", "loss": "log_loss"})
     runs, logs = _grouped(results.runs), _logs(results)
     methods = tuple(dict.fromkeys(title for _, title in runs))
     found = dict.fromkeys(name for run in results.runs for name in run["evaluation"])

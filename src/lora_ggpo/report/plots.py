@@ -24,7 +24,7 @@ Log = Sequence[Mapping[str, Any]]
 """Lines of log.jsonl."""
 
 LOSS, VALIDATION, SHARE = "loss", "validation/log_loss", "ggpo/gradient_share"
-_VALIDATION_KEYS = (VALIDATION, "validation/loss")
+_VALIDATION_KEYS = (VALIDATION, "validation/loss", "validation/mse")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#9a9a9a"

@@ -2,6 +2,6 @@
 
 from lora_ggpo.tasks.config import Metric, TaskConfig
 from lora_ggpo.tasks.encode import collator, encode
-from lora_ggpo.tasks.evaluate import evaluate, predict, prediction_metrics
+from lora_ggpo.tasks.evaluate import evaluate, predict, predict_values, prediction_metrics
 
-__all__ = ["Metric", "TaskConfig", "collator", "encode", "evaluate", "predict", "prediction_metrics"]
+__all__ = ["Metric", "TaskConfig", "collator", "encode", "evaluate", "predict", "predict_values", "prediction_metrics"]

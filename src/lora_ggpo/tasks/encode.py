@@ -2,7 +2,8 @@
 
 Encoded rows are not padded. Their columns are `input_ids`, `attention_mask`, `labels` and `length` (tokens of
 `input_ids`); for the kinds with label words also `label`, the index of the right label; for "classification" of pairs
-`token_type_ids`, if the tokenizer has them. `labels` is the class index for "classification", the tokens of the label's
+`token_type_ids`, if the tokenizer has them. `labels` is the class index for "classification", the
+number to predict for "regression", the tokens of the label's
 word for "seq2seq-classification", and for the causal kinds `input_ids` with -100 wherever no loss is taken, so only the
 completion is learnt.
 """
@@ -20,7 +21,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from lora_ggpo.data.messages import Message
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import TaskKind
+from lora_ggpo.models import HEAD_KINDS, TaskKind
 from lora_ggpo.tasks.config import LABEL_WORD_KINDS, PLAIN, TaskConfig
 from lora_ggpo.tasks.conversation import UnusedFields, behind_prompt, conversation, learnt_turns, render
 from lora_ggpo.tasks.length import NO_LOSS, Room
@@ -50,7 +51,7 @@ def encode(
     """Tokenise `dataset` for `kind`; see the top of this module for the columns that come back.
 
     Args:
-        dataset: columns "text", "label" and for pairs of texts "text_pair" for the classification kinds; "prompt" and
+        dataset: columns "text", "label" ("target" for "regression") and for pairs of texts "text_pair"; "prompt" and
             "completion", or "messages" and perhaps "template" (as `load_completion` gives them), for "sft".
         config: with `label_words` filled in (`TaskConfig.for_labels`) for the kinds that need them.
         name: of the set, for what is said of its lengths.
@@ -66,6 +67,7 @@ def encode(
     _check(kind, dataset, tokenizer, config)
     encoders: dict[TaskKind, Callable[[], Iterator[list[Row]]]] = {
         "classification": lambda: _classification(dataset, tokenizer, config),
+        "regression": lambda: _classification(dataset, tokenizer, config, "target"),
         "causal-classification": lambda: _causal_classification(dataset, tokenizer, config),
         "seq2seq-classification": lambda: _seq2seq_classification(dataset, tokenizer, config),
         "sft": lambda: _sft(dataset, tokenizer, config, Room(config, name)),
@@ -78,11 +80,11 @@ def collator(kind: TaskKind, tokenizer: PreTrainedTokenizerBase) -> Callable[[li
     """Return a function that pads encoded rows on the right, to the longest of the batch, for the model's forward.
 
     It gives `input_ids` and `attention_mask` of shape (batch, tokens), and `labels` of shape (batch,) for
-    "classification" and (batch, tokens), padded with -100, for the other kinds. Columns that are no input of a model
+    the `HEAD_KINDS` and (batch, tokens), padded with -100, for the other kinds. Columns that are no input of a model
     are left out. Rows that `pack` made have `position_ids` instead of `attention_mask`: where they begin again at 0,
     so does an example, and none sees another.
     """
-    if kind == "classification":
+    if kind in HEAD_KINDS:
         return partial(_collate, DataCollatorWithPadding(tokenizer))
     return partial(_collate, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS))
 
@@ -131,11 +133,13 @@ def label_word_ids(tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> li
 # --- the four kinds ------------------------------------------------------------------------------------------------
 
 
-def _classification(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig) -> Iterator[list[Row]]:
+def _classification(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, target: str = "label"
+) -> Iterator[list[Row]]:
     for batch in dataset.iter(_CHUNK):
         second = batch.get("text_pair")
         encoded = tokenizer(batch["text"], second, truncation=True, max_length=config.max_length)
-        rows = [_row(ids, label) for ids, label in zip(encoded["input_ids"], batch["label"], strict=True)]
+        rows = [_row(ids, label) for ids, label in zip(encoded["input_ids"], batch[target], strict=True)]
         if second is not None and "token_type_ids" in encoded:
             types = encoded["token_type_ids"]
             rows = [{**row, "token_type_ids": segments} for row, segments in zip(rows, types, strict=True)]
@@ -347,14 +351,14 @@ def _continuation(
     return joint[len(before) :] if joint[: len(before)] == before else _tokens(tokenizer, continuation)
 
 
-def _row(ids: list[int], labels: int | list[int]) -> Row:
+def _row(ids: list[int], labels: float | list[int]) -> Row:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "length": len(ids)}
 
 
 def _chunk(kind: TaskKind, rows: list[Row]) -> Dataset:
     features = {name: feature for name, feature in _COLUMNS.items() if name in rows[0]}
-    if kind == "classification":
-        features["labels"] = _LABEL
+    if kind in HEAD_KINDS:
+        features["labels"] = _LABEL if kind == "classification" else Value("float32")
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, Features(features))
 
 
@@ -388,13 +392,15 @@ def _check(kind: TaskKind, dataset: Dataset, tokenizer: PreTrainedTokenizerBase,
     if kind == "sft":
         _check_sft(columns, tokenizer, config)
         return
-    for needed in ("text", "label"):
+    for needed in ("text", "target" if kind == "regression" else "label"):
         if needed not in columns:
             raise UserError(f"The data has no column {needed!r}, only {', '.join(sorted(columns))}.")
     if config.chat_template:
         _check_chat_template(tokenizer)
     if kind in LABEL_WORD_KINDS:
         _check_template(columns, config)
+    if kind == "regression":
+        return
     limit = len(config.label_words or []) if kind in LABEL_WORD_KINDS else None
     for index, label in enumerate(dataset["label"]):
         if label is None or label < 0 or (limit and label >= limit):

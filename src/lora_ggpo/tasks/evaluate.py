@@ -20,6 +20,7 @@ from lora_ggpo.tasks.config import Metric, TaskConfig
 from lora_ggpo.tasks.encode import collator, label_word_ids
 from lora_ggpo.tasks.length import NO_LOSS
 from lora_ggpo.tasks.metrics import Floats, Integers, classification_metrics, completion_metrics
+from lora_ggpo.tasks.regression import regression_metrics
 
 Progress = Callable[[int, int], None]
 Batch = dict[str, torch.Tensor]
@@ -46,8 +47,9 @@ def evaluate(
         autocast: run the forward passes under autocast to this type (for instance torch.bfloat16).
 
     Returns:
-        accuracy, f1 (macro), mcc and log_loss for the classification kinds; loss (per completion token) and
-        perplexity for "sft". See `lora_ggpo.tasks.metrics` for the standard errors.
+        accuracy, f1 (macro), mcc and log_loss for the classification kinds; pearson, spearman and mse for "regression";
+        loss (per completion token) and perplexity for "sft". See `lora_ggpo.tasks.metrics` and
+        `lora_ggpo.tasks.regression` for the standard errors.
 
     The model is put in eval mode and its modules' modes are restored at the end; no gradient is kept.
 
@@ -58,6 +60,9 @@ def evaluate(
         with evaluating(model):
             scores = _scores(kind, model, dataset, tokenizer, _completion_loss(model), batch_size, progress, autocast)
         return completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))
+    if kind == "regression":
+        values = predict_values(model, dataset, tokenizer, batch_size=batch_size, progress=progress, autocast=autocast)
+        return regression_metrics(values, np.asarray(dataset["labels"], dtype=np.float64))
     probabilities = predict(
         kind, model, dataset, tokenizer, config, batch_size=batch_size, progress=progress, autocast=autocast
     )
@@ -94,6 +99,21 @@ def predict(
     scores -= scores.max(axis=1, keepdims=True)
     exponentials = np.exp(scores)
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def predict_values(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    autocast: torch.dtype | None = None,
+) -> Floats:
+    """What a model for "regression" predicts, float64 of shape (examples,); all else as `predict`."""
+    with evaluating(model):
+        scores = _scores("regression", model, dataset, tokenizer, _head_score(model), batch_size, progress, autocast)
+    return scores[:, 0]
 
 
 def prediction_metrics(probabilities: Floats, labels: Integers) -> dict[str, Metric]:

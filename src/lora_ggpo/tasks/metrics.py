@@ -16,8 +16,8 @@ Integers = NDArray[np.int64]
 
 # A probability below this counts as this much in log_loss: one confident mistake costs at most 34.5.
 _SMALLEST_PROBABILITY = 1e-15
-_RESAMPLES = 1000
-_SEED = 0
+RESAMPLES = 1000
+SEED = 0
 
 
 def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str, Metric]:
@@ -80,7 +80,7 @@ def _bootstrap_f1_mcc(labels: Integers, predicted: Integers) -> tuple[float, flo
     classes = int(max(labels.max(), predicted.max())) + 1
     cells, counts = np.unique(labels * classes + predicted, return_counts=True)
     rows, columns = cells // classes, cells % classes
-    draws = np.random.default_rng(_SEED).multinomial(len(labels), counts / counts.sum(), size=_RESAMPLES)
+    draws = np.random.default_rng(SEED).multinomial(len(labels), counts / counts.sum(), size=RESAMPLES)
     scores = np.array([_f1_mcc(rows, columns, draw, classes) for draw in draws])
     f1_se, mcc_se = scores.std(axis=0, ddof=1)
     return float(f1_se), float(mcc_se)

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks import Metric, TaskConfig, encode, evaluate, predict, prediction_metrics
+from lora_ggpo.tasks import Metric, TaskConfig, encode, evaluate, predict, predict_values, prediction_metrics
+from lora_ggpo.tasks.regression import regression_metrics, regression_rows
 from lora_ggpo.training.files import write_json_lines
 from lora_ggpo.training.progress import Reporter
 
@@ -83,7 +84,15 @@ class Scorer:
             options: dict[str, Any] = {**self._options, "progress": task.update}
             if config.kind == "sft":
                 return evaluate(*arguments, **options)
-            probabilities = predict(*arguments, **options)
+            if config.kind == "regression":
+                values = predict_values(self._model, encoded, self._tokenizer, **options)
+            else:
+                probabilities = predict(*arguments, **options)
+        if config.kind == "regression":
+            if predictions is not None:
+                kept = regression_rows(rows["id"][:], rows["target"][:], values)
+                write_json_lines(predictions / f"{file_name(name)}.jsonl", kept)
+            return regression_metrics(values, np.asarray(rows["target"], dtype=np.float64))
         if predictions is not None:
             write_json_lines(predictions / f"{file_name(name)}.jsonl", _predictions(rows, probabilities))
         return prediction_metrics(probabilities, np.asarray(rows["label"], dtype=np.int64))

@@ -29,7 +29,7 @@ from pydantic_core import ErrorDetails
 
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import settled
+from lora_ggpo.models import HEAD_KINDS, settled
 from lora_ggpo.paths import absolute, expanded
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.tasks import TaskConfig
@@ -257,8 +257,8 @@ def _optimizer_problem(recipe: Recipe, optimizer: OptimizerFields) -> str | None
 def _freeze_problem(recipe: Recipe, freeze_body: bool) -> str | None:
     if recipe.adapter is not None:
         return "trains the head alone, but there is an adapter; set adapter: null"
-    if recipe.task.kind != "classification":
-        return "needs task classification: other tasks have no head of their own"
+    if recipe.task.kind not in HEAD_KINDS:
+        return f"needs task {' or '.join(HEAD_KINDS)}: other tasks have no head of their own"
     return None
 
 
@@ -292,8 +292,7 @@ _IDLE_IN_ADALORA = (
     "alora_invocation_tokens",
 )
 _DEFAULT_RANK: int = LoraConfig().r
-_IDLE_IN_TASK = {
-    "classification": ("template", "label_words", "chat_template", "too_long"),
+_IDLE_IN_TASK = dict.fromkeys(HEAD_KINDS, ("template", "label_words", "chat_template", "too_long")) | {
     "causal-classification": ("too_long",),
     "seq2seq-classification": ("too_long",),
     "sft": ("label_words",),
@@ -312,7 +311,8 @@ def _changed(section: BaseModel, names: Iterable[str]) -> list[str]:
 
 def _data_problem(recipe: Recipe, data: DataConfig) -> str | None:
     kind = recipe.task.kind
-    idle = _changed(data, ("text", "text_pair", "label") if kind == "sft" else _COMPLETION_ONLY)
+    unused = ("text", "text_pair", "label") if kind == "sft" else _COMPLETION_ONLY
+    idle = _changed(data, (*unused, "label_noise", "noise_seed") if kind == "regression" else unused)
     return f"sets {idle[0]}, which task {kind} does not look at; leave it out" if idle else None
 
 

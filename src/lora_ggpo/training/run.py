@@ -44,7 +44,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.adapters import add_adapter, count_parameters, freeze_body, load_adapter
-from lora_ggpo.data import DataConfig, Splits, load_classification, load_completion
+from lora_ggpo.data import DataConfig, Splits, load_classification, load_completion, load_regression
 from lora_ggpo.errors import DivergedError, UserError, rejected
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
@@ -199,7 +199,9 @@ def _refuse_different(runs: Sequence[Run]) -> None:
 
 def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
     """The data of a task."""
-    return load_completion(data) if task.kind == "sft" else load_classification(data)
+    if task.kind == "sft":
+        return load_completion(data)
+    return load_regression(data) if task.kind == "regression" else load_classification(data)
 
 
 def load_trained(
@@ -538,7 +540,7 @@ def _validation(recipe: Recipe, splits: Splits, score: Scorer) -> Callable[[], d
 
 def _enough(recipe: Recipe, logged: Mapping[str, float]) -> bool:
     """Whether the training loss that was logged is down at the recipe's stop_loss."""
-    loss = logged.get("train/loss", logged.get("train/log_loss"))
+    loss = next((logged[key] for key in ("train/loss", "train/log_loss", "train/mse") if key in logged), None)
     return recipe.stop_loss is not None and loss is not None and loss <= recipe.stop_loss
 
 
