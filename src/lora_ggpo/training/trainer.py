@@ -136,9 +136,12 @@ class RunTrainer(Trainer):
         Raises:
             UserError: what the libraries find in the settings as they make the optimizer, the schedule and the batches,
                 and take the first step.
+            DivergedError: GGPO finds weights whose squares are not finite.
         """
         try:
             return super().train(resume_from_checkpoint, *arguments, **options)
+        except FloatingPointError as error:
+            raise DivergedError(f"{error}.") from error
         except Exception:
             if resume_from_checkpoint or self.state.global_step:
                 raise
