@@ -15,7 +15,7 @@ from lora_ggpo.models import load_model
 from lora_ggpo.report.comparison import write_report
 from lora_ggpo.report.study import write_study_report
 from lora_ggpo.tasks import TaskConfig, collator, encode, evaluate
-from lora_ggpo.tasks.regression import regression_metrics
+from lora_ggpo.tasks.regression import regression_metrics, start_at_mean
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.progress import Reporter
@@ -171,6 +171,16 @@ def test_the_loss_is_the_mean_squared_error_and_scores_are_the_outputs(tmp_path)
     assert found["pearson"].value == pytest.approx(stats.pearsonr(alone, targets).statistic, abs=1e-4)
 
 
+def test_training_starts_at_the_mean_of_the_targets():
+    torch.manual_seed(0)
+    model, tokenizer = load_model("minilm", "regression")
+    batch = tokenizer(["The first.", "The second."], return_tensors="pt")
+    with torch.no_grad():
+        before = model(**batch).logits
+        start_at_mean(model, [1.0, 2.0, 6.0])
+        assert torch.allclose(model(**batch).logits, before + 3.0, atol=1e-6)
+
+
 # --- whole runs ----------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +212,7 @@ def test_a_run_keeps_predictions_that_give_its_scores(trained):
     assert scores["pearson"]["value"] == pytest.approx(np.corrcoef(predicted, targets)[0, 1], abs=1e-5)
     assert set(run.metrics["evaluation"]) == {"validation", "test", "train"}
     assert [row["step"] for row in run.log if "validation/mse" in row] == [3, 6]
+    assert run.log[0]["loss"] < 4  # the targets have a mean of 2.5 and a variance of 2.1
 
 
 def test_a_run_is_evaluated_on_other_data_and_merged(trained, tmp_path):

@@ -1,21 +1,33 @@
 """Regression: a number for each text or pair of texts, such as their similarity.
 
-The model has a head of one output, trained by the mean squared error over the rows.
+The model has a head of one output, trained by the mean squared error over the rows; it starts at their mean.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from torch import nn
 
 from lora_ggpo.tasks.config import Metric
 from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, mean_metric
 
 _BLOCK = 1_000_000
+
+
+def start_at_mean(model: nn.Module, targets: Sequence[float]) -> None:
+    """Let a new head predict the mean of the training targets, as far as it has a bias.
+
+    From zero the first hundreds of steps would go into finding the mean, which bends the body as well.
+    """
+    heads = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == 1]
+    if heads and heads[-1].bias is not None:
+        nn.init.constant_(heads[-1].bias, float(np.mean(targets)))
 
 
 def regression_metrics(predicted: Floats, targets: Floats) -> dict[str, Metric]:

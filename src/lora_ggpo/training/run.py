@@ -56,6 +56,7 @@ from lora_ggpo.quantise import Quantisation
 from lora_ggpo.report.plots import save_training_plot
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import check_packing, pack
+from lora_ggpo.tasks.regression import start_at_mean
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.checkpoints import last_whole, refused, remove_broken, remove_unsealed, step_of
 from lora_ggpo.training.evaluation import Scorer, evaluation_sets, file_name, fixed_sample, plain
@@ -430,6 +431,8 @@ def untrained(
         recipe.model, recipe.task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args)
     )
     rows = encode(task.kind, splits.train, tokenizer, task, "train")
+    if task.kind == "regression":
+        start_at_mean(base, rows["labels"][:])
     if task.packing:
         check_packing(base)
         rows = pack(rows, task.max_length)
