@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, integration_utils
 
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.perturbation import GGPO, GGPOConfig
@@ -41,11 +42,10 @@ def build(minilm, tmp_path):
             gradient_accumulation_steps=2,
             learning_rate=1e-2,
             logging_steps=1,
-            report_to=[],
             disable_tqdm=True,
             use_cpu=True,
             seed=3,
-            **{"max_steps": 6, "save_steps": 3, **kwargs},
+            **{"max_steps": 6, "save_steps": 3, "report_to": [], **kwargs},
         )
         callbacks = ([GGPOCallback(config)] if config else []) if callbacks is None else callbacks
         return Trainer(peft, arguments, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
@@ -130,6 +130,71 @@ def test_training_is_that_of_a_plain_loop_and_its_diagnostics_are_logged(build):
     assert [row["ggpo/gradient_share"] for row in rows[1:]] == pytest.approx([0.5] * 5, rel=1e-3)
     assert "ggpo/tau" in seen[0]
     assert not any(key.startswith("ggpo") for row in seen if "train_runtime" in row for key in row)
+
+
+class Writer:
+    """Stands in for TensorBoard's SummaryWriter: keeps {step: {tag: value}}."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.setdefault(step, {})[tag] = value
+
+    def add_text(self, *_):
+        pass
+
+    flush = close = lambda self: None
+
+
+def test_trackers_are_given_the_diagnostics(build, monkeypatch):
+    """transformers' own TensorBoard callback, which the Trainer puts before those that it is given."""
+    writer = Writer()
+
+    class Tracker(TensorBoardCallback):
+        def __init__(self):  # without its look for the package
+            self.tb_writer, self._SummaryWriter, self.logging_dir = writer, None, None
+
+    calls = []
+
+    class Last(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            calls.append(state.global_step)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    callbacks = [GGPOCallback(CONFIG), Last()]
+    trainer = build(callbacks=callbacks, save_strategy="no", max_steps=2, report_to=["tensorboard"])
+    before = list(trainer.callback_handler.callbacks)
+    trainer.train()
+    for row in _losses(trainer):
+        tags = {f"train/{key}": value for key, value in row.items() if key.startswith("ggpo/")}
+        assert len(tags) > 9
+        assert tags.items() <= writer.scalars[row["step"]].items()
+    assert calls == [0]  # the move has the others called once each, in their order
+    after = trainer.callback_handler.callbacks
+    assert after == [callbacks[0], *(one for one in before if one is not callbacks[0])]
+    trainer.train()
+    assert trainer.callback_handler.callbacks == after
+
+
+@pytest.mark.parametrize("loaded", [None, "is_loaded_in_4bit", "is_loaded_in_8bit"])
+def test_several_gpus_in_one_process_are_refused(build, loaded):
+    """The Trainer's rule: DataParallel, but for quantised models. Nothing is attached when that is said."""
+
+    class Arguments:
+        n_gpu = 2
+
+    trainer = build(callbacks=[], max_steps=1)
+    model, callback = trainer.model, GGPOCallback(CONFIG)
+    if loaded:
+        setattr(model.base_model.model, loaded, True)
+        trainer.state.max_steps = 1
+        callback.on_train_begin(Arguments(), trainer.state, None, model=model)
+        callback.on_train_end(Arguments(), trainer.state, None)
+    else:
+        with pytest.raises(ValueError, match="one process a GPU with torchrun"):
+            callback.on_train_begin(Arguments(), trainer.state, None, model=model)
+    assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
 
 
 def test_noise_changes_training_and_sigma_0_does_not(build):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from ..perturbation import GGPO, GGPOConfig
+from ..perturbation.find import DATA_PARALLEL
 
 
 class GGPOCallback(TrainerCallback, ExportableState):
@@ -19,11 +21,16 @@ class GGPOCallback(TrainerCallback, ExportableState):
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[GGPOCallback(GGPOConfig(sigma=0.03))])
 
-    Its diagnostics join the logged loss (``ggpo/gradient_share`` and others of :meth:`GGPO.metrics`). Its state is
-    part of each checkpoint's ``trainer_state.json``, so ``resume_from_checkpoint`` continues exactly.
+    Its diagnostics join the logged loss (``ggpo/gradient_share`` and others of :meth:`GGPO.metrics`), for trackers too:
+    as training begins it moves before the other callbacks. Its state is part of each checkpoint's
+    ``trainer_state.json``, so ``resume_from_checkpoint`` continues exactly.
 
     Args:
         config: The settings, also as the dictionary that a checkpoint holds; None is the defaults.
+
+    Raises:
+        ValueError: as training begins, by :class:`GGPO`, or because the Trainer would put the model into a
+            ``DataParallel``, as it does on several GPUs without a launcher.
     """
 
     def __init__(self, config: GGPOConfig | Mapping[str, Any] | None = None) -> None:
@@ -35,6 +42,11 @@ class GGPOCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
+        # The Trainer shows callbacks the model inside; a quantised one it does not put into a DataParallel.
+        quantised = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+        if args.n_gpu > 1 and not quantised:
+            raise ValueError(DATA_PARALLEL)
+        _move_first(self)
         self._detach()  # Ctrl-C skips on_train_end, and auto_find_batch_size begins again without it
         self.ggpo = GGPO(model, self.config, total_steps=state.max_steps, optimizer=kwargs.get("optimizer"))
         callbacks: Any = state.stateful_callbacks  # a dictionary by class name, whatever its annotation says
@@ -75,6 +87,20 @@ class GGPOCallback(TrainerCallback, ExportableState):
         """The configuration and, once training has begun, the state of :class:`GGPO` (for ``trainer_state.json``)."""
         tensors = self.ggpo.state_dict() if self.ggpo else {}
         return {"args": {"config": self.config.to_dict()}, "attributes": {"ggpo_state": _encoded(tensors)}}
+
+
+def _move_first(callback: TrainerCallback) -> None:
+    """Have the callback called before all others: trackers come first, and see only what is in the log by then."""
+    # A callback is not told of the handler that calls it: only the stack knows it.
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # The handler is going through this list; what it has not called yet stays where it was.
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back
 
 
 def _encoded(tensors: dict[str, Tensor]) -> str:
