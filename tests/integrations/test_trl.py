@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_ggpo import GGPOCallback, GGPOConfig
-
-trl = pytest.importorskip("trl")
 
 ROWS = Dataset.from_list([{"prompt": f"the film {n} is", "completion": f" good {n}"} for n in range(24)])
 SETTINGS = {
