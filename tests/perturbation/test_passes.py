@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
 
@@ -196,13 +196,14 @@ def test_outputs_in_an_object_are_tied_to_their_pass():
     assert len(results[0][1]) == 8
 
 
-def test_generation_in_training_mode_is_plain(tiny_llama):
+def test_generation_in_training_mode_is_plain():
     """GRPO's rollouts: the model stays in training mode, and training goes on as if nothing had been generated."""
     ids = torch.tensor([[1, 5, 7, 9]])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     runs = []
     for generates in (False, True):
         torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=400, **sizes))
         model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
         stock, ggpo = copy.deepcopy(model), GGPO(model, GGPOConfig(sigma=0.5))
         for _ in range(2):
