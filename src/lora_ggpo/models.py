@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
+from lora_ggpo.chat_template import end_of_turn
 from lora_ggpo.errors import UserError, causes, first_sentence
 from lora_ggpo.paths import absolute, expanded
 from lora_ggpo.quantise import Quantisation, loading_arguments, prepared
@@ -112,7 +113,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, loading = _from_pretrained(source, kind, config, _DTYPES[dtype], options, quantisation)
     _check_loading(name, model, loading, head_is_new=kind in HEAD_KINDS)
-    _prepare(name, model, tokenizer)
+    _prepare(name, kind, model, tokenizer)
     return prepared(model, quantisation) if quantisation else model, tokenizer
 
 
@@ -278,7 +279,7 @@ def _check_loading(name: str, model: PreTrainedModel, loading: dict[str, Any], *
         )
 
 
-def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _prepare(name: str, kind: TaskKind, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
         # The weights are plain tensors by now, but transformers would still refuse to train or save the model.
@@ -295,9 +296,66 @@ def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             generation.validate(strict=True)
         except ValueError:  # Llama-2 came with a temperature but without sampling, and could not be saved again
             generation.do_sample = True
+    if generation is not None and kind == "sft":
+        generation.eos_token_id = _ends(generation.eos_token_id, tokenizer)
+    _check_special_tokens(name, model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)  # tokenizers may know none, or a longer one
     if limit and tokenizer.model_max_length > limit:
         tokenizer.model_max_length = limit
+
+
+def _ends(came_with: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """What ends generation: what the model came with, and what ends the answers and the turns that are learnt."""
+    known = came_with if isinstance(came_with, list) else [came_with]
+    taught = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        with contextlib.suppress(UserError):  # of use without it; it cannot be trained on
+            taught.append(end_of_turn(tokenizer).id)
+    ends = list(dict.fromkeys(int(token) for token in [*known, *taught] if token is not None))
+    return ends if len(ends) > 1 else next(iter(ends), None)
+
+
+def _check_special_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens that are put into every text and have no embedding: torch would only say "index out of range"."""
+    rows = _embeddings(model)
+    for attribute in ("pad_token", "bos_token", "eos_token", "cls_token", "sep_token"):
+        token, id_ = getattr(tokenizer, attribute), getattr(tokenizer, f"{attribute}_id")
+        if id_ is not None and id_ >= rows:
+            raise UserError(
+                f"Model {name!r}: the tokenizer's {attribute} {token!r} has id {id_}, "
+                f"but the model has embeddings for ids below {rows:,}; {_RESIZE}."
+            )
+
+
+def check_tokens(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]], what: str = "Row"
+) -> None:
+    """Check that the model has an embedding for each token of `rows`.
+
+    Args:
+        what: Names a row, with its number from 0 on.
+
+    Raises:
+        UserError: a token has none; some tokenizers know more tokens than their model.
+    """
+    limit = _embeddings(model)
+    if max(tokenizer.get_vocab().values(), default=0) < limit:
+        return
+    for index, row in enumerate(rows):
+        largest = max(row, default=0)
+        if largest >= limit:
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"{what} {index}: the token {token!r} has id {largest}, but the model has embeddings for ids below "
+                f"{limit:,}; leave it out of the text, or {_RESIZE}."
+            )
+
+
+_RESIZE = "resize them with model.resize_token_embeddings(len(tokenizer)) and save model and tokenizer in one folder"
+
+
+def _embeddings(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from transformers import TextStreamer
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.generate import Prompt, Sampling, draws, generation_arguments, plain_generation
 from lora_ggpo.evaluation.target import Target
+from lora_ggpo.models import check_tokens
 from lora_ggpo.tasks.evaluate import autocasting, evaluating
 from lora_ggpo.training.interrupt import Terminated
 
@@ -47,6 +48,7 @@ class Chat:
             self.reset()
         conversation = self._target.conversation([*self._turns, text], self._answers, self._system)
         prompt = self._target.prompt(str(self._count), conversation)
+        check_tokens(self._target.model, self._target.tokenizer, [prompt.ids], "Turn")
         limit = self._target.tokenizer.model_max_length
         if len(prompt.ids) + self._sampling.max_new_tokens > limit:
             raise UserError(f"The conversation is longer than the {limit} tokens that the model can read: /reset.")

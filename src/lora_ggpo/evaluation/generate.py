@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from lora_ggpo.errors import DivergedError, UserError
+from lora_ggpo.models import check_tokens
 from lora_ggpo.tasks.evaluate import Progress, autocasting, evaluating
 from lora_ggpo.training.files import json_digest, mend_json_lines, numbered_json_lines
 from lora_ggpo.training.interrupt import Interrupted
@@ -205,6 +206,7 @@ def generate(
         Interrupted: Ctrl-C; what was generated is kept.
     """
     todo = kept.missing(prompts, sampling.samples)
+    check_tokens(model, tokenizer, (prompt.ids for prompt, _ in todo), "Prompt")
     _check_room(tokenizer, [prompt for prompt, _ in todo], sampling)
     todo.sort(key=lambda one: (-len(one[0].ids), one[0].id, one[1]))
     total = len(prompts) * sampling.samples
@@ -222,7 +224,7 @@ def generate(
 
 
 def end_tokens(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, which fine-tuning teaches, and those the model came with."""
+    """The tokens that end an answer: what `load_model` found to end texts and turns, and the tokenizer's own."""
     given: Any = _base(model).generation_config.eos_token_id
     known = given if isinstance(given, list) else [given]
     return sorted({int(token) for token in [*known, tokenizer.eos_token_id] if token is not None})

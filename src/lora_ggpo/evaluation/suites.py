@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_ggpo.chat_template import write_day, written_day
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import gsm8k, humaneval, mtbench
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Key, Prompt, Sampling, generate
@@ -177,6 +179,7 @@ def _evaluate(
     target = load_target(name, chat=options.chat, dtype=options.dtype, template=options.template, base=base)
     parent = Path(options.output) if options.output else target.folder
     folder = (parent / Path(name).name if several and options.output else parent) / file_name(suite)
+    _keep_day(target, folder / "settings.json")
     settings = _settings(suite, target, sampling)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,11 +199,22 @@ def _settings(suite: str, target: Target, sampling: Sampling) -> dict[str, Any]:
         "autocast": str(target.autocast).removeprefix("torch.") if target.autocast else None,
         "chat": target.chat,
         "template": target.task.template,
+        "day": str(day) if (day := written_day(target.tokenizer)) else None,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": sampling.seed,
     }
+
+
+def _keep_day(target: Target, file: Path) -> None:
+    """Let a chat template that writes the present day write that on which the evaluation was begun."""
+    there = read_json(file) if file.is_file() else {}
+    if isinstance(there, dict) and there.get("day"):
+        try:
+            write_day(target.tokenizer, date.fromisoformat(there["day"]))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{file} is damaged: {there['day']!r} is no day; choose another --output.") from error
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:

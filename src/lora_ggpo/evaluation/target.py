@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_ggpo.chat_template import write_day
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.generate import Prompt
@@ -136,6 +138,7 @@ def _run(name: str, chat: bool | None, base: str | None) -> Target:
 def _model(name: str, chat: bool | None, dtype: str, template: str) -> Target:
     task = _task(template)
     model, tokenizer = load_model(name, "sft", dtype=dtype)
+    write_day(tokenizer, date.today())
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     if chat is None:

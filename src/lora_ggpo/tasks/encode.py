@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from lora_ggpo.chat_template import Ending, end_of_turn
 from lora_ggpo.data.messages import Message
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import HEAD_KINDS, TaskKind
@@ -170,11 +171,12 @@ def _seq2seq_classification(
 
 def _sft(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, room: Room) -> Iterator[list[Row]]:
     chat = config.chat_template or "messages" in dataset.column_names
+    end = end_of_turn(tokenizer) if chat else None
     unused = UnusedFields(room.name)
     for first in range(0, len(dataset), _CHUNK):
         rows = []
         for index in range(first, min(first + _CHUNK, len(dataset))):
-            segments = _segments(tokenizer, config, dataset[index], index, chat, unused)
+            segments = _segments(tokenizer, config, dataset[index], index, end, unused)
             ids, labels = _join(tokenizer, segments, [] if chat else _start(tokenizer))
             fitted = room.fit(ids, labels)
             if fitted:
@@ -255,16 +257,25 @@ def _target(tokenizer: PreTrainedTokenizerBase, config: TaskConfig, word: str) -
 
 
 def _segments(
-    tokenizer: PreTrainedTokenizerBase, config: TaskConfig, row: Row, index: int, chat: bool, unused: UnusedFields
+    tokenizer: PreTrainedTokenizerBase,
+    config: TaskConfig,
+    row: Row,
+    index: int,
+    end: Ending | None,
+    unused: UnusedFields,
 ) -> list[tuple[str, bool]]:
-    """Split a row's full text into (text, learn it?) pieces."""
-    if not chat:
+    """Split a row's full text into (text, learn it?) pieces.
+
+    Args:
+        end: Of a turn in the chat template; None is without one.
+    """
+    if end is None:
         prompt, space = _filled(config, row["prompt"])
         return [(prompt, False), (space + row["completion"] + str(tokenizer.eos_token), True)]
     try:
         messages, arguments = conversation(row) if "messages" in row else (_exchange(config, row), {})
         unused.look(tokenizer, messages, arguments)
-        return _turns(tokenizer, messages, arguments)
+        return _turns(tokenizer, messages, arguments, end)
     except UserError as error:
         place = f"Row {index} ({row['id']})" if "id" in row else f"Row {index}"  # an id is file:line by default
         raise UserError(f"{place}: {error}") from error
@@ -285,7 +296,7 @@ def _filled(config: TaskConfig, prompt: str) -> tuple[str, str]:
 
 
 def _turns(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: dict[str, Any], end: Ending
 ) -> list[tuple[str, bool]]:
     """Render ever longer beginnings of a conversation; what each assistant turn adds to them is what is learnt."""
     segments: list[tuple[str, bool]] = []
@@ -299,18 +310,12 @@ def _turns(
                 "turns cannot all be learnt in one row; make a row of each, with weight 0 for the assistant's messages "
                 "before it."
             )
-        reply = _up_to_last(after, str(tokenizer.eos_token))
+        reply = end.cut(after)
         segments += [(before[len(done) :], False), (reply, True)]
         done = before + reply
     if not segments:
         raise UserError("the messages hold no assistant turn, so there is nothing to learn.")
     return segments
-
-
-def _up_to_last(text: str, end: str) -> str:
-    """Leave out the white space a template puts behind the end of a turn: nothing generates it."""
-    head, found, tail = text.rpartition(end)
-    return head + found if found and not tail.strip() else text
 
 
 def _join(
@@ -426,10 +431,10 @@ def _check_sft(columns: set[str], tokenizer: PreTrainedTokenizerBase, config: Ta
             "task.template is for prompts and completions, but the data has messages (as rows with a system prompt, a "
             "history or tools are); leave it out, or name those columns in data.ignore."
         )
-    if tokenizer.eos_token is None:
-        raise UserError("The tokenizer has no end-of-text token, so a completion could not be taught to end.")
     if config.chat_template or "messages" in columns:
         _check_chat_template(tokenizer)
+    elif tokenizer.eos_token is None:
+        raise UserError("The tokenizer has no end-of-text token, so a completion could not be taught to end.")
 
 
 def _check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

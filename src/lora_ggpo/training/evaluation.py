@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError
+from lora_ggpo.models import check_tokens
 from lora_ggpo.tasks import Metric, TaskConfig, encode, evaluate, predict, predict_values, prediction_metrics
 from lora_ggpo.tasks.regression import regression_metrics, regression_rows
 from lora_ggpo.training.files import write_json_lines
@@ -51,7 +52,9 @@ class Scorer:
 
     def encode(self, rows: Dataset, name: str = "") -> Dataset:
         """Tokenise `rows` of the set `name`."""
-        return encode(self._config.kind, rows, self._tokenizer, self._config, name)
+        encoded = encode(self._config.kind, rows, self._tokenizer, self._config, name)
+        check_tokens(self._model, self._tokenizer, encoded["input_ids"])
+        return encoded
 
     def prepare(self, sets: dict[str, Dataset]) -> None:
         """Encode `sets`, of names that stand for the same rows ever after, so that scoring them cannot fail there.

@@ -323,7 +323,7 @@ def largest_batch(peaks: dict[int, int | None], limit: int | None) -> int | None
 
 def _sizes(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     """Bytes of a saved adapter, or model, with its tokenizer."""
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if not isinstance(model, PeftModel):
         return files + sum(p.nbytes for p in model.parameters())

@@ -1,15 +1,18 @@
-"""Whether the data and the base model of a run are still those that it was begun with."""
+"""Whether the data, the base model and the day of a run are still those that it was begun with."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedTokenizerBase
 
+from lora_ggpo.chat_template import write_day, writes_day
 from lora_ggpo.data import Splits, digest
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import locate
@@ -62,6 +65,31 @@ def check_data(folder: Path, splits: Splits) -> None:
     """
     if _differs(folder / "data.json", _data(splits)):
         raise UserError(f"The data has changed since {folder} was trained on it; name what to score with --on.")
+
+
+def keep_day(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Let a chat template that writes the present day write the one on which the run in `folder` was begun."""
+    if not writes_day(tokenizer):
+        return
+    day = recorded_day(folder)
+    if day is None:
+        day = date.fromtimestamp((folder / "recipe.yaml").stat().st_mtime)
+        warnings.warn(
+            f"{folder} does not say on which day it was begun (an earlier release did not write it down), but its "
+            f"chat template writes the day: {day} is taken, the date of its recipe.yaml.",
+            stacklevel=2,
+        )
+    write_day(tokenizer, day)
+
+
+def recorded_day(folder: Path) -> date | None:
+    """The day on which the run in `folder` was begun, if it is written down."""
+    file = folder / "versions.json"
+    known = _written(file)
+    try:
+        return date.fromisoformat(known["begun"]) if "begun" in known else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {known['begun']!r} is no day such as 2026-01-31.") from error
 
 
 def same_model(folder: Path, other: Path) -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import load_model
+from lora_ggpo.saving import save_model, save_tokenizer
 from lora_ggpo.training.files import disk_errors, new_folder
 from lora_ggpo.training.recipe import Recipe
 from lora_ggpo.training.run import find_runs, load_trained, quiet_libraries
@@ -69,8 +70,8 @@ def merge_run(path: Path, out: Path, base: str | None = None) -> Merged:
     before = probe_logits(model, tokenizer)
     merged = merged_model(model)
     with disk_errors(out), new_folder(out) as target:
-        merged.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        save_model(merged, target)
+        save_tokenizer(tokenizer, target)
         del model, merged  # the saved one is loaded beside nothing else
         after = probe_logits(_saved(target, recipe, labels), tokenizer)
         difference, largest = float((after - before).abs().max()), float(before.abs().max())

@@ -1,7 +1,7 @@
 """Carry out a recipe: one run folder for each seed.
 
 OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
-                versions.json  of Python and the libraries
+                versions.json  of Python and the libraries; the day the run was begun
                 data.json      digest and size of each split, and the labels
                 model.json     digests of the base model's files
                 log.jsonl      one line for each logged step
@@ -21,6 +21,7 @@ import platform
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import date
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -50,7 +51,7 @@ from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import OPTIMIZERS
-from lora_ggpo.models import load_model
+from lora_ggpo.models import check_tokens, load_model
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.quantise import Quantisation
 from lora_ggpo.report.plots import save_training_plot
@@ -71,7 +72,7 @@ from lora_ggpo.training.files import (
     write_json,
     write_text,
 )
-from lora_ggpo.training.identity import check_model, record
+from lora_ggpo.training.identity import check_model, keep_day, record, recorded_day
 from lora_ggpo.training.interrupt import Interrupted, StopRequest, two_stage_interrupt
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.progress import Reporter
@@ -419,9 +420,12 @@ def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, spli
 
 
 def untrained(
-    recipe: Recipe, args: TrainingArguments, splits: Splits, task: TaskConfig
+    recipe: Recipe, args: TrainingArguments, splits: Splits, task: TaskConfig, folder: Path | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, Dataset]:
     """The model that a run begins with, on its device; its tokenizer, and the encoded training rows.
+
+    Args:
+        folder: Of the run, which says the day that a chat template writes; today's without.
 
     Raises:
         UserError: the model, the adapter or the task does not fit the recipe.
@@ -430,7 +434,10 @@ def untrained(
     base, tokenizer = load_model(
         recipe.model, recipe.task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args)
     )
+    if folder:
+        keep_day(tokenizer, folder)
     rows = encode(task.kind, splits.train, tokenizer, task, "train")
+    check_tokens(base, tokenizer, rows["input_ids"])
     if task.kind == "regression":
         start_at_mean(base, rows["labels"][:])
     if task.packing:
@@ -456,7 +463,7 @@ def _trained(
         checkpoint = last_whole(checkpoints)
     if checkpoint:
         _check_checkpoint(checkpoint, recipe.resolved(args.seed))
-    model, tokenizer, rows = untrained(recipe, args, splits, task)
+    model, tokenizer, rows = untrained(recipe, args, splits, task, folder)
     start = folder / "start"
     moved = model if isinstance(model, PeftModel) and is_first() and save_start(model, start) else None
     if moved:
@@ -662,11 +669,14 @@ def _load_weights(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     weights = folder / _weights_name(recipe)
     if recipe.adapter is None:
-        return load_model(str(weights), recipe.task.kind, labels, recipe.dtype)
+        model, tokenizer = load_model(str(weights), recipe.task.kind, labels, recipe.dtype)
+        keep_day(tokenizer, folder)
+        return model, tokenizer
     if not (weights / "adapter_model.safetensors").is_file():
         raise UserError(f"{weights} has no adapter_model.safetensors file; other weight formats are not read.")
     quantisation = _quantisation(recipe, training_arguments(recipe, folder, recipe.seeds[0])) if quantised else None
     model, tokenizer = load_model(recipe.model, recipe.task.kind, labels, recipe.dtype, quantisation)
+    keep_day(tokenizer, folder)
     return load_adapter(model, weights), tokenizer
 
 
@@ -700,7 +710,8 @@ def _subfolder(folder: Path, name: str) -> Path:
 def _record_versions(recipe: Recipe, folder: Path) -> None:
     quantiser = {"bitsandbytes": version("bitsandbytes")} if recipe.quantise and find_spec("bitsandbytes") else {}
     machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
-    write_json(folder / "versions.json", {**versions(), **quantiser, **machine})
+    begun = {"begun": (recorded_day(folder) or date.today()).isoformat()}
+    write_json(folder / "versions.json", {**begun, **versions(), **quantiser, **machine})
 
 
 def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module, args: TrainingArguments) -> dict[str, Any]:
