@@ -48,7 +48,9 @@ def trained(smollm2, tmp_path):
 
     def trained(style, adapter=LORA):
         data = tmp_path / "data.jsonl"
-        data.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, *TALK[1:]]}) for n in range(10)))
+        data.write_text(
+            "\n".join(json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, *TALK[1:]]}) for n in range(10))
+        )
         model = save(tmp_path / "model", smollm2[1], style)
         text = RECIPE.format(model=model, data=data, adapter=adapter, output=tmp_path / "runs")
         return train(parse_recipe(text, "r.yaml"), Reporter(quiet=True))[0].folder

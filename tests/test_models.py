@@ -9,6 +9,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
+    AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     RobertaConfig,
@@ -18,7 +19,7 @@ from transformers import (
 from lora_ggpo import models
 from lora_ggpo.adapters import add_adapter
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import load_model
+from lora_ggpo.models import check_tokens, load_model
 
 LABELS = ["negative", "positive"]
 
@@ -170,6 +171,23 @@ def test_a_tokenizer_s_limit_is_the_model_s_where_that_is_less(tiny_llama, tmp_p
         content = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps({**content, key: value}))
     assert load_model(str(folder), "sft")[1].model_max_length == 64
+
+
+def test_tokens_without_an_embedding_are_refused_where_they_are_used(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_model(str(folder), "sft")
+    rows, extra = model.config.vocab_size, tokenizer("<extra>").input_ids
+    assert extra[-1] == rows
+    check_tokens(model, tokenizer, [[0, rows - 1]])
+    with pytest.raises(UserError, match=rf"Row 1: the token '<extra>' has id {rows}, but the model has embeddings for"):
+        check_tokens(model, tokenizer, [[1], extra])
+    tokenizer.pad_token = "<extra>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"tokenizer's pad_token '<extra>' has id {rows}, .*resize_token_embeddings"):
+        load_model(str(folder), "sft")
 
 
 def test_an_encoder_decoder_is_loaded_as_one(tiny_t5, tmp_path):

@@ -362,7 +362,7 @@ def test_chat_templates_that_cannot_be_used_name_the_row(smollm2):
         with pytest.raises(UserError, match="Row 0: the tokenizer's chat template changes earlier turns"):
             encode("sft", good, tokenizer, config)
         tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-        with pytest.raises(UserError, match=r"Row 0: .*rejects the messages: roles must alternate"):
+        with pytest.raises(UserError, match="chat template rejects a question with its answer: roles must alternate"):
             encode("sft", good, tokenizer, config)
         tokenizer.chat_template = None
         with pytest.raises(UserError, match="no chat template"):
