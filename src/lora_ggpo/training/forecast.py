@@ -32,6 +32,7 @@ from lora_ggpo.data import Splits
 from lora_ggpo.integrations.trainer import GGPOCallback
 from lora_ggpo.methods.initialise import moves_base
 from lora_ggpo.quantise import stored_bytes
+from lora_ggpo.saving import save_tokenizer
 from lora_ggpo.training.evaluation import Scorer, fixed_sample
 from lora_ggpo.training.memory import held, memory_errors, obtainable, peak, reset_peak
 from lora_ggpo.training.progress import Reporter, Task

@@ -55,6 +55,7 @@ from lora_ggpo.models import check_tokens, load_model
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.quantise import Quantisation
 from lora_ggpo.report.plots import save_training_plot
+from lora_ggpo.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.tasks.regression import start_at_mean
@@ -502,8 +503,9 @@ def _trained(
             if moved:
                 save_difference(moved, target, start)
             else:
-                model.save_pretrained(str(target))
-            tokenizer.save_pretrained(target)
+                save_model(model, target)
+            save_ends(model, target)
+            save_tokenizer(tokenizer, target)
     if stop.made:
         text = f"{folder} is trained but not scored; give the same command again to score it."
         raise Interrupted(text) from stop.reason
