@@ -133,7 +133,7 @@ def test_rows_of_one_premise_stay_on_one_side(tmp_path):
 def test_out_of_domain_pairs_take_the_labelled_split(tmp_path):
     source = write(tmp_path / "a", train=glue.rows("qnli", "train"))
     other = write(tmp_path / "b", validation=glue.rows("qnli", "validation"), test=glue.rows("qnli", "test"))
-    extra = load(source, "qnli", out_of_domain=[str(other)]).out_of_domain[str(other)]
+    extra = load(source, "qnli", out_of_domain=[str(other)]).out_of_domain["b"]
     assert extra["text_pair"][:] == [row["sentence"] for row in glue.rows("qnli", "validation")]
 
 

@@ -176,8 +176,8 @@ def test_evaluation_of_a_finished_run(finished, reviews):
     other = reviews.with_name("other.jsonl")
     other.write_text("\n".join(reviews.read_text(encoding="utf-8").splitlines()[:20]), encoding="utf-8")
     scores = evaluate_run(run.folder, str(other), QUIET)
-    assert list(scores) == [str(other)]
-    assert scores[str(other)]["accuracy"]["n"] == 20
+    assert list(scores) == ["other.jsonl"]
+    assert scores["other.jsonl"]["accuracy"]["n"] == 20
     kept = [json.loads(file.read_text()) for file in sorted((run.folder / "evaluation").glob("sets-*.json"))]
     assert {one["on"]: one["evaluation"] for one in kept} == {None: run.metrics["evaluation"], str(other): scores}
 
@@ -235,7 +235,7 @@ def test_seeds_are_of_one_recipe(finished, tmp_path):
 
 def test_a_bad_adapter_value_is_found_in_the_recipe(recipe_file):
     recipe_file.write_text(recipe_file.read_text().replace("r: 4", "r: 0"))
-    with pytest.raises(UserError, match=r"recipe.yaml, line 11: adapter.r is the rank and must be"):
+    with pytest.raises(UserError, match=r"recipe.yaml, line 11: adapter.r must be at least 1, not 0"):
         _train(recipe_file)
 
 
