@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.errors import UserError
 
 _CONTENT = "Certainly"
-_REJECTED = (TemplateError, AttributeError, TypeError, KeyError, IndexError, ValueError)
+REJECTIONS = (TemplateError, AttributeError, TypeError, KeyError, IndexError, ValueError)
+"""What a chat template raises on messages that it does not take: its own word, or what its expressions run into."""
 
 # A macro of the template's own goes before the function of the same name that transformers gives it, and since
 # transformers lets templates see plain data only, it formats by replacing each directive.
@@ -61,7 +62,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ending:
     asked = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _CONTENT}]
     try:
         text = str(tokenizer.apply_chat_template(asked, tokenize=False))
-    except _REJECTED as error:
+    except REJECTIONS as error:
         raise UserError(f"The tokenizer's chat template rejects a question with its answer: {error}.") from error
     tail = text.rpartition(_CONTENT)[2] if _CONTENT in text else ""
     added = {id_: token.special for id_, token in tokenizer.added_tokens_decoder.items()}

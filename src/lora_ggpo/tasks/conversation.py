@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lora_ggpo.chat_template import REJECTIONS
 from lora_ggpo.data.messages import Message, restore
 from lora_ggpo.errors import UserError
 
@@ -52,7 +52,7 @@ def render(
     options: dict[str, Any] = {**arguments, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return str(tokenizer.apply_chat_template(shown, **options))
-    except (TemplateError, AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
+    except REJECTIONS as error:
         raise UserError(f"the tokenizer's chat template rejects the messages: {error}") from error
 
 

@@ -89,16 +89,15 @@ class Scorer:
                 return evaluate(*arguments, **options)
             if config.kind == "regression":
                 values = predict_values(self._model, encoded, self._tokenizer, **options)
+                kept = regression_rows(rows["id"][:], rows["target"][:], values)
+                metrics = regression_metrics(values, np.asarray(rows["target"], dtype=np.float64))
             else:
                 probabilities = predict(*arguments, **options)
-        if config.kind == "regression":
-            if predictions is not None:
-                kept = regression_rows(rows["id"][:], rows["target"][:], values)
-                write_json_lines(predictions / f"{file_name(name)}.jsonl", kept)
-            return regression_metrics(values, np.asarray(rows["target"], dtype=np.float64))
+                kept = _predictions(rows, probabilities)
+                metrics = prediction_metrics(probabilities, np.asarray(rows["label"], dtype=np.int64))
         if predictions is not None:
-            write_json_lines(predictions / f"{file_name(name)}.jsonl", _predictions(rows, probabilities))
-        return prediction_metrics(probabilities, np.asarray(rows["label"], dtype=np.int64))
+            write_json_lines(predictions / f"{file_name(name)}.jsonl", kept)
+        return metrics
 
 
 def evaluation_sets(splits: Splits) -> dict[str, Dataset]:
