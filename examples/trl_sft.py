@@ -2,6 +2,7 @@
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -17,7 +18,14 @@ args = parser.parse_args()
 
 trainer = SFTTrainer(
     args.model,
-    SFTConfig("checkpoints", max_steps=args.steps, learning_rate=2e-4, logging_steps=10, report_to="none"),
+    SFTConfig(
+        "checkpoints",
+        max_steps=args.steps,
+        learning_rate=2e-4,
+        bf16=torch.cuda.is_available(),  # TRL's default stops on a CPU without bf16 instructions
+        logging_steps=10,
+        report_to="none",
+    ),
     train_dataset=load_dataset("json", data_files=args.data, split="train"),
     peft_config=LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
     callbacks=[GGPOCallback(GGPOConfig(sigma=0.03, rule="relative", beta=0.5))],  # the only line that is new

@@ -1,4 +1,7 @@
-"""The same comparison on a Ray cluster that the test starts."""
+"""Ray: training on two workers, and the same comparison on a cluster that the test starts.
+
+In one file, so that they never run side by side: `ray stop` stops every cluster on the machine.
+"""
 
 import json
 import os
@@ -12,8 +15,31 @@ import pytest
 from tests.comparison.test_engine import OVERRIDES
 
 RAY = Path(sys.executable).with_name("ray")
+TRAIN = Path(__file__).parents[2] / "recipes" / "launch" / "ray_train.py"
 
 pytest.importorskip("ray")
+
+
+RECIPE = """\
+model: {model}
+task: {{kind: causal-classification, template: "{{text}} = ", label_words: [bad, good], max_length: 16}}
+data: {{source: {reviews}, train_size: 32}}
+adapter: {{r: 2, target_modules: all-linear}}
+ggpo: {{sigma: 0.05}}
+training: {{max_steps: 3, per_device_train_batch_size: 4, save_steps: 3, use_cpu: true}}
+score_test: false
+output: runs
+"""
+
+
+def test_ray_train_on_two_local_workers(tiny_llama, reviews, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_llama, reviews=reviews))
+    command = [sys.executable, TRAIN, "recipe.yaml", "training.max_steps=2", "--workers=2", "--cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "runs" / "seed-0" / "metrics.json").read_text())
+    assert (metrics["training"]["steps"], metrics["training"]["processes"]) == (2, 2)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A merged model computes what the adapted one does, also when it is read again: in float64, to rounding."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_what_is_checked_is_what_was_saved(run, tmp_path, monkeypatch):
 )
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(run, error, tmp_path, monkeypatch):
     def full(self, folder, **_):
-        (folder / "model.safetensors").write_bytes(b"half")
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise error
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
