@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 # Those that meet peft or transformers; the rest of the core, and what is compiled, is torch alone.
-CORE_TESTS = tests/integrations/test_trainer.py -k 'not compiled' $(patsubst %,tests/perturbation/test_%.py,\
-    ascent coverage follow ggpo layers passes quantised statistics watch)
+CORE_TESTS = tests/integrations/test_callback.py -k 'not compiled' $(patsubst %,tests/perturbation/test_%.py,\
+    ascent coverage follow ggpo layers passes quantised groups watch)
 
 .PHONY: demo test oldest setup clean
 

@@ -61,7 +61,7 @@ def minilm():
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer): SmolLM2-135M-Instruct, unpacked to float32."""
-    from lora_ggpo.models import load_model
+    from lora_ggpo.models.load import load_model
 
     return load_model("smollm2", "sft", None)
 
@@ -87,9 +87,9 @@ def recipe_file(reviews, tmp_path):
 @pytest.fixture(scope="session")
 def finished(reviews, tmp_path_factory):
     """(recipe file, run): that recipe carried out without interruption."""
-    from lora_ggpo.training.progress import Reporter
-    from lora_ggpo.training.recipe import load_recipe
+    from lora_ggpo.recipe.recipe import load_recipe
     from lora_ggpo.training.run import train
+    from lora_ggpo.workspace.progress import Reporter
 
     path = _write_recipe(tmp_path_factory.mktemp("finished"), reviews)
     return path, train(load_recipe(path), Reporter(quiet=True))[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_ggpo import GGPOConfig
-from lora_ggpo.adapters import add_adapter
+from lora_ggpo.models.adapters import add_adapter
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "noise_quality.py"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ggpo.adapters import add_adapter
-from lora_ggpo.models import load_model
+from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.models.load import load_model
+from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.tasks import collator, encode
 from lora_ggpo.tasks.encode import NO_LOSS
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.run import load_splits, train, training_arguments
+from lora_ggpo.workspace.progress import Reporter
 from tests.data import glue
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "paper"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_ggpo.training.recipe import load_recipe
+from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training.run import training_arguments
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))

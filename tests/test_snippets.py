@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_ggpo.perturbation import GGPOConfig
-from lora_ggpo.training.recipe import parse_recipe
+from lora_ggpo.recipe.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -21,7 +21,7 @@ from ray.train.torch import TorchTrainer
 def work(config: dict[str, Any]) -> None:
     """What each worker does; Ray has set RANK and WORLD_SIZE, and joined the workers."""
     os.chdir(config["folder"])
-    from lora_ggpo.training.recipe import load_recipe
+    from lora_ggpo.recipe.recipe import load_recipe
     from lora_ggpo.training.run import train
 
     train(load_recipe(Path(config["recipe"]), config["overrides"]))

@@ -4,13 +4,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .integrations.trainer import GGPOCallback
+    from .integrations.callback import GGPOCallback
     from .perturbation import GGPO, GGPOConfig
 
 __all__ = ["GGPO", "GGPOCallback", "GGPOConfig"]
 __version__ = version("lora-ggpo")
 
-_HOMES = {"GGPO": "perturbation", "GGPOConfig": "perturbation", "GGPOCallback": "integrations.trainer"}
+_HOMES = {"GGPO": "perturbation", "GGPOConfig": "perturbation", "GGPOCallback": "integrations.callback"}
 
 
 def __getattr__(name: str) -> Any:

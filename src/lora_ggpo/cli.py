@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 
 from lora_ggpo.errors import DivergedError, UserError
-from lora_ggpo.paths import expanded
-from lora_ggpo.training.interrupt import exit_code, raise_terminated
-from lora_ggpo.training.ranks import is_first
+from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
+from lora_ggpo.workspace.paths import expanded
+from lora_ggpo.workspace.ranks import is_first
 
 if TYPE_CHECKING:
     from lora_ggpo.comparison.plan import Plan
@@ -88,10 +88,10 @@ def train(
 ) -> None:
     """Fine-tune and evaluate as RECIPE says, once for each seed; resumes what is unfinished."""
     with _errors(debug):
-        from lora_ggpo.training.source import read_source
+        from lora_ggpo.recipe.source import read_source
 
         source = read_source(recipe, overrides or ())
-        from lora_ggpo.training.recipe import check_recipe
+        from lora_ggpo.recipe.recipe import check_recipe
         from lora_ggpo.training.run import train
 
         runs = train(check_recipe(source))
@@ -109,13 +109,13 @@ def forecast(
 ) -> None:
     """Say what RECIPE will take before it is run: parameters, memory, time, disk, and the batch that fits."""
     with _errors(debug):
-        from lora_ggpo.training.source import read_source
+        from lora_ggpo.recipe.source import read_source
 
         source = read_source(recipe, overrides or ())
+        from lora_ggpo.recipe.recipe import check_recipe
         from lora_ggpo.report.forecast import batch_sentence, forecast_tables
         from lora_ggpo.training.forecast import forecast
-        from lora_ggpo.training.progress import Reporter
-        from lora_ggpo.training.recipe import check_recipe
+        from lora_ggpo.workspace.progress import Reporter
 
         found = forecast(check_recipe(source), steps, Reporter())
         for table in forecast_tables(found):
@@ -225,7 +225,7 @@ def _evaluate_suite(
     if on is not None:
         raise UserError("--on is for the run's own scores; the problems of a suite are given as --data.")
     from lora_ggpo.evaluation.suites import Options, evaluate_suite
-    from lora_ggpo.training.progress import Reporter
+    from lora_ggpo.workspace.progress import Reporter
 
     return evaluate_suite(run, suite, Options(**asked), Reporter(), base)
 
@@ -248,7 +248,7 @@ def chat(
         from lora_ggpo.evaluation.chat import Chat, run_chat
         from lora_ggpo.evaluation.generate import Sampling
         from lora_ggpo.evaluation.target import find_targets, load_target
-        from lora_ggpo.training.progress import Reporter
+        from lora_ggpo.workspace.progress import Reporter
 
         targets = find_targets(model)
         if len(targets) > 1:
@@ -303,7 +303,7 @@ def show(run: RunFolder, debug: Debug = False) -> None:
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes."""
     with _errors(debug):
-        from lora_ggpo.training.recipe import json_schema
+        from lora_ggpo.recipe.recipe import json_schema
 
         print(json_schema())
 
@@ -355,7 +355,7 @@ def compare(
 ) -> None:
     """Compare methods: equal tuning, several seeds, paired statistics, one report; resumes what is unfinished."""
     with _errors(debug):
-        from lora_ggpo.training.source import read_source
+        from lora_ggpo.recipe.source import read_source
 
         source = read_source(recipe, overrides or ())
         from lora_ggpo.comparison.plan import make_plan
@@ -392,7 +392,7 @@ def study(
 ) -> None:
     """Find double descent over ranks, training steps, training rows or any setting; resumes what is unfinished."""
     with _errors(debug):
-        from lora_ggpo.training.source import read_source
+        from lora_ggpo.recipe.source import read_source
 
         source = read_source(recipe, overrides or ())
         from lora_ggpo.comparison.plan import make_study
@@ -430,9 +430,9 @@ def sharpness(
 ) -> None:
     """Measure how sharp the minima of RUNS are: rise of the loss under noise, at worst, and the Hessian."""
     with _errors(debug):
-        from lora_ggpo.analysis.measure import Settings, measure_runs
         from lora_ggpo.report.sharpness import write_sharpness_report
-        from lora_ggpo.training.progress import Reporter
+        from lora_ggpo.sharpness.measure import Settings, measure_runs
+        from lora_ggpo.workspace.progress import Reporter
 
         if plane == 1:
             raise UserError("--plane 1 is a single point; give 2 or more a side, or 0 for no slice.")
@@ -484,7 +484,7 @@ def _names(methods: str) -> list[str]:
 def _carry_out(plan: Plan, jobs: int, ray: str | None, ray_cpus: int, ray_gpus: float) -> None:
     from lora_ggpo.comparison.engine import run_comparison
     from lora_ggpo.comparison.pool import LocalPool, RayPool
-    from lora_ggpo.training.progress import Reporter
+    from lora_ggpo.workspace.progress import Reporter
 
     command = shlex.join(["lora-ggpo", *_without_placement(sys.argv[1:])])
     run_comparison(plan, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
@@ -533,7 +533,7 @@ def _errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         _stop(str(error) or "Interrupted.", exit_code(error), debug)
     except OSError as error:
-        from lora_ggpo.training.files import refusal
+        from lora_ggpo.workspace.files import refusal
 
         refused = refusal(error)
         if refused is None:

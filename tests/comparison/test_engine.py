@@ -15,9 +15,9 @@ from lora_ggpo.comparison.engine import run_comparison
 from lora_ggpo.comparison.plan import make_plan
 from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.files import write_json
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.source import parse_source, read_source
+from lora_ggpo.recipe.source import parse_source, read_source
+from lora_ggpo.workspace.files import write_json
+from lora_ggpo.workspace.progress import Reporter
 
 FILES = ("tuning.jsonl", "runs.jsonl", "curves.jsonl", "facts.json", "table.md", "table.tex", "report.html")
 OVERRIDES = ["training.max_steps=4", "validate_every=2", "data.label_noise=0"]

@@ -4,7 +4,7 @@ import pytest
 
 from lora_ggpo.comparison.plan import RATE, TUNING_SEED, make_plan, make_study
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.source import parse_source
+from lora_ggpo.recipe.source import parse_source
 
 RECIPE = """\
 model: minilm

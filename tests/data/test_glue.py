@@ -9,7 +9,7 @@ import pytest
 from lora_ggpo.data import DataConfig, digest, load_classification
 from lora_ggpo.data import hub as hub_module
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.evaluation import evaluation_sets
+from lora_ggpo.training.scorer import evaluation_sets
 from tests.data import glue
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import parse_recipe
+from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.run import train
+from lora_ggpo.workspace.progress import Reporter
 from tests import tiny
 
 CHAT_TEMPLATE = (

@@ -14,9 +14,9 @@ from lora_ggpo import GGPO, GGPOConfig
 from lora_ggpo.cli import app
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Prompt, Sampling, generate
-from lora_ggpo.models import load_model
+from lora_ggpo.models.load import load_model
 from lora_ggpo.tasks.encode import prompt_ids
-from lora_ggpo.training.interrupt import Interrupted
+from lora_ggpo.workspace.interrupt import Interrupted
 
 TEXTS = ["the", "a film about a man who is", "I laughed and", "the story of a war that is not so good and not so bad"]
 WARM = Sampling(max_new_tokens=8, temperature=1.0, samples=3, seed=5)

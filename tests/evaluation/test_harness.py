@@ -8,7 +8,7 @@ import pytest
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.suites import Options, evaluate_suite
 from lora_ggpo.evaluation.target import load_target
-from lora_ggpo.training.progress import Reporter
+from lora_ggpo.workspace.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 TASK = """\

@@ -11,7 +11,7 @@ from lora_ggpo.evaluation import humaneval, suites
 from lora_ggpo.evaluation.suites import Options, evaluate_suite
 from lora_ggpo.evaluation.target import load_target
 from lora_ggpo.training.merge import merge_run
-from lora_ggpo.training.progress import Reporter
+from lora_ggpo.workspace.progress import Reporter
 
 from .test_judge import reply, serving
 

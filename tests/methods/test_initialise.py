@@ -10,11 +10,11 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from peft.tuners.adalora import AdaLoraModel
 from transformers import TrainingArguments
 
-from lora_ggpo.adapters import add_adapter, freeze_body
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import lora_fa, lora_plus
-from lora_ggpo.models import load_model
+from lora_ggpo.models.adapters import add_adapter, freeze_body
+from lora_ggpo.models.load import load_model
 
 TEXTS = ["A delight from start to finish.", "Dull, overlong and badly acted.", "I laughed.", "Why was this made?"]
 FIELDS = {"r": 4, "lora_alpha": 6, "target_modules": r".*layer\.[01]\.attention\.self\.query|.*pooler\.dense"}

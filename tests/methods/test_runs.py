@@ -4,10 +4,10 @@ import pytest
 
 from lora_ggpo.comparison.plan import make_plan
 from lora_ggpo.methods.table import METHODS
-from lora_ggpo.training.progress import Reporter
+from lora_ggpo.recipe.source import read_source
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import read_run, train
-from lora_ggpo.training.source import read_source
+from lora_ggpo.workspace.progress import Reporter
 
 # EVA goes round the data until its directions settle, which 64 short reviews do not always allow.
 NAMES = [method.name for method in METHODS if method.name not in ("lora", "eva")] + ["dora+ggpo", "pissa+lora-sam"]

@@ -5,7 +5,7 @@ from scipy import stats
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.report.analysis import analyse, rank_methods, read_results
-from lora_ggpo.report.statistics import detectable_difference
+from lora_ggpo.statistics.intervals import detectable_difference
 from tests.report.grids import curve, run, write_full_grid, write_results
 
 LORA, DORA, SAM = [0.80, 0.81, 0.82], [0.90, 0.912, 0.921], [0.801, 0.79, 0.833]

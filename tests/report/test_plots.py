@@ -24,7 +24,7 @@ from lora_ggpo.report.plots import (
     save_comparison_plot,
     save_training_plot,
 )
-from lora_ggpo.report.statistics import Interval
+from lora_ggpo.statistics.intervals import Interval
 
 LOG = [
     {"step": 1, "loss": 1.0, "ggpo/gradient_share": 0.0},

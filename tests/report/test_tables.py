@@ -1,6 +1,5 @@
 from rich.console import Console
 
-from lora_ggpo.report.statistics import mean_interval
 from lora_ggpo.report.tables import (
     escape_latex,
     escape_markdown,
@@ -10,6 +9,7 @@ from lora_ggpo.report.tables import (
     metrics_table,
     sparkline,
 )
+from lora_ggpo.statistics.intervals import mean_interval
 
 
 def _text(table):

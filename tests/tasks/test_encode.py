@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import load_model
+from lora_ggpo.models.load import load_model
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.encode import NO_LOSS, label_word_ids
 

@@ -7,9 +7,9 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score, log_loss
 from transformers import BartConfig, BartForConditionalGeneration
 
-from lora_ggpo.adapters import add_adapter
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import load_model
+from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.models.load import load_model
 from lora_ggpo.tasks import TaskConfig, collator, encode, evaluate, predict
 
 TEXTS = [

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BloomConfig, BloomForCausalLM
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import load_model
+from lora_ggpo.models.load import load_model
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import _best_fit, check_packing, pack
 

@@ -11,18 +11,18 @@ from scipy import stats
 from lora_ggpo.comparison.plan import make_plan
 from lora_ggpo.data import DataConfig, load_regression
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import load_model
+from lora_ggpo.models.load import load_model
+from lora_ggpo.recipe.recipe import load_recipe
+from lora_ggpo.recipe.source import read_source
 from lora_ggpo.report.comparison import write_report
 from lora_ggpo.report.study import write_study_report
 from lora_ggpo.tasks import TaskConfig, collator, encode, evaluate
 from lora_ggpo.tasks.regression import regression_metrics, start_at_mean
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.merge import merge_run
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
-from lora_ggpo.training.source import read_source
+from lora_ggpo.workspace.progress import Reporter
 from tests.report import grids
 
 QUIET = Reporter(quiet=True)

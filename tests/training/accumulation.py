@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 
 from lora_ggpo import GGPO
-from lora_ggpo.models import TaskKind
+from lora_ggpo.models.load import TaskKind
+from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.tasks import collator
-from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import load_splits, make_trainer, training_arguments, untrained
 from lora_ggpo.training.trainer import EpochSampler
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import parse_recipe
+from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.run import train
+from lora_ggpo.workspace.progress import Reporter
 
 SEED, KILLS = 20260611, 50
 STEPS = 6

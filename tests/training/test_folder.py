@@ -18,10 +18,10 @@ from lora_ggpo.cli import app
 from lora_ggpo.data import DataConfig
 from lora_ggpo.data.sources import set_names
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import locate
-from lora_ggpo.paths import expanded
-from lora_ggpo.training.files import locked
-from lora_ggpo.training.recipe import parse_recipe
+from lora_ggpo.models.load import locate
+from lora_ggpo.recipe.recipe import parse_recipe
+from lora_ggpo.workspace.files import locked
+from lora_ggpo.workspace.paths import expanded
 
 RECIPE = """\
 model: {model}

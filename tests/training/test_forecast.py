@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import load_model
+from lora_ggpo.models.load import load_model
+from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import forecast as module
 from lora_ggpo.training.checkpoints import last_whole
 from lora_ggpo.training.forecast import forecast, largest_batch, longest_rows
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.run import load_trained
 from lora_ggpo.training.trainer import RunTrainer
+from lora_ggpo.workspace.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 

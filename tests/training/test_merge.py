@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
 from lora_ggpo.errors import UserError
+from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training import merge as module
 from lora_ggpo.training.merge import merge_run, merged_model
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import train
+from lora_ggpo.workspace.progress import Reporter
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.arange(24).view(2, 12)

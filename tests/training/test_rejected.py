@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 
 from lora_ggpo.errors import UserError, rejected
+from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.forecast import forecast
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import train
+from lora_ggpo.workspace.progress import Reporter
 
 RECIPE = """\
 model: {model}

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
 from lora_ggpo.errors import DivergedError, UserError
+from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training import checkpoints
 from lora_ggpo.training.callbacks import RunCallback
-from lora_ggpo.training.evaluation import Scorer
-from lora_ggpo.training.interrupt import Interrupted
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import train
+from lora_ggpo.training.scorer import Scorer
 from lora_ggpo.training.trainer import RunTrainer
+from lora_ggpo.workspace.interrupt import Interrupted
+from lora_ggpo.workspace.progress import Reporter
 from tests.training import kills
 
 RECIPE = """\
@@ -180,7 +180,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_leaves_the_one_before(whole, file,
 
 def test_a_run_that_another_process_is_at_is_refused(whole, unfinished):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lora_ggpo.training.files import locked\n"
+        "import sys\nfrom pathlib import Path\nfrom lora_ggpo.workspace.files import locked\n"
         f"with locked(Path({str(unfinished)!r})): print('mine', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

@@ -11,14 +11,14 @@ import yaml
 from datasets import Dataset
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import checkpoints
 from lora_ggpo.training.callbacks import RunCallback
-from lora_ggpo.training.evaluation import fixed_sample
 from lora_ggpo.training.merge import merge_run
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import find_runs, load_trained, train
+from lora_ggpo.training.scorer import fixed_sample
+from lora_ggpo.workspace.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.forecast import forecast
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.recipe import parse_recipe
 from lora_ggpo.training.run import train
+from lora_ggpo.workspace.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 RECIPE = """\

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import PLAIN, RECIPE, Method
-from lora_ggpo.training.source import yaml_value
+from lora_ggpo.recipe.source import yaml_value
 
 Values = Mapping[str, Any]
 """Recipe settings by dotted key."""

@@ -15,12 +15,12 @@ from lora_ggpo.comparison.plan import Job, Plan
 from lora_ggpo.comparison.pool import Pool
 from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
+from lora_ggpo.recipe.recipe import check_recipe
 from lora_ggpo.report.analysis import METRICS
-from lora_ggpo.training.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
-from lora_ggpo.training.interrupt import Interrupted
-from lora_ggpo.training.progress import Reporter, Task
-from lora_ggpo.training.recipe import check_recipe
 from lora_ggpo.training.run import device_name, versions
+from lora_ggpo.workspace.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
+from lora_ggpo.workspace.interrupt import Interrupted
+from lora_ggpo.workspace.progress import Reporter, Task
 
 
 def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, reporter: Reporter) -> None:

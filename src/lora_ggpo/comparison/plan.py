@@ -14,9 +14,9 @@ from typing import Any
 from lora_ggpo.comparison.axes import Values, parse_axes, refuse_fixed, settings_of
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import PLAIN, RECIPE, Method, find_method
-from lora_ggpo.training.recipe import Recipe, check_recipe
-from lora_ggpo.training.settings import ADAPTER_DEFAULT, TRAINING_DEFAULTS
-from lora_ggpo.training.source import Source, set_value
+from lora_ggpo.recipe.fields import ADAPTER_DEFAULT, TRAINING_DEFAULTS
+from lora_ggpo.recipe.recipe import Recipe, check_recipe
+from lora_ggpo.recipe.source import Source, set_value
 
 RATE = "training.learning_rate"
 

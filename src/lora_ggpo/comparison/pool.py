@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Protocol
 
 from lora_ggpo.errors import UserError, first_line
-from lora_ggpo.training.interrupt import exit_code, raise_terminated
+from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
 
 TERMINATED = 128 + signal.SIGTERM
 

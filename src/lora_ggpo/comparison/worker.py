@@ -24,11 +24,11 @@ def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as peft imports it
     import torch
 
-    from lora_ggpo.training.files import write_json
-    from lora_ggpo.training.progress import Reporter
-    from lora_ggpo.training.recipe import check_recipe
+    from lora_ggpo.recipe.recipe import check_recipe
+    from lora_ggpo.recipe.source import Source
     from lora_ggpo.training.run import train
-    from lora_ggpo.training.source import Source
+    from lora_ggpo.workspace.files import write_json
+    from lora_ggpo.workspace.progress import Reporter
 
     warnings.simplefilter("ignore")
     try:

@@ -13,7 +13,7 @@ from lora_ggpo.data.files import has_known_suffix, read_file, read_folder
 from lora_ggpo.data.hub import read_hub
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
-from lora_ggpo.paths import absolute, expanded
+from lora_ggpo.workspace.paths import absolute, expanded
 
 ALL = "all"  # the one table of a source that has no splits
 FURTHER_TESTS = ("validation_mismatched",)  # splits that are test sets beside "test"

@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from lora_ggpo.errors import DivergedError, UserError
-from lora_ggpo.models import check_tokens
+from lora_ggpo.models.load import check_tokens
 from lora_ggpo.tasks.evaluate import Progress, autocasting, evaluating
-from lora_ggpo.training.files import json_digest, mend_json_lines, numbered_json_lines
-from lora_ggpo.training.interrupt import Interrupted
+from lora_ggpo.workspace.files import json_digest, mend_json_lines, numbered_json_lines
+from lora_ggpo.workspace.interrupt import Interrupted
 
 _COLDEST, _HOTTEST = 1e-3, 100.0
 

@@ -18,7 +18,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Key, Prompt, Sampling, generate
 from lora_ggpo.evaluation.target import Messages, Target
 from lora_ggpo.tasks.evaluate import Progress
-from lora_ggpo.training.interrupt import Interrupted
+from lora_ggpo.workspace.interrupt import Interrupted
 
 KEY = "OPENAI_API_KEY"
 RETRIES = 6

@@ -20,18 +20,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_ggpo.chat_template import write_day, written_day
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import gsm8k, humaneval, mtbench
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Key, Prompt, Sampling, generate
 from lora_ggpo.evaluation.harness import run_harness
 from lora_ggpo.evaluation.judge import Question, Server, ask_model, ask_server
 from lora_ggpo.evaluation.target import Target, find_targets, load_target
+from lora_ggpo.models.chat_template import write_day, written_day
 from lora_ggpo.tasks import Metric
 from lora_ggpo.tasks.config import PLAIN
 from lora_ggpo.tasks.metrics import mean_metric
-from lora_ggpo.training.evaluation import Scores, file_name, plain
-from lora_ggpo.training.files import (
+from lora_ggpo.training.run import versions
+from lora_ggpo.training.scorer import Scores, file_name, plain
+from lora_ggpo.workspace.files import (
     digests,
     disk_errors,
     json_digest,
@@ -40,8 +41,7 @@ from lora_ggpo.training.files import (
     write_json,
     write_json_lines,
 )
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.run import versions
+from lora_ggpo.workspace.progress import Reporter
 
 HARNESS = "harness"
 PASS_AT = (1, 10, 100)

@@ -12,17 +12,17 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ggpo.chat_template import write_day
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.generate import Prompt
-from lora_ggpo.models import load_model
+from lora_ggpo.models.chat_template import write_day
+from lora_ggpo.models.load import load_model
+from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.tasks.config import PLAIN
 from lora_ggpo.tasks.encode import prompt_ids, user_turn
-from lora_ggpo.training.evaluation import file_name
-from lora_ggpo.training.recipe import Recipe
 from lora_ggpo.training.run import find_runs, load_splits, load_trained, quiet_libraries, training_arguments
+from lora_ggpo.training.scorer import file_name
 
 Messages = list[dict[str, str]]
 

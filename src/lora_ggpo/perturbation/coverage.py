@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Sequence
 
 from .find import Skipped
+from .groups import LayerGroup
 from .layers import PerturbedLayer
 from .passes import Passes
-from .statistics import LayerGroup
 
 
 class Coverage:

@@ -12,10 +12,10 @@ from torch import Tensor, distributed, nn
 from .config import GGPOConfig
 from .coverage import Coverage
 from .find import DATA_PARALLEL, check_layers, find_layers, report_skipped
+from .groups import LayerGroup, grouped, summary
 from .noise import noise_table
 from .passes import Passes, tied_tensors
 from .scales import ramp
-from .statistics import LayerGroup, grouped, summary
 from .watch import Watch
 from .zero import StepHook, zero_optimizer
 

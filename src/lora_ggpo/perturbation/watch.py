@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .config import GGPOConfig
-from .statistics import LayerGroup
+from .groups import LayerGroup
 
 NEGLIGIBLE_SHARE = 1e-3
 """Share of the gradient term in tau^2 under which ``rule="paper"`` is numerically Flat-LoRA's noise."""

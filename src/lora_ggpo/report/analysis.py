@@ -11,7 +11,7 @@ from statistics import median, median_low
 from typing import Any
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.report.statistics import (
+from lora_ggpo.statistics.intervals import (
     LEVEL,
     POWER,
     Interval,

@@ -30,9 +30,9 @@ from lora_ggpo.report.plots import (
     draw_learning_curves,
     draw_tradeoffs,
 )
-from lora_ggpo.report.statistics import Interval
 from lora_ggpo.report.tables import escape_markdown, format_interval, rows_table
-from lora_ggpo.training.files import write_text
+from lora_ggpo.statistics.intervals import Interval
+from lora_ggpo.workspace.files import write_text
 
 
 @dataclass(frozen=True)

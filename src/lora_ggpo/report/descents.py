@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_ggpo.analysis.descent import FITTED_LOSS, Descent, double_descent, interpolation_threshold, phases
 from lora_ggpo.comparison.axes import axes_of, setting_name, short_names
 from lora_ggpo.report.analysis import METRICS, NOT_COMPARED, Metric, Results, Row
-from lora_ggpo.report.statistics import LEVEL, holm, seed_curves
+from lora_ggpo.statistics.descent import FITTED_LOSS, Descent, double_descent, interpolation_threshold, phases
+from lora_ggpo.statistics.intervals import LEVEL, holm, seed_curves
 
 STEP = "step"
 """The axis that needs no runs of its own."""

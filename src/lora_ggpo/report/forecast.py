@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from lora_ggpo.report.tables import rows_table
-from lora_ggpo.training.progress import duration
+from lora_ggpo.workspace.progress import duration
 
 if TYPE_CHECKING:
     from lora_ggpo.training.forecast import Forecast

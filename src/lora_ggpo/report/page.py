@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lora_ggpo.report.plots import inline_svg, render
 from lora_ggpo.report.tables import escape_markdown, latex_table, markdown_table
-from lora_ggpo.training.files import write_bytes
+from lora_ggpo.workspace.files import write_bytes
 
 NOTHING = "–"
 _WORDS = ("method", "verdict", "values", "setting", "why", "chosen", "axis", "curve")

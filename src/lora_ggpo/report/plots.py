@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lora_ggpo.report.statistics import Interval, mean_interval, pareto_front, seed_curves
+from lora_ggpo.statistics.intervals import Interval, mean_interval, pareto_front, seed_curves
 
 Log = Sequence[Mapping[str, Any]]
 """Lines of log.jsonl."""

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.report.plots import Curves, draw_curves, draw_planes, render
-from lora_ggpo.report.statistics import Interval, mean_interval, paired_difference, verdict
 from lora_ggpo.report.tables import escape_markdown, format_interval, latex_table, markdown_table, rows_table
-from lora_ggpo.training.files import read_json, write_bytes, write_text
+from lora_ggpo.statistics.intervals import Interval, mean_interval, paired_difference, verdict
+from lora_ggpo.workspace.files import read_json, write_bytes, write_text
 
 Key = tuple[str, str, str | None, float | None]
 """Space, measure, noise law and size."""

@@ -12,14 +12,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from lora_ggpo.analysis.descent import FITTED_ERROR, FITTED_LOSS
 from lora_ggpo.report.analysis import METRICS, Results, format_amount, read_results
 from lora_ggpo.report.descents import QUANTITIES, STEP, TRAIN, Curve, StudyResult, set_name, study_results
 from lora_ggpo.report.page import NOTHING, Grid, render_page, write_figures
-from lora_ggpo.report.statistics import mean_interval
 from lora_ggpo.report.study_figures import caption, study_figures
 from lora_ggpo.report.tables import escape_markdown, format_interval, rows_table
-from lora_ggpo.training.files import write_json_lines, write_text
+from lora_ggpo.statistics.descent import FITTED_ERROR, FITTED_LOSS
+from lora_ggpo.statistics.intervals import mean_interval
+from lora_ggpo.workspace.files import write_json_lines, write_text
 
 _NAMED = 3
 """Curves that a verdict names; the table has them all."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lora_ggpo.analysis.descent import FITTED_ERROR, FITTED_LOSS
 from lora_ggpo.comparison.axes import setting_name
 from lora_ggpo.report.descents import QUANTITIES, STEP, TRAIN, VALIDATION, Curve, StudyResult, set_name
 from lora_ggpo.report.plots import COLOURS, HeatMap, Line, draw_bands, draw_heat_maps
+from lora_ggpo.statistics.descent import FITTED_ERROR, FITTED_LOSS
 
 _LINES = len(COLOURS) + 2
 """Lines that a panel can hold and still be read."""

@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lora_ggpo.report.statistics import Interval, mean_interval
+from lora_ggpo.statistics.intervals import Interval, mean_interval
 
 Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{set: {metric: {"value", "se", "n"}}}, as metrics.json holds it."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import TaskKind
+from lora_ggpo.models.load import TaskKind
 
 LABEL_WORD_KINDS: tuple[TaskKind, ...] = ("causal-classification", "seq2seq-classification")
 """The kinds in which the model answers a prompt with the word of a label."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_ggpo.chat_template import REJECTIONS
 from lora_ggpo.data.messages import Message, restore
 from lora_ggpo.errors import UserError
+from lora_ggpo.models.chat_template import REJECTIONS
 
 # These only say which message is meant, or are looked at elsewhere.
 _NOT_SHOWN = {"role", "content", "weight", "tool_call_id"}

@@ -19,10 +19,10 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lora_ggpo.chat_template import Ending, end_of_turn
 from lora_ggpo.data.messages import Message
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import HEAD_KINDS, TaskKind
+from lora_ggpo.models.chat_template import Ending, end_of_turn
+from lora_ggpo.models.load import HEAD_KINDS, TaskKind
 from lora_ggpo.tasks.config import LABEL_WORD_KINDS, PLAIN, TaskConfig
 from lora_ggpo.tasks.conversation import UnusedFields, behind_prompt, conversation, learnt_turns, render
 from lora_ggpo.tasks.length import NO_LOSS, Room

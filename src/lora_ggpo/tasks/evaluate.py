@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.errors import DivergedError, UserError
-from lora_ggpo.models import TaskKind
+from lora_ggpo.models.load import TaskKind
 from lora_ggpo.tasks.config import Metric, TaskConfig
 from lora_ggpo.tasks.encode import collator, label_word_ids
 from lora_ggpo.tasks.length import NO_LOSS

@@ -16,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.training.checkpoints import seal
-from lora_ggpo.training.files import flush_to_disk, read_json_lines, write_json_lines
-from lora_ggpo.training.interrupt import StopRequest
 from lora_ggpo.training.memory import peak, reset_peak
-from lora_ggpo.training.progress import Task
-from lora_ggpo.training.ranks import any_of, is_first, wait_for_all
 from lora_ggpo.training.trainer import NonFiniteLossError
+from lora_ggpo.workspace.files import flush_to_disk, read_json_lines, write_json_lines
+from lora_ggpo.workspace.interrupt import StopRequest
+from lora_ggpo.workspace.progress import Task
+from lora_ggpo.workspace.ranks import any_of, is_first, wait_for_all
 
 
 class RunCallback(TrainerCallback):

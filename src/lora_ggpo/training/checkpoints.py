@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.files import digests, settle, write_json
+from lora_ggpo.workspace.files import digests, settle, write_json
 
 SEAL = "sealed.json"
 

@@ -27,16 +27,14 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from lora_ggpo.adapters import count_parameters
 from lora_ggpo.data import Splits
-from lora_ggpo.integrations.trainer import GGPOCallback
+from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.initialise import moves_base
-from lora_ggpo.quantise import stored_bytes
-from lora_ggpo.saving import save_tokenizer
-from lora_ggpo.training.evaluation import Scorer, fixed_sample
+from lora_ggpo.models.adapters import count_parameters
+from lora_ggpo.models.quantise import stored_bytes
+from lora_ggpo.models.saving import save_tokenizer
+from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.training.memory import held, memory_errors, obtainable, peak, reset_peak
-from lora_ggpo.training.progress import Reporter, Task
-from lora_ggpo.training.recipe import Recipe
 from lora_ggpo.training.run import (
     VALIDATION_ROWS,
     load_splits,
@@ -48,7 +46,9 @@ from lora_ggpo.training.run import (
     training_arguments,
     untrained,
 )
+from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.training.trainer import EpochSampler, RunTrainer
+from lora_ggpo.workspace.progress import Reporter, Task
 
 WARM_UP = 2
 """Steps on the longest rows that come first: the second finds the peak of memory, with the optimizer's state there."""

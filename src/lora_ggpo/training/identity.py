@@ -12,11 +12,11 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from lora_ggpo.chat_template import write_day, writes_day
 from lora_ggpo.data import Splits, digest
 from lora_ggpo.errors import UserError
-from lora_ggpo.models import locate
-from lora_ggpo.training.files import digests, read_json, write_json
+from lora_ggpo.models.chat_template import write_day, writes_day
+from lora_ggpo.models.load import locate
+from lora_ggpo.workspace.files import digests, read_json, write_json
 
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, settings and tokenizer; the rest is for readers
 

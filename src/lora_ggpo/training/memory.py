@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lora_ggpo.errors import UserError, lacks_memory
-from lora_ggpo.training.recipe import Recipe
+from lora_ggpo.recipe.recipe import Recipe
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _MACHINE = Path("/proc/meminfo")

@@ -7,11 +7,8 @@ from typing import Any
 
 from lora_ggpo.data import digest
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.evaluation import evaluation_sets, file_name, plain
-from lora_ggpo.training.files import write_json
 from lora_ggpo.training.identity import check_data
 from lora_ggpo.training.memory import memory_errors
-from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.run import (
     load_splits,
     load_trained,
@@ -20,6 +17,9 @@ from lora_ggpo.training.run import (
     training_arguments,
     versions,
 )
+from lora_ggpo.training.scorer import evaluation_sets, file_name, plain
+from lora_ggpo.workspace.files import write_json
+from lora_ggpo.workspace.progress import Reporter
 
 
 def evaluate_run(

@@ -44,25 +44,30 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from lora_ggpo.adapters import add_adapter, count_parameters, freeze_body, load_adapter
 from lora_ggpo.data import DataConfig, Splits, load_classification, load_completion, load_regression
 from lora_ggpo.errors import DivergedError, UserError, rejected
-from lora_ggpo.integrations.trainer import GGPOCallback
+from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import OPTIMIZERS
-from lora_ggpo.models import check_tokens, load_model
+from lora_ggpo.models.adapters import add_adapter, count_parameters, freeze_body, load_adapter
+from lora_ggpo.models.load import check_tokens, load_model
+from lora_ggpo.models.quantise import Quantisation
+from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.perturbation.ascent import MGPO, SAM
-from lora_ggpo.quantise import Quantisation
+from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe
+from lora_ggpo.recipe.source import KeyPath, flatten, read_source
 from lora_ggpo.report.plots import save_training_plot
-from lora_ggpo.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.tasks.regression import start_at_mean
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.checkpoints import last_whole, refused, remove_broken, remove_unsealed, step_of
-from lora_ggpo.training.evaluation import Scorer, evaluation_sets, file_name, fixed_sample, plain
-from lora_ggpo.training.files import (
+from lora_ggpo.training.identity import check_model, keep_day, record, recorded_day
+from lora_ggpo.training.memory import memory_errors
+from lora_ggpo.training.scorer import Scorer, evaluation_sets, file_name, fixed_sample, plain
+from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, check_checkpointing
+from lora_ggpo.workspace.files import (
     digests,
     disk_errors,
     locked,
@@ -73,14 +78,9 @@ from lora_ggpo.training.files import (
     write_json,
     write_text,
 )
-from lora_ggpo.training.identity import check_model, keep_day, record, recorded_day
-from lora_ggpo.training.interrupt import Interrupted, StopRequest, two_stage_interrupt
-from lora_ggpo.training.memory import memory_errors
-from lora_ggpo.training.progress import Reporter
-from lora_ggpo.training.ranks import is_first, wait_for_all
-from lora_ggpo.training.recipe import Recipe, dump_yaml, load_recipe
-from lora_ggpo.training.source import KeyPath, flatten, read_source
-from lora_ggpo.training.trainer import MakeAscent, NonFiniteLossError, RunTrainer, check_checkpointing
+from lora_ggpo.workspace.interrupt import Interrupted, StopRequest, two_stage_interrupt
+from lora_ggpo.workspace.progress import Reporter
+from lora_ggpo.workspace.ranks import is_first, wait_for_all
 
 VALIDATION_ROWS = 500
 _STOPPING = "Stopping after this step; press Ctrl-C again, or send SIGTERM again, to stop at once."

@@ -1,0 +1,1 @@
+"""Recipes: read, typed and checked before anything is loaded."""

@@ -1,0 +1,1 @@
+"""How flat a trained model's minimum is: measures and landscapes."""

@@ -1,0 +1,303 @@
+"""Measure finished runs: one file of results a run, kept, so that nothing is measured twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.recipe.recipe import load_recipe
+from lora_ggpo.sharpness.landscape import between, filter_direction, line, plane
+from lora_ggpo.sharpness.point import Point, Space, check_space, load_point
+from lora_ggpo.sharpness.sharpness import (
+    Estimate,
+    Hessian,
+    NoiseLaw,
+    expected_sharpness,
+    flat,
+    noise_sizes,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+    worst_sharpness,
+)
+from lora_ggpo.training.identity import same_model
+from lora_ggpo.training.run import Run, find_runs, finished_metrics, quiet_libraries, versions
+from lora_ggpo.workspace.files import disk_errors, json_digest, locked, read_json, write_json
+from lora_ggpo.workspace.progress import Reporter, Task
+
+STARTS = 3
+"""Random starts of the spectral density."""
+
+_PASSES = {"loss": 1, "gradient": 3, "product": 8}
+"""Cost of what is computed on the sample, in forward passes, for the time left."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        split: Set of the run that the loss is measured on.
+        rows: Rows of it, at most.
+        spaces: Parameter spaces.
+        sigmas: Sizes of the noise of expected sharpness, relative to the weights.
+        draws: Pairs of opposite draws of that noise, and draws of the trace.
+        rhos: Radii of worst-case sharpness: root mean square of the relative change.
+        eigenvalues: Number of top eigenvalues; 0 leaves out all that needs the Hessian.
+        products: Hessian-vector products for the eigenvalues, about, and as many for the spectral density.
+        points: Of a slice of the loss, from -1 to 1 (a change of every row by its own length).
+        plane: Points a side of a two-dimensional slice; 0 draws none.
+    """
+
+    split: str = "train"
+    rows: int = 64
+    spaces: tuple[Space, ...] = get_args(Space)
+    sigmas: tuple[float, ...] = (0.03, 0.1, 0.2)
+    draws: int = 10
+    rhos: tuple[float, ...] = (0.0003, 0.001)
+    eigenvalues: int = 3
+    products: int = 45
+    points: int = 21
+    plane: int = 0
+
+
+def measure_runs(
+    paths: Sequence[Path], settings: Settings, output: Path, reporter: Reporter, base: str | None = None
+) -> None:
+    """Measure the runs at `paths` (each one run, or a folder of seeds) into ``output/points/*.json``.
+
+    What is there of the same run, as it is now, is not measured again. ``output/measured.json`` then lists the runs of
+    this call in its order, which a report is of. A run without an adapter is measured in the space of the weights.
+
+    Args:
+        base: Where the runs' base model lies now, if it has moved.
+
+    Raises:
+        UserError: a path is no finished run, a run is given twice, two are of different base models, one is of
+            quantised weights or has none of the spaces, a loss under noise is not finite, or the folder holds other
+            settings.
+    """
+    quiet_libraries()
+    with disk_errors(output):
+        (output / "points").mkdir(parents=True, exist_ok=True)
+        with locked(output):
+            _claim(output, settings)
+            runs = named_runs(paths)
+            _check_one_model([run.folder for seeds in runs.values() for run in seeds.values()])
+            own = {
+                run.folder: _settings_of(run, settings, reporter) for seeds in runs.values() for run in seeds.values()
+            }
+            measure_once = partial(_measured, output=output, reporter=reporter, base=base)
+            measured = [
+                {"label": label, "seed": seed, "file": measure_once(run, f"{label}/seed-{seed}", own[run.folder])}
+                for label, seeds in runs.items()
+                for seed, run in seeds.items()
+            ]
+            lines = list(_joined(runs, settings, output, reporter, base))
+            write_json(output / "measured.json", {"runs": measured, "lines": lines})
+
+
+def named_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
+    """The runs by label and seed; labels are the shortest ends of the paths that tell them apart.
+
+    A folder ``seed-N`` goes by the name of the folder that it is in, any other run by its own.
+
+    Raises:
+        UserError: a path is given twice, or is no run.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("A run is given twice; name each once.")
+    found = [(_named_by(run.folder), run) for path in paths for run in find_runs(path)]
+    folders = list(dict.fromkeys(folder for folder, _ in found))
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    runs: dict[str, dict[int, Run]] = {}
+    for folder, run in found:
+        (seed,) = load_recipe(run.folder / "recipe.yaml").seeds
+        runs.setdefault("/".join(folder.parts[-depth:]), {})[seed] = run
+    return runs
+
+
+def _check_one_model(folders: list[Path]) -> None:
+    for folder in folders:
+        if not same_model(folder, folders[0]):
+            raise UserError(f"{folders[0]} and {folder} train different models; give runs of one.")
+
+
+def _settings_of(run: Run, settings: Settings, reporter: Reporter) -> Settings:
+    """What of `settings` can be measured of `run`."""
+    finished_metrics(run)
+    adapter = run.recipe["adapter"] is not None
+    if not adapter and settings.spaces == get_args(Space):
+        reporter.say(f"{run.folder} has no adapter: it is measured in the space of its weights alone.")
+        settings = dataclasses.replace(settings, spaces=("weights",))
+    for space in settings.spaces:
+        check_space(run.folder, space, adapter=adapter, quantise=run.recipe.get("quantise"))
+    return settings
+
+
+def _named_by(run: Path) -> Path:
+    run = Path(os.path.abspath(run))  # not resolved: a link's name is the user's
+    return run.parent if run.name.startswith("seed-") else run
+
+
+def _measured(run: Run, name: str, settings: Settings, output: Path, reporter: Reporter, base: str | None) -> str:
+    """The name in ``output/points`` of what is measured of `run`."""
+    file = output / "points" / f"{identity(run)}.json"
+    if file.is_file():
+        reporter.say(f"{name} is measured already.")
+        return file.name
+    with reporter.task(f"measure {name}") as task:
+        began = time.monotonic()
+        found = measure(run.folder, settings, task, base)
+        facts = {"folder": run.folder.as_posix(), "seconds": round(time.monotonic() - began, 1)}
+        write_json(file, {**facts, **found})
+    return file.name
+
+
+def identity(run: Run) -> str:
+    """A digest that no other run has, nor the same one trained again: of its results, its data and its weights."""
+    return json_digest([finished_metrics(run), read_json(run.folder / "data.json")])
+
+
+def measure(folder: Path, settings: Settings, task: Task, base: str | None = None) -> dict[str, Any]:
+    """Everything of `settings` about the run in `folder`, as JSON holds it."""
+    progress = _Progress(task, settings)
+    found: dict[str, Any] = {"measures": [], "spectra": {}, "slices": {}, "planes": {}}
+    for space in settings.spaces:
+        point = load_point(folder, space, settings.split, settings.rows, base=base)
+        loss = Estimate(point.loss(point.parameters), 0.0)
+        found["measures"] += [
+            {"space": space, "measure": measure, "noise": noise, "size": size, **estimate.to_dict()}
+            for measure, noise, size, estimate in [
+                ("loss", None, None, loss),
+                *_expected(point, space, settings, progress),
+                *_worst(point, settings, progress),
+            ]
+        ]
+        if settings.eigenvalues:
+            rows, found["spectra"][space] = _curvature(point, settings, progress)
+            found["measures"] += [{"space": space, **row} for row in rows]
+        found["slices"][space], found["planes"][space] = _slices(point, settings, progress)
+    return found
+
+
+class _Progress:
+    def __init__(self, task: Task, settings: Settings) -> None:
+        laws = sum(len(_laws(space)) for space in settings.spaces)
+        noises = laws * len(settings.sigmas) * settings.draws * 2 * _PASSES["loss"]
+        ascents = len(settings.spaces) * len(settings.rhos) * 20 * (_PASSES["loss"] + _PASSES["gradient"])
+        products = len(settings.spaces) * 2 * (settings.products + settings.draws) * _PASSES["product"]
+        slices = len(settings.spaces) * (settings.points + settings.plane**2) * _PASSES["loss"]
+        self._task, self._done = task, 0
+        self._total = noises + ascents + (products if settings.eigenvalues else 0) + slices
+
+    def add(self, kind: str, times: int = 1) -> None:
+        self._done = min(self._done + times * _PASSES[kind], self._total)
+        self._task.update(self._done, self._total)
+
+
+def _laws(space: Space) -> tuple[NoiseLaw, ...]:
+    laws: tuple[NoiseLaw, ...] = get_args(NoiseLaw)
+    return laws if space == "weights" else tuple(law for law in laws if law != "guided")
+
+
+def _expected(
+    point: Point, space: Space, settings: Settings, progress: _Progress
+) -> Iterator[tuple[str, str, float, Estimate]]:
+    for law in _laws(space):
+        sizes = noise_sizes(point, law, point.gradient(point.parameters) if law == "guided" else None)
+        for sigma in settings.sigmas:
+            add = lambda: progress.add("loss", 2)  # noqa: E731
+            found = expected_sharpness(point, sizes, sigma, settings.draws, progress=add)
+            yield "expected", law, sigma, _finite(found, f"under noise of sigma {sigma:g}", "--sigma")
+
+
+def _worst(point: Point, settings: Settings, progress: _Progress) -> Iterator[tuple[str, None, float, Estimate]]:
+    for rho in settings.rhos:
+
+        def add() -> None:
+            progress.add("gradient")
+            progress.add("loss")
+
+        value, spread = worst_sharpness(point, rho, progress=add)
+        yield "worst", None, rho, _finite(Estimate(value, spread), f"at rho {rho:g}", "--rho")
+
+
+def _finite(found: Estimate, where: str, option: str) -> Estimate:
+    if not math.isfinite(found.value):
+        raise UserError(f"The loss {where} is not finite; give smaller sizes with {option}.")
+    return found
+
+
+def _curvature(
+    point: Point, settings: Settings, progress: _Progress
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    hessian = Hessian(point, lambda: progress.add("product"))
+    top = top_eigenvalues(hessian, settings.eigenvalues, products=settings.products)
+    sizes = flat(noise_sizes(point, "rows"), point.parameters)
+    rows: list[tuple[str, str | None, float | None, Estimate]] = [
+        *(("eigenvalue", None, float(index + 1), estimate) for index, estimate in enumerate(top)),
+        ("trace", None, None, trace(hessian, settings.draws)),
+        ("trace", "rows", None, trace(hessian, settings.draws, sizes=sizes)),
+    ]
+    grid, density, se = spectral_density(hessian, settings.products // STARTS, STARTS)
+    spectrum = {"eigenvalue": grid.tolist(), "density": density.tolist(), "se": se.tolist()}
+    names = ("measure", "noise", "size")
+    return [{**dict(zip(names, row[:3], strict=True)), **row[3].to_dict()} for row in rows], spectrum
+
+
+def _slices(point: Point, settings: Settings, progress: _Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+    def add() -> None:
+        progress.add("loss")
+
+    at = np.linspace(-1, 1, settings.points).tolist()
+    first = filter_direction(point, seed=0)
+    slice_ = {"at": at, "loss": line(point, first, at, add).tolist()}
+    if not settings.plane:
+        return slice_, {}
+    sides = np.linspace(-1, 1, settings.plane).tolist()
+    values = plane(point, first, filter_direction(point, seed=1), sides, sides, add)
+    return slice_, {"at": sides, "loss": values.tolist()}
+
+
+def _joined(
+    runs: Mapping[str, Mapping[int, Run]], settings: Settings, output: Path, reporter: Reporter, base: str | None
+) -> Iterator[dict[str, Any]]:
+    """Loss on the line from the first label's model of a seed to every other label's model of the same seed."""
+    first, *others = runs
+    at = np.linspace(0, 1, 11).tolist()
+    for other in others:
+        for seed in sorted(set(runs[first]) & set(runs[other])):
+            ends = runs[first][seed], runs[other][seed]
+            file = output / "points" / f"line-{'-'.join(map(identity, ends))}.json"
+            if not file.is_file():
+                load = partial(load_point, space="weights", split=settings.split, rows=settings.rows, base=base)
+                start, end = (load(run.folder) for run in ends)
+                with reporter.task(f"line {first} to {other}, seed-{seed}"):
+                    values = between(start, end, at)
+                write_json(file, {"at": at, "loss": values.tolist()})
+            yield {"from": first, "to": other, "seed": seed, "file": file.name}
+
+
+def _claim(output: Path, settings: Settings) -> None:
+    file, asked = output / "settings.json", dataclasses.asdict(settings)
+    if file.is_file():
+        there = read_json(file)["settings"]
+        changed = [
+            key for key, value in asked.items() if there.get(key) != (list(value) if type(value) is tuple else value)
+        ]
+        if changed:
+            raise UserError(f"{output} holds measurements with another {changed[0]}; choose another --output.")
+    write_json(file, {"settings": asked, "versions": versions()})

@@ -1,0 +1,1 @@
+"""Intervals, tests and scores over seeds: what reports, comparisons and analyses share."""

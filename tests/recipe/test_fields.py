@@ -1,0 +1,143 @@
+"""Values that the libraries take without a word, or answer with a traceback in the first step."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from lora_ggpo.errors import UserError
+from lora_ggpo.recipe.fields import AdapterFields, TrainingFields, training_owned
+from lora_ggpo.recipe.recipe import json_schema, parse_recipe
+
+RECIPE = """\
+model: minilm
+task: classification
+data: movie-reviews
+adapter:
+  r: 8
+output: runs/x
+"""
+DOCS = Path(__file__).parents[2] / "docs"
+ADALORA = "type: adalora, r: 8"
+
+
+def refused(section, fields):
+    with pytest.raises(UserError) as error:
+        parse_recipe(RECIPE.replace("adapter:\n  r: 8", f"{section}: {{{fields}}}"), "r.yaml")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("section", ["AdapterFields", "TrainingFields"])
+def test_every_number_has_a_range(section):
+    """A number of a later release is to be looked at before it is let through."""
+    for name, field in json.loads(json_schema())["$defs"][section]["properties"].items():
+        for kind in field.get("anyOf", [field]):
+            if kind.get("type") in ("number", "integer") and name != "max_steps":  # -1, or above 0
+                assert kind.keys() & {"minimum", "exclusiveMinimum"}, name
+
+
+@pytest.mark.parametrize("model", [AdapterFields, TrainingFields])
+def test_no_number_is_true(model):
+    for name, field in json.loads(json_schema())["$defs"][model.__name__]["properties"].items():
+        kinds = {kind.get("type") for kind in field.get("anyOf", [field])}
+        if kinds & {"number", "integer"} and not kinds & {"boolean", "array"}:
+            with pytest.raises(ValueError, match="must be a number, not true"):
+                model(**{name: True})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("neftune_noise_alpha", "-5", "must be at least 0, not -5"),
+        ("label_smoothing_factor", "2", "must be less than 1, not 2"),
+        ("label_smoothing_factor", "-1", "must be at least 0, not -1"),
+        ("adam_beta1", "1.5", "must be less than 1, not 1.5"),
+        ("adam_beta2", "-0.1", "must be at least 0, not -0.1"),
+        ("adam_epsilon", "0", "must be greater than 0, not 0"),
+        ("max_grad_norm", "-1", "must be at least 0, not -1"),
+        ("weight_decay", "-1", "must be at least 0, not -1"),
+        ("warmup_steps", "-3", "must be at least 0, not -3"),
+        ("logging_steps", "-1", "must be greater than 0, not -1"),
+        ("save_total_limit", "-1", "must be at least 0, not -1"),
+        ("max_steps", "-2", "must be above 0, or there is nothing to train"),
+        ("max_steps", "true", "must be a number, not true"),
+        ("dataloader_num_workers", "-1", "must be at least 0, not -1"),
+        ("dataloader_persistent_workers", "true", "is for workers; set training.dataloader_num_workers"),
+        ("dataloader_multiprocessing_context", "fork", "is for workers; set training.dataloader_num_workers"),
+        ("accelerator_config", "file.json", "must be a valid dictionary"),
+        ("include_num_input_tokens_seen", "some", "must be 'all', 'non_padding' or 'no'"),
+        ("parallelism_config", "{}", "cannot be set: a recipe is trained with DDP"),
+        ("debug", "underflow_overflow", "cannot be set: a loss that is not finite stops the run"),
+        ("enable_jit_checkpoint", "true", "cannot be set: a run that is asked to stop saves a checkpoint"),
+    ],
+)
+def test_training(field, value, message):
+    assert f"r.yaml, line 4: training.{field} {message}" in refused("training", f"{field}: {value}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("r", "0", "must be at least 1, not 0"),
+        ("r", "1e30", "must be a smaller number"),
+        ("lora_alpha", "-1", "must be greater than 0, not -1"),
+        ("lora_dropout", "1.0", "must be less than 1, not 1.0"),
+        ("lora_dropout", "-0.1", "must be at least 0, not -0.1"),
+        ("target_modules", '"*proj["', "'*proj[' is not a regular expression: nothing to repeat"),
+        ("exclude_modules", '"*proj["', "'*proj[' is not a regular expression: nothing to repeat"),
+        ("layers_pattern", '"(x"', "'(x' is not a regular expression: missing )"),
+        ("rank_pattern", '{"*proj[": 3}', "'*proj[' is not a regular expression: nothing to repeat"),
+        ("rank_pattern", "{query: 0}", "must be at least 1, not 0"),
+        ("alpha_pattern", "{query: -1}", "must be greater than 0, not -1"),
+        ("layers_to_transform", "[-1]", "must be at least 0, not -1"),
+        ("trainable_token_indices", "[-1]", "must be at least 0, not -1"),
+        ("qalora_group_size", "0", "must be at least 1, not 0"),
+        ("init_lora_weights", "pissa_niter_99999", "must match pattern"),
+        ("eva_config", "{x: 1}", "is not a setting of it"),
+        ("deltaT", "5", "is a setting of AdaLoRA; set adapter.type to adalora as well"),
+    ],
+)
+def test_adapter(field, value, message):
+    sentence = refused("adapter", f"{field}: {value}")
+    assert sentence.startswith(f"r.yaml, line 4: adapter.{field}")
+    assert message in sentence
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("init_r", "2", "is the rank AdaLoRA starts from: it must be at least adapter.r, 8, not 2"),
+        ("init_r", "0", "must be at least 1, not 0"),
+        ("deltaT", "0", "must be at least 1, not 0"),
+        ("deltaT", "-3", "must be at least 1, not -3"),
+        ("tinit", "-1", "must be at least 0, not -1"),
+        ("beta1", "1.5", "must be less than 1, not 1.5"),
+        ("beta1", "0", "must be greater than 0, not 0"),
+        ("beta2", "-1", "must be greater than 0, not -1"),
+        ("orth_reg_weight", "-1", "must be at least 0, not -1"),
+        ("use_rslora", "true", "is none of AdaLoRA's settings; leave it out"),
+        ("init_lora_weights", "pissa", "is none of AdaLoRA's settings; leave it out"),
+        ("rank_pattern", "{query: 4}", "is none of AdaLoRA's settings; leave it out"),
+    ],
+)
+def test_adalora(field, value, message):
+    assert f"r.yaml, line 4: adapter.{field} {message}" in refused("adapter", f"{ADALORA}, {field}: {value}")
+
+
+@pytest.mark.parametrize("values", ["sam: {rho: .inf}", "mgpo: {rho: .nan}", "stop_loss: .inf\nvalidate_every: 1"])
+def test_what_is_not_finite(values):
+    with pytest.raises(UserError, match=r"must be a finite number"):
+        parse_recipe(f"{RECIPE}{values}\n", "r.yaml")
+
+
+def test_the_docs_name_what_is_refused_and_why():
+    every = {field.name for field in dataclasses.fields(TrainingArguments)}
+    reasons = {name: training_owned(name) for name in every if training_owned(name)}
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    table = page.partition("## What a recipe may not set")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+`) \| (.+) \|$", table, re.MULTILINE)
+    assert {name: reason for names, reason in rows for name in re.findall(r"`(\w+)`", names)} == reasons
+    assert f"{len(reasons)} of {len(every)}" in page

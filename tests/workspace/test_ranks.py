@@ -1,0 +1,87 @@
+"""`lora-ggpo train` under torchrun, by the launch recipe: two processes on gloo against one with twice the batch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import distributed
+
+from lora_ggpo.recipe.recipe import load_recipe
+from lora_ggpo.training.run import read_run, train
+from lora_ggpo.workspace.progress import Reporter
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+
+LAUNCHER = Path(__file__).parents[2] / "recipes" / "launch" / "gpus.sh"
+
+RECIPE = """\
+model: {model}
+task:
+  kind: causal-classification
+  template: "{{text}} = "
+  label_words: [bad, good]
+  max_length: 32
+data:
+  source: {reviews}
+  validation_fraction: 0.167
+  test_fraction: 0.167
+adapter: {{r: 4, target_modules: all-linear}}
+ggpo: {{sigma: 0.1, rule: relative, beta: 0.5, ranks: agree}}
+training:
+  max_steps: 12
+  per_device_train_batch_size: {batch}
+  learning_rate: 5.0e-3
+  logging_steps: 1
+  save_steps: 4
+  save_total_limit: 5
+  use_cpu: true
+validate_every: 6
+output: {output}
+"""
+
+
+def write_recipe(folder, model, reviews, batch):
+    path = folder / f"recipe-{batch}.yaml"
+    path.write_text(RECIPE.format(model=model, reviews=reviews, batch=batch, output=folder / f"runs-{batch}"))
+    return path
+
+
+def torchrun(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GPUS": "2", "PYTHON": sys.executable}
+    return subprocess.run([LAUNCHER, *arguments], env=environment, capture_output=True, text=True)
+
+
+def logged(run, *keys):
+    return [[row[key] for key in keys] for row in run.log if keys[-1] in row]
+
+
+def test_two_processes_train_as_one_on_the_global_batch_and_resume(tiny_llama, reviews, tmp_path):
+    alone = train(load_recipe(write_recipe(tmp_path, tiny_llama, reviews, 8)), Reporter(quiet=True))[0]
+    recipe = write_recipe(tmp_path, tiny_llama, reviews, 4)
+    done = torchrun(str(recipe))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Runs:") == 1
+    folder = tmp_path / "runs-4" / "seed-0"
+
+    def check():
+        together = read_run(folder)
+        assert together.metrics["training"]["processes"] == 2
+        assert [row["step"] for row in together.log if "loss" in row] == list(range(1, 13))
+        for keys in (("step", "loss"), ("step", "grad_norm"), ("step", "validation/log_loss")):
+            for one, two in zip(logged(alone, *keys), logged(together, *keys), strict=True):
+                assert two == pytest.approx(one, rel=2e-3), keys
+        mine, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, alone.folder))
+        assert all((mine[name] - theirs[name]).abs().max() < 2e-4 for name in theirs)
+        return mine
+
+    first = check()
+    for name in ("metrics.json", "adapter", "checkpoints/checkpoint-8", "checkpoints/checkpoint-12"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = torchrun(str(recipe))
+    assert "going on from step 4" in again.stderr
+    assert all((check()[name] == value).all() for name, value in first.items())
