@@ -1,5 +1,6 @@
 """The real models and data of the tests, each made once; a test that changes a model takes a copy."""
 
+import gc
 import json
 import os
 from importlib.util import find_spec
@@ -44,6 +45,13 @@ training:
 validate_every: 6
 output: {output}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """A Trainer collects garbage as it begins, over all that the libraries have made: longer than it trains here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """An optimizer step is the step of one full batch, in whatever micro-batches and processes its rows come."""
 
-import gc
 import json
 import shutil
 import socket
@@ -25,14 +24,6 @@ from tests.training.accumulation import (
 # Rows of a micro-batch, micro-batches of a step. The last leaves a shorter last step, with a smaller last micro-batch.
 SPLITS = [(32, 1), (8, 4), (4, 8), (5, 7)]
 COMBINED = [(case, method) for case in CASES for method in METHODS if (case, method) != ("regression", "smoothed")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """The Trainer collects garbage as it begins, over all that the libraries have made: longer than it trains here."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
