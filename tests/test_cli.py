@@ -98,13 +98,22 @@ def test_train_prints_results_on_stdout_and_progress_on_stderr(recipe_file):
     assert "train-noisy" in result.stdout
     assert "seed-1" in result.stdout
     assert "2/2, loss" in result.stderr
+    plots = [recipe_file.parent / "runs" / f"seed-{seed}" / "training.png" for seed in (0, 1)]
+    assert all(plot.stat().st_size > 10_000 for plot in plots)
+    assert str(plots[0]) in _run("show", plots[0].parent).stdout
+
+
+def test_the_version_and_shell_completion():
+    assert _run("--version").stdout == "lora-ggpo 0.1.0\n"
+    asked = {"_LORA_GGPO_COMPLETE": "complete_bash", "COMP_WORDS": "lora-ggpo s", "COMP_CWORD": "1"}
+    completed = CliRunner().invoke(app, [], prog_name="lora-ggpo", env=asked).stdout
+    assert completed.split() == ["suite", "show", "schema", "study", "sharpness"]
 
 
 def test_show_eval_and_merge(finished, tmp_path):
     _, run = finished
     shown = _run("show", run.folder.parent).stdout
     assert "minilm" in shown
-    assert str(run.folder / "training.png") in shown
     accuracy = f"{run.metrics['evaluation']['test']['accuracy']['value']:.4f}"
     assert accuracy in shown
     assert accuracy in _run("eval", run.folder).stdout
@@ -155,11 +164,13 @@ def test_demo_compares_both_methods(tmp_path, reviews):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("eval", "absent", "--limit", "3"), "error: --limit is for what a run generates: give --suite as well."),
-        (("eval", "absent", "--suite", "gsm8k", "--on", "x"), "error: --on is for the run's own scores; the problems"),
-        (("eval", "absent", "--suite", "maths"), "error: Suite 'maths' is unknown; the suites are gsm8k, humaneval,"),
+        (("eval", "absent", "--limit", "3"), "No such option: --limit"),
+        (("suite", "gsm8k", "absent", "--on", "x"), "No such option: --on"),
+        (("suite", "maths", "absent"), "error: Suite 'maths' is unknown; the suites are gsm8k, humaneval,"),
+        (("suite", "gsm8k", "./absent"), "error: Model './absent': there is no such folder."),
         (("eval", "./absent", "--suite", "gsm8k"), "error: Model './absent': there is no such folder."),
-        (("eval", "absent", "--suite", "gsm8k", "--judge", "x"), "error: --judge is not for suite gsm8k;"),
+        (("eval", "--suite=gsm8k", "./absent"), "error: Model './absent': there is no such folder."),
+        (("suite", "gsm8k", "absent", "--judge", "x"), "error: --judge is not for suite gsm8k;"),
         (("chat", "./absent"), "error: Model './absent': there is no such folder."),
         (("chat", "./absent", "--top-p", "0.5"), "error: --top-p needs a --temperature above 0"),
     ],
@@ -168,11 +179,11 @@ def test_bad_input_to_what_generates(arguments, message):
     test_bad_input_is_one_sentence_and_code_2(arguments, message)
 
 
-def test_eval_of_a_suite(tiny_llama, tmp_path, monkeypatch):
+def test_a_suite(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     problems = tmp_path / "maths.jsonl"
     problems.write_text("".join(f'{{"question": "{n} + 1?", "answer": "#### {n + 1}"}}\n' for n in range(4)))
-    command = ("eval", tiny_llama, "--suite", "gsm8k", "--data", problems, "--max-new-tokens", 4)
+    command = ("suite", "gsm8k", tiny_llama, "--data", problems, "--max-new-tokens", 4)
     result = _run(*command, "--template", r"Q: {text}\nA: ", "--output", "out")
     assert result.exit_code == 0, result.stderr
     assert "accuracy" in result.stdout

@@ -239,7 +239,7 @@ def test_too_long_and_pointless_requests_are_refused(llama, prompts):
         *("top-p=nan", "top-p=0", "top-p=-0.5", "top-p=1.5", "max-new-tokens=0", "seed=-1"),
     ],
 )
-@pytest.mark.parametrize("command", [["chat", "absent"], ["eval", "absent", "--suite", "gsm8k"]])
+@pytest.mark.parametrize("command", [["chat", "absent"], ["suite", "gsm8k", "absent"]])
 def test_values_out_of_range_are_refused_alike_everywhere(command, option):
     """Before the model is looked for: it is absent."""
     name = option.partition("=")[0]

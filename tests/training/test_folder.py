@@ -116,7 +116,7 @@ def test_an_evaluation_may_go_to_the_home_folder(tiny_llama, home):
     (home / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shutil.copytree(tiny_llama, home / "tiny")
     options = ("--data", "~/q.jsonl", "--max-new-tokens", 2, "--output", "~/e")
-    works(run("eval", "~/tiny", "--suite", "gsm8k", *options))
+    works(run("suite", "gsm8k", "~/tiny", *options))
     assert (home / "e" / "gsm8k" / "scores.json").is_file()
 
 

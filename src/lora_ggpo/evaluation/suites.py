@@ -1,4 +1,4 @@
-"""The suites of `lora-ggpo eval --suite`: problems, prompts, and scores with their standard errors.
+"""The suites of `lora-ggpo suite`: problems, prompts, and scores with their standard errors.
 
 FOLDER/SUITE/  settings.json      what decides the answers; other settings in the same place are refused
                answers.jsonl      a line for each answer, as they come: a stopped evaluation goes on from there

@@ -9,8 +9,8 @@ OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
                 checkpoints/   what an unfinished run resumes from
                 adapter/       stock PEFT (model/ with full fine-tuning)
                 predictions/   one file for each set: a line for each row
-                training.png   the log as curves
-                metrics.json   written last: a run that has it is finished
+                 metrics.json   written last: a run that has it is finished
+               training.png   the log as curves, which `lora-ggpo train` draws
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe
 from lora_ggpo.recipe.source import KeyPath, flatten, read_source
-from lora_ggpo.report.plots import save_training_plot
 from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.tasks.regression import start_at_mean
@@ -409,7 +408,6 @@ def _train_and_score(recipe: Recipe, args: TrainingArguments, folder: Path, spli
         return
     with memory_errors(recipe, "per_device_eval_batch_size"):
         scores = score.score(scored_sets(recipe, splits), _subfolder(folder, "predictions"))
-    save_training_plot(read_json_lines(folder / "log.jsonl"), folder / "training.png")
     write_json(
         folder / "metrics.json",
         {

@@ -1,0 +1,48 @@
+"""`lora-ggpo compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_ggpo.cli.options import MethodsRecipe, Overrides, path
+from lora_ggpo.cli.output import print_table
+from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names
+
+
+def command(
+    recipe: MethodsRecipe,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str,
+        typer.Option(help="Methods, the baseline first, such as lora,dora,dora+ggpo; `lora-ggpo methods` lists them."),
+    ] = "lora,ggpo",
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of each method.")] = 5,
+    trials: Annotated[int, typer.Option(min=1, help="Tuning runs of each method; 1 takes its usual settings.")] = 4,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="Data settings to compare in, such as data.label_noise=0,0.3; repeatable.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="What is compared and tuned for.")] = None,
+    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs and the report.")] = Path(
+        "runs/compare"
+    ),
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
+    ray_gpus: RayGpus = 0,
+) -> None:
+    """Compare methods: equal tuning, several seeds, paired statistics, one report; resumes what is unfinished."""
+    from lora_ggpo.recipe.source import read_source
+
+    source = read_source(recipe, overrides or ())
+    from lora_ggpo.comparison.plan import make_plan
+    from lora_ggpo.report.comparison import write_report
+
+    plan = make_plan(source, method_names(methods), seeds, trials, vary or (), metric, output)
+    carry_out(plan, jobs, ray, ray_cpus, ray_gpus)
+    comparison = write_report(output)
+    print_table(comparison.table)
+    print("\n".join(comparison.verdicts))
+    print(f"Report: {output / 'report.html'}")

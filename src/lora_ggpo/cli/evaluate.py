@@ -1,0 +1,28 @@
+"""`lora-ggpo eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_ggpo.cli.options import Base, RunFolder, place
+from lora_ggpo.cli.output import print_table
+
+
+def command(
+    run: RunFolder,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            parser=place, help="Data to score on instead of the run's own: bundled name, file, folder or hub id."
+        ),
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Score a finished run again, or on other data. What it generates is scored by `lora-ggpo suite`."""
+    from lora_ggpo.report.tables import metrics_table
+    from lora_ggpo.training.reuse import evaluate_run
+    from lora_ggpo.training.run import find_runs
+
+    print_table(metrics_table([evaluate_run(one.folder, on, base=base) for one in find_runs(run)]))

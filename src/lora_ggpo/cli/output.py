@@ -1,0 +1,27 @@
+"""What commands print on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lora_ggpo.training.run import Run
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as it needs: in a pipe rich assumes 80 columns and would fold it."""
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+
+
+def print_metrics(runs: Sequence[Run]) -> None:
+    """Print the metrics of the runs that are finished."""
+    from lora_ggpo.report.tables import metrics_table
+
+    evaluations = [run.metrics["evaluation"] for run in runs if run.metrics]
+    if evaluations:
+        print_table(metrics_table(evaluations))

@@ -1,0 +1,45 @@
+"""Where the runs of `compare` and `study` take place: on this machine, or on a Ray cluster."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_ggpo.comparison.plan import Plan
+
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")]
+Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster to run on instead.")]
+RayCpus = Annotated[int, typer.Option(min=0, help="Cores of a run on the cluster.")]
+RayGpus = Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluster.")]
+
+_OPTIONS = ("--jobs", "--ray", "--ray-cpus", "--ray-gpus")
+
+
+def carry_out(plan: Plan, jobs: int, ray: str | None, ray_cpus: int, ray_gpus: float) -> None:
+    """Do the runs of `plan`."""
+    from lora_ggpo.comparison.engine import run_comparison
+    from lora_ggpo.comparison.pool import LocalPool, RayPool
+    from lora_ggpo.workspace.progress import Reporter
+
+    command = shlex.join(["lora-ggpo", *_without_placement(sys.argv[1:])])
+    run_comparison(plan, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
+
+
+def method_names(text: str) -> list[str]:
+    """The names in a list with commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _without_placement(arguments: list[str]) -> list[str]:
+    """The command without what decides only where it runs."""
+    kept: list[str] = []
+    for argument in arguments:
+        if kept and kept[-1] in _OPTIONS:
+            kept.pop()
+        elif argument.partition("=")[0] not in _OPTIONS or argument in _OPTIONS:
+            kept.append(argument)
+    return kept

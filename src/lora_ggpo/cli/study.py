@@ -1,0 +1,46 @@
+"""`lora-ggpo study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_ggpo.cli.options import MethodsRecipe, Overrides, path
+from lora_ggpo.cli.output import print_table
+from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names
+
+
+def command(
+    recipe: MethodsRecipe,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, such as lora,ggpo, or recipe; `lora-ggpo methods` lists them.")
+    ] = "lora,ggpo",
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A setting and its values, such as adapter.r=1,4,16,64 or data.label_noise=0,0.3; repeatable."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method in each setting.")] = 5,
+    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs and the report.")] = Path("runs/study"),
+    jobs: Jobs = 1,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
+    ray_gpus: RayGpus = 0,
+) -> None:
+    """Find double descent over ranks, training steps, training rows or any setting; resumes what is unfinished."""
+    from lora_ggpo.recipe.source import read_source
+
+    source = read_source(recipe, overrides or ())
+    from lora_ggpo.comparison.plan import make_study
+    from lora_ggpo.report.study import write_study_report
+
+    plan = make_study(source, method_names(methods), seeds, axis or (), output)
+    carry_out(plan, jobs, ray, ray_cpus, ray_gpus)
+    found = write_study_report(output)
+    print_table(found.table)
+    print("\n".join(found.verdicts))
+    print(f"Report: {output / 'report.html'}")
