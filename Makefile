@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 CORE_TESTS = tests/integrations/test_callback.py -k 'not compiled' $(patsubst %,tests/perturbation/test_%.py,\
     ascent coverage follow ggpo layers passes quantised groups watch)
 
-.PHONY: demo test oldest setup clean
+.PHONY: demo test docs oldest setup clean
 
 demo: setup  ## set up, then LoRA against LoRA-GGPO on bundled reviews with a pretrained MiniLM
 	$(BIN)/lora-ggpo demo
@@ -18,6 +18,9 @@ test: setup  ## set up, then lint, type-check and run all tests
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
 	$(MAKE) oldest
+
+docs: setup  ## build the docs site into site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 oldest: $(VENV)/.oldest  ## the core alone, on the oldest transformers, peft and accelerate that pyproject.toml names
 	PYTHONPATH=$(abspath $(VENV))/oldest $(BIN)/python -m pytest -n 2 --dist loadfile -p tests.core_only $(CORE_TESTS)
