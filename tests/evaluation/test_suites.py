@@ -220,7 +220,7 @@ def code(monkeypatch):
     """Three problems, and a check that only compares text; returns what was checked."""
     checked = []
 
-    def check(problems, answers, *, jobs=1, progress=lambda *_: None):
+    def check(problems, answers, jobs=1, progress=lambda *_: None):
         checked.append([list(of) for of in answers])
         return [[answer == "right" for answer in of] for of in answers]
 

@@ -7,13 +7,15 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from program_jail import IsolationError, check_isolation, run_isolated
+
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation.sandbox import Limits, Outcome, check_isolation, run_isolated
+from lora_ggpo.tasks.evaluate import Progress
 
 Problem = Mapping[str, Any]
 
@@ -78,30 +80,29 @@ def _blocks(answer: str) -> Iterator[tuple[str, str]]:
 def check_answers(
     problems: Sequence[Problem],
     answers: Sequence[Sequence[str]],
-    *,
     jobs: int = 1,
-    limits: Limits | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[list[bool]]:
-    """Whether each answer is right, in isolated processes.
-
-    Args:
-        answers: Of each problem.
-        jobs: Processes at a time.
-        progress: Called as progress(answers done, answers in all).
+    """Whether each of the `answers` to each problem is right; `jobs` of them run at a time, each in isolation.
 
     Raises:
         UserError: this system cannot isolate a process.
     """
-    check_isolation(limits)
     programs = [program(problem, answer) for problem, of in zip(problems, answers, strict=True) for answer in of]
-    outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for outcome in pool.map(lambda source: run_isolated(source, limits), programs):
-            outcomes.append(outcome)
-            progress(len(outcomes), len(programs))
-    passed = iter(outcome.passed for outcome in outcomes)
-    return [[next(passed) for _ in of] for of in answers]
+    passed: list[bool] = []
+    try:
+        check_isolation()
+        with ThreadPoolExecutor(jobs) as pool:
+            for outcome in pool.map(run_isolated, programs):
+                passed.append(outcome.passed)
+                progress(len(passed), len(programs))
+    except IsolationError as error:
+        raise UserError(
+            f"Generated code is run in isolation only. {error} Generate the answers here, and score them on such a "
+            "system."
+        ) from error
+    rest = iter(passed)
+    return [[next(rest) for _ in of] for of in answers]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

@@ -1,13 +1,13 @@
-"""Run a Python program that nobody trusts: the child's side of `lora_ggpo.evaluation.sandbox`.
+"""The child's side: this file is run as a script, with the standard library alone.
 
-This file is run as a script of its own, with the standard library alone. It takes every right from its own process
-before it runs the program; nothing can give them back. Linux only, and for any user: it needs no root and no container.
+It takes every right from its own process before it runs the program; nothing can give them back. It works on Linux,
+for any user, without root or a container.
 
 1. Limits (setrlimit) on CPU time, address space, file size and open files.
 2. All capabilities dropped, and no new ones by execve (no_new_privs).
 3. Landlock: files can be read below the standard library and the system's shared libraries, and written in the
    working folder, and that is all; TCP, signals and abstract sockets are closed as far as the kernel's Landlock goes.
-4. seccomp: of all system calls only those of `_CALLS` are left. There is none among them to start a process, to open a
+4. seccomp: of all system calls only those of `CALLS` are left. There is none among them to start a process, to open a
    socket, to send a signal, to change an owner, mode or limit, to trace, mount or load. Those are closed as well that
    only a newer Landlock watches, and those that fill a disk without a count: see `_restrict_calls`.
 
@@ -39,7 +39,7 @@ _NOT_IN_FOLDER = 1 << 0 | 1 << 6 | 1 << 9 | 1 << 11 | 1 << 15  # run, make devic
 
 # Architecture: its number in audit.h, those of clone, fcntl and mmap, and those of the calls that are left whatever
 # their arguments: files; memory and threads; time, waiting, handling signals, who am I.
-_CALLS = {
+CALLS = {
     "x86_64": (
         0xC000003E,
         (56, 72, 9),
@@ -116,7 +116,7 @@ def _restrict_calls() -> None:
     """
     load, equal, bit, give = 0x20, 0x15, 0x45, 0x06
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno 1 EPERM, 38 ENOSYS
-    architecture, (clone, fcntl, mmap), *groups = _CALLS[platform.machine()]
+    architecture, (clone, fcntl, mmap), *groups = CALLS[platform.machine()]
     first, second, fourth = 16, 24, 40  # where arguments lie
     yes, no = (give, 0, 0, allow), (give, 0, 0, refuse)
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]

@@ -9,17 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-
-from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation import humaneval, jail, sandbox
-from lora_ggpo.evaluation.sandbox import Limits, run_isolated
+from program_jail import IsolationError, Limits, Outcome, check_isolation, inside, run_isolated
 
 
 def isolates():
     try:
-        return run_isolated("pass").passed
-    except UserError:
+        check_isolation()
+    except IsolationError:
         return False
+    return True
 
 
 pytestmark = pytest.mark.skipif(not isolates(), reason="this system has no Landlock")
@@ -46,7 +44,7 @@ ENOUGH = Limits(seconds=20, memory=512, file=4, written=16)
     ],
 )
 def test_harmless_programs_pass(source):
-    assert run_isolated(source, ENOUGH) == sandbox.Outcome(True, "passed")
+    assert run_isolated(source, ENOUGH) == Outcome(True, "passed")
 
 
 @pytest.mark.parametrize(
@@ -143,11 +141,11 @@ def test_an_older_kernel_isolates_as_well(abi, monkeypatch, tmp_path):
     """Its Landlock knows no truncation, no network and no signals."""
     old = tmp_path / "old.py"
     old.write_text(
-        f"import importlib.util\nspec = importlib.util.spec_from_file_location('jail', {jail.__file__!r})\n"
+        f"import importlib.util\nspec = importlib.util.spec_from_file_location('jail', {inside.__file__!r})\n"
         "jail = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(jail)\n"
         f"jail._landlock_abi = lambda: {abi}\njail.main()\n"
     )
-    monkeypatch.setattr(jail, "__file__", str(old))
+    monkeypatch.setattr(inside, "__file__", str(old))
     assert run_isolated("open('a', 'w').write('b')", ENOUGH).passed
     victim, secret = subprocess.Popen(["sleep", "60"]), tmp_path / "secret"
     secret.write_text("key")
@@ -168,13 +166,13 @@ def test_an_older_kernel_isolates_as_well(abi, monkeypatch, tmp_path):
 def test_what_cannot_be_locked_down_is_not_run(broken, monkeypatch, tmp_path):
     """Nor is it graded: an answer that was not run is not wrong."""
     script = tmp_path / "broken.py"
-    text = Path(jail.__file__).read_text()
+    text = Path(inside.__file__).read_text()
     script.write_text(text.replace(f"    {broken}(", "    raise OSError(38, 'absent')\n    ("))
-    monkeypatch.setattr(jail, "__file__", str(script))
-    with pytest.raises(UserError, match=r"needs Linux .* \(OSError: .*absent"):
+    monkeypatch.setattr(inside, "__file__", str(script))
+    with pytest.raises(IsolationError, match=r"needs Linux .* \(OSError: .*absent"):
         run_isolated("pass")
-    with pytest.raises(UserError, match="needs Linux"):
-        humaneval.check_answers([], [])
+    with pytest.raises(IsolationError, match="needs Linux"):
+        check_isolation()
 
 
 def test_files_outside_are_neither_read_nor_written_nor_removed(tmp_path):
@@ -229,5 +227,5 @@ def test_the_folder_is_gone_afterwards(monkeypatch, tmp_path):
 
 def test_a_system_that_cannot_isolate_is_refused(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "sparc")
-    with pytest.raises(UserError, match="isolation only, which needs Linux"):
+    with pytest.raises(IsolationError, match="Isolation needs Linux"):
         run_isolated("pass")

@@ -1,4 +1,4 @@
-"""Run Python programs that nobody trusts, such as those a model wrote, in isolated processes with limits."""
+"""The parent's side: start a program in a process of its own, watch it, and say how it ended."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation import jail
+from program_jail import inside
 
 _POLL = 0.02
 _MIB = 1 << 20
 _START = 60.0
 """Seconds that a busy machine may take to start the interpreter."""
+
+
+class IsolationError(RuntimeError):
+    """This system cannot isolate a process; nothing was run."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Limits:
         seconds: Of CPU time, and of wall-clock time.
         memory: Address space, the interpreter's own included.
         file: Size of one file.
-        written: Written in all, looked at some fifty times a second.
-        entries: Files and folders in its folder, likewise.
+        written: Written in all; looked at some fifty times a second.
+        entries: Files and folders in its folder; looked at as often.
     """
 
     seconds: float = 5.0
@@ -56,13 +59,13 @@ class Outcome:
 def run_isolated(source: str, limits: Limits | None = None) -> Outcome:
     """Run a Python program: standard library only, no network, no other process, no file outside its own folder.
 
-    How is told in `lora_ggpo.evaluation.jail`. The folder is a temporary one that is deleted afterwards.
+    `program_jail.inside` says how. The folder is a temporary one that is deleted afterwards.
 
     Raises:
-        UserError: this system cannot isolate a process.
+        IsolationError: this system cannot isolate a process.
     """
-    if sys.platform != "linux" or platform.machine() not in jail._CALLS:
-        raise UserError(_UNSUPPORTED)
+    if sys.platform != "linux" or platform.machine() not in inside.CALLS:
+        raise IsolationError(_UNSUPPORTED)
     limits = limits or Limits()
     reader, writer = os.pipe()
     token = secrets.token_hex(16)
@@ -70,7 +73,7 @@ def run_isolated(source: str, limits: Limits | None = None) -> Outcome:
         try:
             # Of the environment nothing is passed on: it may hold keys.
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", jail.__file__],
+                [sys.executable, "-I", "-S", "-B", inside.__file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -84,30 +87,27 @@ def run_isolated(source: str, limits: Limits | None = None) -> Outcome:
             os.close(writer)
         try:
             begun = _begin(process, json.dumps(request), results)
-            killed = _watch(process, folder, limits) if begun == jail.READY else None
+            killed = _watch(process, folder, limits) if begun == inside.READY else None
         finally:
             process.kill()
             process.wait()
         # The pipe holds no more than the kernel's buffer, and every writer is gone.
         said = results.read().decode(errors="replace")
-    if begun != jail.READY:  # what was not run is not wrong
-        raise UserError(f"{_UNSUPPORTED} ({begun.decode(errors='replace') + said or 'It could not be started.'})")
+    if begun != inside.READY:  # what was not run is not wrong
+        raise IsolationError(f"{_UNSUPPORTED} ({begun.decode(errors='replace') + said or 'It could not be started.'})")
     if said == token and not killed:
         return Outcome(True, "passed")
     return Outcome(False, killed or said or f"ended by itself with code {process.returncode}")
 
 
 def check_isolation(limits: Limits | None = None) -> None:
-    """Raise a UserError if this system cannot isolate a process, or not run the least of programs within `limits`."""
+    """Raise an IsolationError if this system cannot isolate a process, or `limits` are too tight for any program."""
     outcome = run_isolated("pass", limits)
     if not outcome.passed:
-        raise UserError(f"{_UNSUPPORTED} (A program that does nothing {outcome.detail}.)")
+        raise IsolationError(f"{_UNSUPPORTED} (A program that does nothing {outcome.detail}.)")
 
 
-_UNSUPPORTED = (
-    "Generated code is run in isolation only, which needs Linux 5.13 or newer with Landlock, on x86-64 or arm64; "
-    "generate the answers here and score them on such a system."
-)
+_UNSUPPORTED = "Isolation needs Linux 5.13 or newer with Landlock, on x86-64 or arm64."
 
 
 def _rlimits(limits: Limits) -> dict[str, int]:
@@ -120,17 +120,17 @@ def _rlimits(limits: Limits) -> dict[str, int]:
 
 
 def _begin(process: subprocess.Popen[bytes], request: str, results: io.FileIO) -> bytes:
-    """Hand over the request; what the jail says when it is locked down, or why it is not."""
+    """Hand over the request; return what the process says when it is locked down, or why it is not."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(request.encode())
         process.stdin.close()
     began = select.select([results], [], [], _START)[0]
-    return os.read(results.fileno(), len(jail.READY)) if began else b""
+    return os.read(results.fileno(), len(inside.READY)) if began else b""
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> str | None:
-    """Wait for the end; why the program had to be killed, if it had to."""
+    """Wait for the end; return why the program had to be killed, if it had to."""
     deadline = time.monotonic() + limits.seconds
     while process.poll() is None:
         if time.monotonic() > deadline:
@@ -144,7 +144,7 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> st
 
 
 def _written(process: subprocess.Popen[bytes]) -> int:
-    """Bytes that the process has handed to calls that write, whatever has become of the files."""
+    """Bytes that the process has written, whatever has become of the files."""
     try:
         with open(f"/proc/{process.pid}/io") as file:
             return int(next(line for line in file if line.startswith("wchar:")).split()[1])
@@ -152,7 +152,7 @@ def _written(process: subprocess.Popen[bytes]) -> int:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1)  # a process at its end can no longer be looked into
             return 0
-        raise UserError(f"{_UNSUPPORTED} (What a process writes cannot be watched: {error}.)") from error
+        raise IsolationError(f"{_UNSUPPORTED} (What a process writes cannot be watched: {error}.)") from error
 
 
 def _few_entries(folder: Path, most: int) -> bool:
@@ -175,7 +175,7 @@ def _few_entries(folder: Path, most: int) -> bool:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="lora-ggpo-"))
+    folder = Path(tempfile.mkdtemp(prefix="program-jail-"))
     try:
         yield folder
     finally:
