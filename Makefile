@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 
 # Those that meet peft or transformers; the rest of the core, and what is compiled, is torch alone.
 CORE_TESTS = tests/integrations/test_callback.py -k 'not compiled' $(patsubst %,tests/perturbation/test_%.py,\
-    ascent coverage follow ggpo layers passes quantised groups watch)
+    coverage follow ggpo layers passes quantised rows watch)
 
 .PHONY: demo test docs oldest setup clean
 

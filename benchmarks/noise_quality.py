@@ -16,7 +16,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from scipy.stats import ks_2samp, kurtosis, ttest_ind
 from torch import Tensor, nn
 
 from lora_ggpo import GGPO, GGPOConfig
-from lora_ggpo.adapters import add_adapter
 from lora_ggpo.data import DataConfig, load_classification
 from lora_ggpo.models import load_model
-from lora_ggpo.perturbation.config import NoiseKind
+from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.perturbation.noise import NOISES
 from lora_ggpo.tasks import TaskConfig, collator, encode
 
 KIND = "classification"
-KINDS = sorted({*get_args(NoiseKind)} - {"gaussian"})
+KINDS = sorted(NOISES.keys() - {"gaussian"})
 
 
 def trained_model(steps: int) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -17,24 +17,22 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from lora_ggpo.adapters import add_adapter
 from lora_ggpo.data import DataConfig, load_classification
 from lora_ggpo.models import load_model
-from lora_ggpo.perturbation.config import GradientEstimator
+from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.perturbation.find import find_layers
 from lora_ggpo.perturbation.layers import PerturbedLayer
-from lora_ggpo.perturbation.statistics import grouped
+from lora_ggpo.perturbation.rows import group_layers
+from lora_ggpo.perturbation.scales import ESTIMATORS
 from lora_ggpo.tasks import TaskConfig, collator, encode
 
 KIND = "classification"
-ESTIMATORS = get_args(GradientEstimator)
 EMA = 0.9
 
 
@@ -64,11 +62,11 @@ def exact_norms(layers: list[PerturbedLayer], backward: Callable[[], None]) -> l
 
 
 @torch.no_grad()
-def estimated_norms(layers: list[PerturbedLayer], estimator: GradientEstimator) -> list[Tensor]:
+def estimated_norms(layers: list[PerturbedLayer], estimator: str) -> list[Tensor]:
     """||G_i||^2 (m,) of each layer by the estimator."""
     found: dict[str, Tensor] = {}
-    for group in grouped(layers):
-        found |= zip((layer.name for layer in group.layers), group.estimate(estimator), strict=True)
+    for group in group_layers(layers):
+        found |= zip((layer.name for layer in group.layers), ESTIMATORS[estimator](group), strict=True)
     return [found[layer.name] for layer in layers]
 
 

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
-from lora_ggpo.analysis.point import Point, load_point
-from lora_ggpo.analysis.sharpness import Hessian
+from lora_ggpo.sharpness.point import Point, load_point
+from lora_ggpo.sharpness.sharpness import Hessian
 from lora_ggpo.training.memory import peak, reset_peak
-from lora_ggpo.training.progress import Reporter
 from lora_ggpo.training.recipe import load_recipe
 from lora_ggpo.training.run import train, versions
+from lora_ggpo.workspace.progress import Reporter
 
 RECIPES = {"MiniLM": "movie-reviews-lora.yaml", "SmolLM2-135M": "smollm2-movie-reviews.yaml"}
 PARTS = ("loss", "gradient", "Hessian product")

@@ -23,16 +23,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from lora_ggpo import GGPO, GGPOConfig
-from lora_ggpo.adapters import add_adapter
 from lora_ggpo.models import load_model
-from lora_ggpo.perturbation.config import NoiseKind
+from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.perturbation.noise import NOISES
 from lora_ggpo.training.memory import peak, reset_peak
 
 Step = Callable[[], None]
@@ -73,7 +72,7 @@ def plain(bench: Bench) -> Iterator[Step]:
     yield step
 
 
-def ggpo(noise: NoiseKind) -> Callable[[Bench], contextmanager]:
+def ggpo(noise: str) -> Callable[[Bench], contextmanager]:
     @contextmanager
     def way(bench: Bench) -> Iterator[Step]:
         perturbation = GGPO(bench.model, GGPOConfig(sigma=SIGMA, rule="relative", beta=0.5, noise=noise))
@@ -151,7 +150,7 @@ def sam(bench: Bench) -> Iterator[Step]:
 
 WAYS: dict[str, Callable[[Bench], contextmanager]] = {
     PLAIN: plain,
-    **{f"GGPO, {kind} noise": ggpo(kind) for kind in get_args(NoiseKind)},
+    **{f"GGPO, {kind} noise": ggpo(kind) for kind in NOISES},
     "sd-scripts (output noise)": sd_scripts,
     "Flat-LoRA (in place)": in_place,
     "SAM over A and B": sam,

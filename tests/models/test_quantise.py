@@ -14,7 +14,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.models.adapters import count_parameters
 from lora_ggpo.models.load import load_model
 from lora_ggpo.models.quantise import Quantisation
-from lora_ggpo.perturbation.layers import _dequantised
+from lora_ggpo.perturbation.weights import _dequantise
 from lora_ggpo.recipe.recipe import load_recipe, parse_recipe
 from lora_ggpo.sharpness.point import load_point
 from lora_ggpo.training.callbacks import RunCallback
@@ -75,7 +75,7 @@ def test_all_linear_layers_but_the_head_are_quantised(kind, minilm):
     assert count_parameters(model) == (0, sum(p.numel() for p in minilm[0].parameters()))
     for name in sorted(quantised)[:3]:
         exact = minilm[0].get_submodule(name).weight.detach()
-        error = _dequantised(model.get_submodule(name)).float() - exact
+        error = _dequantise(model.get_submodule(name)).float() - exact
         assert 1e-4 < error.norm() / exact.norm() < (0.12 if kind == "nf4" else 0.02)
 
 

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ggpo.perturbation import GGPOConfig
-from lora_ggpo.perturbation.noise import mix, noise_kind, row_blocks, row_signs, unit_rows
+from lora_ggpo.perturbation.noise import NOISES, mix, noise_kind, row_blocks
 
 CPU = torch.device("cpu")
 
 
 def unsigned_noise(kind: str, seed: int, m: int, n: int) -> Tensor:
     """z (m, n), float64, as a perturbed layer draws it."""
-    return torch.cat([unit_rows(kind, seed, a, b - a, n, CPU).double() for a, b in row_blocks(m, n, CPU)])
+    return torch.cat([NOISES[kind].rows(seed, a, b - a, n, CPU).double() for a, b in row_blocks(m, n, CPU)])
 
 
 def unit_noise(kind: str, seed: int, m: int, n: int) -> Tensor:
     """z (m, n), float64, with the random signs that its rows get with each draw."""
-    signs = row_signs(kind, seed, m, CPU)
-    return unsigned_noise(kind, seed, m, n) * (1 if signs is None else signs.double()[:, None])
+    signs = NOISES[kind].signs
+    return unsigned_noise(kind, seed, m, n) * (signs(seed, m, CPU).double()[:, None] if signs else 1)
 
 
 def row_norms_squared(matrix: Tensor) -> Tensor:

@@ -382,10 +382,10 @@ def warned(rule, beta, steps, lr=0.0):
         ("paper", 1.0, 25, 0),
         ("paper", 0.0, 25, 0),
         ("relative", 1e-6, 25, 0),
-        ("sd-scripts", 1e-6, 25, 0),
+        ("sd-scripts", 1e-6, 25, 1),
     ],
 )
-def test_warning_that_the_papers_gradient_term_does_not_count(rule, beta, steps, count):
+def test_warning_that_the_gradient_term_does_not_count(rule, beta, steps, count):
     messages = warned(rule, beta, steps)
     assert len(messages) == count
     if count:

@@ -149,10 +149,10 @@ def test_output_and_input_gradient_on_the_device(kind, dtype, monkeypatch):
 
 
 def _table(seed: int, rows: int, columns: int) -> torch.Tensor:
-    from lora_ggpo.perturbation.noise import row_blocks, unit_rows
+    from lora_ggpo.perturbation.noise import NOISES, row_blocks
 
     blocks = row_blocks(rows, columns, DEVICE)
-    return torch.cat([unit_rows("table", seed, a, b - a, columns, DEVICE).double() for a, b in blocks])
+    return torch.cat([NOISES["table"].rows(seed, a, b - a, columns, DEVICE).double() for a, b in blocks])
 
 
 @needs_gpu

@@ -329,7 +329,7 @@ def test_row_norms_of_w0_over_several_blocks_and_layouts():
         w0 = w0.T if linear is conv1d else w0
         torch.testing.assert_close(layer.w0_norms.double(), w0.square().sum(1), rtol=1e-5, atol=0)
         a = torch.randn(2, 5000)
-        torch.testing.assert_close(layer.times(a.T).double(), w0 @ a.double().T, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.w0.times(a.T).double(), w0 @ a.double().T, rtol=1e-4, atol=1e-5)
 
 
 def test_copy_of_a_perturbed_model_is_independent():

@@ -64,14 +64,13 @@ def test_overlapping_rows_of_the_table_are_uncorrelated_by_their_signs():
 
 
 def test_row_signs_are_fair_and_independent():
-    signs = torch.stack([noise.row_signs("table", seed, 16, CPU) for seed in range(DRAWS)])
+    signs = torch.stack([noise.NOISES["table"].signs(seed, 16, CPU) for seed in range(DRAWS)])
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
     moments = signs.T @ signs / DRAWS
     assert torch.equal(moments.diagonal(), torch.ones(16))
     assert (moments - torch.eye(16)).abs().max() < 5 * DRAWS**-0.5
     assert signs.mean(0).abs().max() < 5 * DRAWS**-0.5
-    assert noise.row_signs("gaussian", 0, 4, CPU) is None
-    assert noise.row_signs("rademacher", 0, 4, CPU) is None
+    assert noise.NOISES["gaussian"].signs is noise.NOISES["rademacher"].signs is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,14 +79,14 @@ def test_noise_is_a_function_of_its_arguments_alone(kind):
     torch.randn(10)
     assert torch.equal(unit_noise(kind, 5, 9, 33), first)
     assert not torch.equal(unit_noise(kind, 6, 9, 33), first)
-    block = noise.unit_rows(kind, 5, 0, 9, 33, CPU)
+    block = noise.NOISES[kind].rows(5, 0, 9, 33, CPU)
     assert block.shape == (9, 33)
     assert block.dtype == torch.float32
-    assert not torch.equal(noise.unit_rows(kind, 5, 9, 9, 33, CPU), block)
+    assert not torch.equal(noise.NOISES[kind].rows(5, 9, 9, 33, CPU), block)
 
 
 def test_rademacher_is_signs_only_and_uses_every_bit():
-    z = noise.unit_rows("rademacher", 3, 0, 1000, 37, CPU)
+    z = noise.NOISES["rademacher"].rows(3, 0, 1000, 37, CPU)
     assert set(z.unique().tolist()) == {-1.0, 1.0}
     assert z.view(-1)[: 1000 * 37 // 8 * 8].view(-1, 8).mean(0).abs().max() < 5 * (1000 * 37 / 8) ** -0.5
 
@@ -107,12 +106,12 @@ def test_table_is_standardised_and_read_from_end_to_end():
     assert table.dtype == torch.float32
     assert abs(table.double().mean()) < 1e-8
     assert abs(table.double().square().mean() - 1) < 1e-7
-    starts = {noise.unit_rows("table", seed, 0, 1, 1 << 20, CPU).storage_offset() for seed in range(300)}
+    starts = {noise.NOISES["table"].rows(seed, 0, 1, 1 << 20, CPU).storage_offset() for seed in range(300)}
     assert min(starts) < (1 << 20) * 0.05
     assert max(starts) > (1 << 20) * 0.95
-    assert noise.unit_rows("table", 1, 0, 1, 1 << 21, CPU).shape == (1, 1 << 21)
+    assert noise.NOISES["table"].rows(1, 0, 1, 1 << 21, CPU).shape == (1, 1 << 21)
     with pytest.raises(ValueError, match="longer than the noise table"):
-        noise.unit_rows("table", 1, 0, 1, (1 << 21) + 1, CPU)
+        noise.NOISES["table"].rows(1, 0, 1, (1 << 21) + 1, CPU)
 
 
 def test_seeds_of_draws_and_layers_do_not_collide():

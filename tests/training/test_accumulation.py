@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from lora_ggpo.perturbation.ascent import MGPO, SAM
+from lora_ggpo.methods.ascent import MGPO, SAM
 from tests.training.accumulation import (
     ADAM,
     CASES,

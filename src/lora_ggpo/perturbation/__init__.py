@@ -1,8 +1,22 @@
-"""LoRA-GGPO (arXiv 2502.14538v1): LoRA trained under row-wise, gradient-guided Gaussian noise on the full weight.
+r"""LoRA-GGPO (arXiv 2502.14538v1): LoRA trained under row-wise, gradient-guided Gaussian noise on the full weight.
 
-Read in this order: ``scales`` (the equations), ``noise`` (what is drawn), ``linear`` (how a layer is perturbed),
-``layers`` and ``statistics`` (PEFT's layers), ``ggpo`` (the object a training loop holds). Nothing here depends on the
-rest of the package.
+A layer W' = W0 + s B A has m x n entries; W0 is frozen, B (m x r) and A (r x n) are trained. The method minimises
+
+    E_eps[ L(W' + eps) ],   eps_ij ~ N(0, tau_i^2),   tau_i^2 = (sigma^2 / n) (||W'_i||^2 + beta ||G_i||^2),
+
+with one draw of eps for each forward pass and G = dL/dW' of the optimizer step before. Nothing here imports the rest of
+the package. Read in this order:
+
+1. ``scales``: row norms from thin factors, and the rules that turn them into tau. ``noise``: where z of eps = tau z
+   comes from. ``config``: the settings.
+2. ``linear``: y = x (W0 + eps)^T as one autograd function. ``kernel``: W0 + eps on a GPU.
+3. ``weights``: W0 of a PEFT layer, also quantised or cut by FSDP and ZeRO. ``layers``: a PEFT LoRA layer, perturbed.
+   ``rows``: the norms and sizes of all layers at once.
+4. ``ggpo``: the object that a training loop holds. It uses ``find`` (which layers), ``passes`` (when they are noisy),
+   ``watch`` (what a run should be told) and ``zero`` (DeepSpeed).
+
+To add a rule, an estimator of ||G_i||^2, a schedule or a noise, add one entry to ``RULES``, ``ESTIMATORS`` or ``RAMPS``
+in ``scales`` or to ``NOISES`` in ``noise``.
 """
 
 from .config import GGPOConfig

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
-Rule = Literal["paper", "relative", "sd-scripts"]
-NoiseKind = Literal["table", "gaussian", "rademacher"]
-NoiseChoice = Literal["auto", "table", "gaussian", "rademacher"]
-Schedule = Literal["constant", "cosine", "linear"]
-Redraw = Literal["micro-batch", "optimizer-step"]
-Ranks = Literal["differ", "agree"]
-GradientEstimator = Literal["lora", "lstsq"]
+from .noise import NOISES
+from .scales import ESTIMATORS, RAMPS, RULES
+
+CHOICES: Mapping[str, Collection[str]] = {
+    "rule": RULES,
+    "noise": ChainMap[str, Any]({"auto": None}, NOISES),
+    "schedule": RAMPS,
+    "redraw": ("micro-batch", "optimizer-step"),
+    "ranks": ("differ", "agree"),
+    "gradient": ESTIMATORS,
+}
+"""What the fields that are a choice may be."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +32,18 @@ class GGPOConfig:
         sigma: Noise size relative to the weight, >= 0; 0 is plain LoRA, bit for bit.
         beta: Weight of the gradient term: >= 0, and at most 1 for ``rule="relative"``. 0 gives Flat-LoRA's noise
             (arXiv 2409.14396; it also ramps sigma with ``schedule="cosine"``).
-        rule: How row norms become noise sizes; the equations are in :func:`~lora_ggpo.perturbation.scales.tau_squared`.
-        noise: Where unit-variance noise comes from; see :mod:`~lora_ggpo.perturbation.noise`. ``"auto"`` is what costs
-            least: fresh Gaussian draws on a GPU, the table on a CPU.
+        rule: How row norms become noise sizes: ``"paper"``, ``"relative"`` or ``"sd-scripts"``, functions of
+            :mod:`~lora_ggpo.perturbation.scales`.
+        noise: Where unit-variance noise comes from: ``"table"``, ``"gaussian"`` or ``"rademacher"`` of
+            :mod:`~lora_ggpo.perturbation.noise`. ``"auto"`` is what costs least: fresh Gaussian draws on a GPU, the
+            table on a CPU.
         schedule: ``"constant"``, or a ramp of sigma from 0 to its full size over the run: ``"cosine"`` is
             (1 - cos(pi t / T)) / 2, ``"linear"`` is t / T, with t the optimizer step and T the number of them.
         redraw: New noise for each forward pass (``"micro-batch"``) or one draw for all micro-batches of an
-            optimizer step.
+            optimizer step (``"optimizer-step"``).
         ranks: Whether the processes of a distributed run draw noise of their own (``"differ"``: two processes with a
-            micro-batch each are one process with two) or all the same; processes that share one batch, as in tensor
-            parallelism, must agree.
+            micro-batch each are one process with two) or all the same (``"agree"``); processes that share one batch,
+            as in tensor parallelism, must agree.
         seed: Seed of the noise; the noise is a function of (seed, draw, layer) alone and never touches torch's
             global generators.
         gradient: Estimator of the gradient's row norms, ``"lstsq"`` or the published ``"lora"``: see
@@ -51,26 +59,30 @@ class GGPOConfig:
 
     sigma: float = 0.03
     beta: float = 0.01
-    rule: Rule = "paper"
-    noise: NoiseChoice = "auto"
-    schedule: Schedule = "constant"
-    redraw: Redraw = "micro-batch"
-    ranks: Ranks = "differ"
+    rule: str = "paper"
+    noise: str = "auto"
+    schedule: str = "constant"
+    redraw: str = "micro-batch"
+    ranks: str = "differ"
     seed: int = 0
-    gradient: GradientEstimator = "lora"
+    gradient: str = "lora"
     ema: float = 0.0
     strict: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            _require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
-        _require(_is_number(self.sigma) and self.sigma >= 0, "sigma", "a finite number >= 0", self.sigma)
-        _require(_is_number(self.beta) and self.beta >= 0, "beta", "a finite number >= 0", self.beta)
-        if self.rule == "relative":
-            _require(self.beta <= 1, "beta", 'in [0, 1] with rule="relative"', self.beta)
-        _require(_is_number(self.ema) and 0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
-        _require(type(self.seed) is int and self.seed >= 0, "seed", "an integer >= 0", self.seed)
-        _require(type(self.strict) is bool, "strict", "true or false", self.strict)
+        for name, choices in CHOICES.items():
+            self._require(name, getattr(self, name) in tuple(choices), f"one of {', '.join(choices)}")
+        for name in ("sigma", "beta"):
+            self._require(name, _is_number(getattr(self, name)), "a finite number >= 0")
+        if RULES[self.rule].shares:
+            self._require("beta", self.beta <= 1, f'in [0, 1] with rule="{self.rule}"')
+        self._require("ema", _is_number(self.ema) and self.ema < 1, "in [0, 1)")
+        self._require("seed", type(self.seed) is int and self.seed >= 0, "an integer >= 0")
+        self._require("strict", type(self.strict) is bool, "true or false")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"GGPOConfig.{name} must be {expected}, not {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
@@ -91,14 +103,4 @@ class GGPOConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def _require(holds: bool, field: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"GGPOConfig.{field} must be {expected}, not {got!r}")
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    name: get_args(hint) for name, hint in get_type_hints(GGPOConfig).items() if get_args(hint)
-}
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .config import NoiseChoice
-from .layers import QUANTISED, PerturbedLayer, class_of
+from .layers import QUANTISED, PerturbedLayer
 from .passes import Passes
+from .weights import class_of
 from .zero import is_cut
 
 DATA_PARALLEL = (
@@ -38,8 +37,8 @@ class Skipped:
 
     def is_active(self) -> bool:
         """Whether an active adapter has it."""
-        held = {name for kind in self.module.adapter_layer_names for name in getattr(self.module, kind)}
-        return not held.isdisjoint(self.module.active_adapters)
+        adapters = {name for kind in self.module.adapter_layer_names for name in getattr(self.module, kind)}
+        return not adapters.isdisjoint(self.module.active_adapters)
 
     def entries(self) -> int:
         """Entries of the weight that is adapted."""
@@ -53,7 +52,7 @@ class Skipped:
 
 
 def find_layers(
-    model: nn.Module, noise: NoiseChoice, passes: Passes | None = None, known: Sequence[PerturbedLayer] = ()
+    model: nn.Module, noise: str, passes: Passes | None = None, known: Sequence[PerturbedLayer] = ()
 ) -> tuple[list[PerturbedLayer], list[Skipped]]:
     """The LoRA layers of a model that can be perturbed, those ``known`` before first, and the adapted ones that cannot.
 
@@ -116,31 +115,20 @@ _ATTENTION = "nn.MultiheadAttention reads the weight of its out_proj and never c
 def _unsupported(module: BaseTunerLayer) -> str | None:
     base: Any = module.get_base_layer()
     kind = class_of(cast(nn.Module, module))
-    tuner = _tuner(kind)
-    if not isinstance(module, LoraLayer) or tuner not in (None, "Lora"):
-        return f"{tuner or kind.__name__} on {type(base).__name__}, not LoRA"
-    if kind.__name__ in QUANTISED:
-        return "a quantised weight under ZeRO-3" if is_cut(base.weight) else _unsupported_variant(module)
-    if kind is not LoraLinear or class_of(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
-        return f"LoRA on {type(base).__name__}"
-    if not base.weight.is_floating_point() or base.weight.is_meta:
-        return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
-    return _unsupported_variant(module)
-
-
-def _unsupported_variant(module: LoraLayer) -> str | None:
-    variants = {type(variant).__name__ for variant in module.lora_variant.values()} - {"DoraLinearVariant"}
+    tuner = next(cls.__name__ for cls in kind.__mro__ if cls.__name__.endswith("Layer")).removesuffix("Layer")
+    if tuner != "Lora":
+        return f"{tuner} on {type(base).__name__}, not LoRA"
+    quantised = kind.__name__ in QUANTISED
+    if quantised and is_cut(base.weight):
+        return "a quantised weight under ZeRO-3"
+    if not quantised:
+        if kind is not LoraLinear or class_of(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
+            return f"LoRA on {type(base).__name__}"
+        if not base.weight.is_floating_point() or base.weight.is_meta:
+            return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
+    layer = cast(LoraLayer, module)
+    variants = {type(variant).__name__ for variant in layer.lora_variant.values()} - {"DoraLinearVariant"}
     return f"the {min(variants)} of LoRA" if variants else None
-
-
-def _tuner(kind: type) -> str | None:
-    """The name of PEFT's tuner that a layer's class belongs to, as its configuration spells it: LoHa, OFT, Vera."""
-    path = kind.__module__.split(".")
-    if path[:2] != ["peft", "tuners"]:
-        return None
-    wanted = path[2].replace("_", "") + "config"
-    names = vars(sys.modules[".".join(path[:3])])
-    return next((name[: -len("Config")] for name in names if name.lower() == wanted), path[2])
 
 
 def _without_layers(model: nn.Module) -> str:

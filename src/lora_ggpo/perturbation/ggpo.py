@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .config import GGPOConfig
-from .coverage import Coverage
 from .find import DATA_PARALLEL, check_layers, find_layers, report_skipped
-from .groups import LayerGroup, grouped, summary
-from .noise import noise_table
+from .noise import NOISES
 from .passes import Passes, tied_tensors
+from .rows import LayerGroup, group_layers
 from .scales import ramp
-from .watch import Watch
+from .watch import Coverage, Watch, noise_metrics
 from .zero import StepHook, zero_optimizer
 
 
@@ -24,7 +23,7 @@ class GGPO:
     r"""Train the active LoRA adapters of a PEFT model on E_eps[ L(W0 + s B A + eps) ].
 
     eps_ij ~ N(0, tau_i^2) is drawn for every forward pass in training mode with gradients, tau_i^2 = (sigma^2 / n)
-    (||W'_i||^2 + beta ||G_i||^2) or another rule of :func:`~lora_ggpo.perturbation.scales.tau_squared`, and G = dL/dW'
+    (||W'_i||^2 + beta ||G_i||^2) or another rule of :mod:`~lora_ggpo.perturbation.scales`, and G = dL/dW'
     of the optimizer step before: the accumulated, unclipped gradient, estimated from the gradients of A and B (arXiv
     2502.14538)::
 
@@ -117,15 +116,15 @@ class GGPO:
             FloatingPointError: the squares of the adapted weights are not finite.
         """
         self._watch.look(self._groups)
-        return self._coverage.metrics() | summary(self._groups, self._passes.reached)
+        return self._coverage.metrics() | noise_metrics(self._groups, self._passes.reached)
 
     def memory(self) -> dict[str, int]:
         """Bytes that the method keeps: the ``table`` of noise that all layers read, row ``statistics``, and the
         ``block`` of a noisy weight that is formed at a time. The first and the last are 0 if nothing was attached."""
         layers = self.layers if self.config.sigma > 0 else []
-        tables = {layer.w0_norms.device for layer in layers if layer.noise == "table"}
+        tables = {(NOISES[layer.noise].table, layer.w0_norms.device) for layer in layers}
         return {
-            "table": sum(noise_table(device).nbytes for device in tables),
+            "table": sum(table(device).nbytes for table, device in tables if table),
             "statistics": sum(tensor.nbytes for group in self._groups for tensor in group.tensors()),
             "block": max((layer.block_bytes() for layer in layers), default=0),
         }
@@ -191,7 +190,7 @@ class GGPO:
             if group.gradient is not None:
                 rows = zip(group.layers, group.gradient, strict=True)
                 kept |= {layer.name: row for layer, row in rows if not layer.has_other_factors()}
-        self._groups, self._stale = grouped(self.layers), True
+        self._groups, self._stale = group_layers(self.layers), True
         for group in self._groups:
             group.load(kept)
         self._coverage.set_layers(self._groups, self._skipped)
@@ -250,7 +249,7 @@ class GGPO:
             self._zero_scale = float(self._zero.loss_scale)
         with torch.no_grad():
             for group in self._groups:
-                group.capture(self.config)
+                group.capture(self.config.gradient)
         self._coverage.note_gradients(always=self._zero is not None)
 
     def _warn_if_blind(self) -> None:

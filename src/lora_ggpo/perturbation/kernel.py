@@ -21,8 +21,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from .config import NoiseKind
-
 # The tile of a program; of speed only.
 _ROWS = 8
 _COLUMNS = 512
@@ -32,7 +30,7 @@ _RANK = 128
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def perturb_rows(out: Tensor, weight: Tensor | None, scale: Tensor, noise: NoiseKind, seed: int, first: int) -> None:
+def perturb_rows(out: Tensor, weight: Tensor | None, scale: Tensor, noise: str, seed: int, first: int) -> None:
     """Write rows ``first``, ``first + 1``, ... of W0 + diag(scale) z to ``out``.
 
     Args:

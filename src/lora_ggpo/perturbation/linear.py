@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .config import NoiseKind
-from .noise import has_kernel, row_blocks, split_rows, unit_rows
+from .noise import NOISES, has_kernel, row_blocks, split_rows
 
 _KERNEL_ENTRIES = 1 << 25
 """Entries of W0 + diag(scale) z that the GPU kernel writes at a time: most layers whole, at 64 MiB in 16 bits."""
@@ -23,7 +22,7 @@ def perturbed_linear(
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor,
-    noise: NoiseKind,
+    noise: str,
     seed: int,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
@@ -39,8 +38,8 @@ def perturbed_linear(
         weight: W0 (m, n), or (n, m) if ``fan_in_fan_out`` (transformers' Conv1D). None is zero: what is returned then
             is x (diag(scale) z)^T, which a quantised layer adds to its own output.
         bias: (m,) or None.
-        scale: Factor of each row's noise (m,): tau, with a random sign for ``noise="table"``; float32 or float64.
-        noise: Kind of noise.
+        scale: Factor of each row's noise (m,), float32 or float64: tau, times the signs of a noise that has them.
+        noise: Name of the noise.
         seed: Seed of this layer's draw.
         fan_in_fan_out: Whether ``weight`` is stored transposed.
 
@@ -52,7 +51,7 @@ def perturbed_linear(
     return cast(Tensor, _PerturbedLinear.apply(x, weight, bias, scale, noise, seed, fan_in_fan_out))
 
 
-def largest_block(m: int, n: int, noise: NoiseKind, device: torch.device) -> tuple[int, bool]:
+def largest_block(m: int, n: int, noise: str, device: torch.device) -> tuple[int, bool]:
     """Entries of the largest block of an (m, n) weight that is formed at a time, and whether the GPU kernel does it."""
     by_kernel = _by_kernel(noise, device)
     return max(stop - start for start, stop in _blocks(m, n, by_kernel, device)) * n, by_kernel
@@ -66,7 +65,7 @@ class _PerturbedLinear(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         scale: Tensor,
-        noise: NoiseKind,
+        noise: str,
         seed: int,
         fan_in_fan_out: bool,
     ) -> Tensor:
@@ -138,7 +137,7 @@ def _perturbed_rows(
         rows = torch.empty(stop - start, ctx.n, dtype=dtype, device=scale.device)
         _kernel()(rows, w0, scale, ctx.noise, ctx.seed, start)
         return rows
-    z = unit_rows(ctx.noise, ctx.seed, start, stop - start, ctx.n, scale.device)
+    z = NOISES[ctx.noise].rows(ctx.seed, start, stop - start, ctx.n, scale.device)
     rows = _scratch_rows(stop - start, ctx.n, scale.device, scale.dtype)
     if w0 is None:
         torch.mul(scale.unsqueeze(1), z, out=rows)
@@ -147,8 +146,8 @@ def _perturbed_rows(
     return rows.to(dtype)
 
 
-def _by_kernel(noise: NoiseKind, device: torch.device) -> bool:
-    return noise != "table" and has_kernel(device)
+def _by_kernel(noise: str, device: torch.device) -> bool:
+    return NOISES[noise].in_kernel and has_kernel(device)
 
 
 @lru_cache(maxsize=1)

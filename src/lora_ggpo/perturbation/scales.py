@@ -1,17 +1,17 @@
-r"""Row norms of the weight and of its gradient from thin factors, and the rules that turn them into noise sizes.
+r"""How large the noise of each row is: row norms from thin factors, and the rules that turn them into tau.
 
-All functions work on a batch of L layers of one shape: W0 (m, n), B (m, r), A (r, n), and the adapted weight
-W' = W0 + s B A. None forms an m x n matrix: products of thin factors cost O((m + n) r^2) a layer.
+All functions work on L layers of one shape: W0 (m, n), B (m, r), A (r, n), and the adapted weight W' = W0 + s B A. None
+forms an m x n matrix: products of thin factors cost O((m + n) r^2) a layer.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-
-from .config import GGPOConfig, Schedule
 
 
 def product_row_norms_squared(p: Tensor, q: Tensor) -> Tensor:
@@ -34,6 +34,9 @@ def weight_row_norms_squared(w0_norms: Tensor, w0_terms: Tensor, sb: Tensor, a: 
     return (w0_norms + 2 * w0_terms + product_row_norms_squared(sb, a)).clamp_min(0)
 
 
+# --- ||G_i||^2 from the gradients of A and B -----------------------------------------------------------------------
+
+
 def lora_row_norms_squared(b: Tensor, a: Tensor, db: Tensor, da: Tensor, s: Tensor) -> Tensor:
     r"""The published estimate of ||G_i||^2, G = dL/dW' (m, n): G ~ s (B dA + dB A), which is s^2 (B B^T G + G A^T A).
 
@@ -53,60 +56,90 @@ def lora_row_norms_squared(b: Tensor, a: Tensor, db: Tensor, da: Tensor, s: Tens
 
 def lstsq_row_norms_squared(a: Tensor, db: Tensor, s: Tensor) -> Tensor:
     r"""||G_i||^2 of the least-norm G (m, n) that satisfies dB = s G A^T, i.e. of dL/dW' projected on the rows of A:
-    dB_i (s^2 A A^T)^+ dB_i^T. Never larger than the exact norm.
-
-    Args:
-        a: A (L, r, n).
-        db: dL/dB (L, m, r).
-        s: The scaling of each column of B (L, r).
-
-    Returns:
-        (L, m).
+    dB_i (s^2 A A^T)^+ dB_i^T. Never larger than the exact norm. Arguments and result are those of
+    :func:`lora_row_norms_squared`.
     """
     sa = s.unsqueeze(-1) * a
     return ((db @ torch.linalg.pinv(sa @ sa.mT, hermitian=True)) * db).sum(-1).clamp_min(0)
 
 
-def tau_squared(config: GGPOConfig, weight: Tensor, gradient: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
-    r"""Variance of each row's noise, and the part of it that is due to the gradient.
+class Factors(Protocol):
+    """What an estimator may read of L layers. Each method reads its tensors anew."""
 
-    ``"paper"`` (arXiv 2502.14538v1):
-        tau_i^2 = (sigma^2 / n) (||W'_i||^2 + beta ||G_i||^2)
-    ``"relative"``, the same total noise energy as beta = 0, shared out by rows; with <.> the mean over a layer's rows:
-        tau_i^2 = (sigma^2 / n) <||W'||^2> ((1 - beta) ||W'_i||^2 / <||W'||^2> + beta ||G_i||^2 / <||G||^2>)
-    ``"sd-scripts"``, as public code has it:
-        tau_i = (sigma ||W'_i|| + beta ||G_i||^2) / sqrt(m)
+    s: Tensor
 
-    Args:
-        config: sigma, beta and rule.
-        weight: ||W'_i||^2 (L, m).
-        gradient: ||G_i||^2 (L, m), or None before the first optimizer step: the gradient term is then 0, and
-            ``"relative"`` keeps its energy by sharing it out by weight alone.
-        n: in_features.
+    def a(self) -> Tensor: ...
+    def b(self) -> Tensor: ...
+    def da(self) -> Tensor: ...
+    def db(self) -> Tensor: ...
 
-    Returns:
-        tau^2 (L, m) and its gradient part (L, m); sigma is at its full size (no schedule).
+
+ESTIMATORS: dict[str, Callable[[Factors], Tensor]] = {
+    "lora": lambda of: lora_row_norms_squared(of.b(), of.a(), of.db(), of.da(), of.s),
+    "lstsq": lambda of: lstsq_row_norms_squared(of.a(), of.db(), of.s),
+}
+"""``GGPOConfig.gradient``: estimators of ||G_i||^2 (L, m)."""
+
+
+# --- tau -----------------------------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """How row norms become the variance of each row's noise.
+
+    Attributes:
+        tau_squared: Function of sigma, beta, ||W'_i||^2 (L, m), ||G_i||^2 (L, m; 0 before the first optimizer step) and
+            n, at the full size of sigma. It returns tau_i^2 (L, m) and the part of it that the gradient makes.
+        shares: Whether beta is a share, in [0, 1], so that only the ratios of gradient norms count.
     """
-    sigma, beta = config.sigma, config.beta
-    if config.rule == "sd-scripts":
-        root_m = math.sqrt(weight.shape[-1])
-        alone = sigma * weight.sqrt() / root_m
-        tau = alone if gradient is None else alone + beta * gradient / root_m
-        return tau.square(), tau.square() - alone.square()
+
+    tau_squared: Callable[[float, float, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    shares: bool = False
+
+
+def paper(sigma: float, beta: float, weight: Tensor, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """As published (arXiv 2502.14538v1): tau_i^2 = (sigma^2 / n) (||W'_i||^2 + beta ||G_i||^2)."""
     unit = sigma**2 / n
-    if gradient is None:
-        return unit * weight, torch.zeros_like(weight)
-    if config.rule == "paper":
-        guided = unit * beta * gradient
-        return unit * weight + guided, guided
-    mean = gradient.mean(-1, keepdim=True)
+    guided = unit * beta * gradient
+    return unit * weight + guided, guided
+
+
+def relative(sigma: float, beta: float, weight: Tensor, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The total noise energy of beta = 0, shared out by rows; <.> is the mean over a layer's rows:
+
+    tau_i^2 = (sigma^2 / n) <||W'||^2> ((1 - beta) ||W'_i||^2 / <||W'||^2> + beta ||G_i||^2 / <||G||^2>).
+    """
+    unit, mean = sigma**2 / n, gradient.mean(-1, keepdim=True)
     # A layer that got no gradient at all (an unused expert) is shared out by weight alone.
     share = beta * (mean > 0).to(mean.dtype)
     guided = unit * share * weight.mean(-1, keepdim=True) * gradient / mean.clamp_min(torch.finfo(mean.dtype).tiny)
     return unit * (1 - share) * weight + guided, guided
 
 
-def ramp(schedule: Schedule, step: int, total_steps: int | None) -> float:
+def sd_scripts(sigma: float, beta: float, weight: Tensor, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """As public code has it: tau_i = (sigma ||W'_i|| + beta ||G_i||^2) / sqrt(m)."""
+    root_m = math.sqrt(weight.shape[-1])
+    alone = sigma * weight.sqrt() / root_m
+    variance = (alone + beta * gradient / root_m).square()
+    return variance, variance - alone.square()
+
+
+RULES: dict[str, Rule] = {
+    "paper": Rule(paper),
+    "relative": Rule(relative, shares=True),
+    "sd-scripts": Rule(sd_scripts),
+}
+"""``GGPOConfig.rule``."""
+
+RAMPS: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: progress,
+}
+"""``GGPOConfig.schedule``: the factor on sigma at a progress through the run from 0 to 1."""
+
+
+def ramp(schedule: str, step: int, total_steps: int | None) -> float:
     """The factor on sigma at optimizer step ``step`` of ``total_steps``.
 
     Raises:
@@ -116,5 +149,4 @@ def ramp(schedule: Schedule, step: int, total_steps: int | None) -> float:
         return 1.0
     if not total_steps:
         raise ValueError(f'schedule="{schedule}" needs total_steps, the number of optimizer steps of the run')
-    progress = min(step / total_steps, 1.0)
-    return progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return RAMPS[schedule](min(step / total_steps, 1.0))

@@ -1,19 +1,23 @@
-"""What the sizes of weights, gradients and noise say about a run: guidance that does not count, a forgotten loss scale,
-divergence."""
+"""What a run tells of itself: which layers the noise reaches, how large it is, and sizes that cannot be right."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
+from torch import Tensor
 
 from .config import GGPOConfig
-from .groups import LayerGroup
+from .find import Skipped
+from .layers import PerturbedLayer
+from .passes import Passes
+from .rows import LayerGroup
+from .scales import RULES
 
 NEGLIGIBLE_SHARE = 1e-3
-"""Share of the gradient term in tau^2 under which ``rule="paper"`` is numerically Flat-LoRA's noise."""
+"""Share of the gradient term in tau^2 under which the noise is numerically that of beta = 0."""
 
 FIRST_STEPS = 20
 """Optimizer steps after each of which sizes are judged; the share of the gradient for good after the last of them."""
@@ -26,6 +30,83 @@ IMPLAUSIBLE_RATIO = 1e4
 
 IMPLAUSIBLE_JUMP = 1e6
 """Growth of ||G||^2 from one look to the next that is a loss scale's, not training's: 1,000 fold in ||G||."""
+
+
+class Coverage:
+    """Counts the layers that a forward pass reached.
+
+    A layer was *bypassed* in an optimizer step if its A and B got a gradient although no pass of the step called its
+    base layer. A layer that did not run (an unused expert) or does not train (a frozen branch) got none.
+    """
+
+    def __init__(self, passes: Passes, strict: bool) -> None:
+        self._passes, self._strict, self._said = passes, strict, False
+        self._layers: list[PerturbedLayer] = []
+        self._entries = self._number = 0
+        self._suspects: set[int] = set()
+
+    def set_layers(self, groups: Sequence[LayerGroup], skipped: Sequence[Skipped]) -> None:
+        """Take up the layers that have an active adapter now."""
+        self._layers = [layer for group in groups for layer in group.layers]
+        rest = [layer for layer in skipped if layer.is_active()]
+        self._number = len(self._layers) + len(rest)
+        self._entries = sum(layer.m * layer.n for layer in self._layers) + sum(layer.entries() for layer in rest)
+
+    def metrics(self) -> dict[str, float]:
+        """Shares of the last training pass; empty before the first one."""
+        if not self._passes.any or not self._number:
+            return {}
+        reached = [layer for layer in self._layers if layer.index in self._passes.reached]
+        return {
+            "ggpo/coverage": len(reached) / self._number,
+            "ggpo/coverage_parameters": sum(layer.m * layer.n for layer in reached) / self._entries,
+        }
+
+    def note_gradients(self, always: bool) -> None:
+        """Note layers that no pass of this step has called and that may have a gradient; called where it is read.
+
+        Args:
+            always: Whether gradients are elsewhere (ZeRO), so that ``.grad`` says nothing.
+        """
+        reached = self._passes.reached_in_step
+        if self._said or len(reached) >= len(self._layers):
+            self._suspects = set()
+            return
+        missing = [layer for layer in self._layers if layer.index not in reached]
+        self._suspects = {m.index for m in missing if always or any(p.grad is not None for p in m.trained())}
+
+    def step(self, groups: Sequence[LayerGroup]) -> None:
+        """Say once which layers were bypassed in the optimizer step that ends.
+
+        Raises:
+            RuntimeError: there are such layers and ``strict`` is set.
+        """
+        bypassed = self._bypassed(groups) if self._suspects else []
+        self._suspects, self._passes.reached_in_step = set(), set()
+        if not bypassed:
+            return
+        self._said = True
+        names = ", ".join(layer.name for layer in bypassed[:3])
+        names += f" and {len(bypassed) - 3} more" if len(bypassed) > 3 else ""
+        message = (
+            f"{len(bypassed)} of {len(self._layers)} adapted layers train without GGPO's noise: {names}. Their A and B "
+            "got a gradient in this optimizer step, but the forward of their base layer was not called in it. Switch "
+            "off fused LoRA kernels, which read the weights themselves (Axolotl: lora_mlp_kernel, lora_qkv_kernel, "
+            "lora_o_kernel; Unsloth's fast LoRA), call the model that was given to GGPO rather than a part of it, and "
+            "put no part that trains in evaluation mode"
+        )
+        if self._strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=4)
+
+    def _bypassed(self, groups: Sequence[LayerGroup]) -> list[PerturbedLayer]:
+        found = []
+        for group in groups:
+            rows = [row for row, layer in enumerate(group.layers) if layer.index in self._suspects]
+            if rows and group.pending is not None:
+                arrived = (group.pending[rows] != 0).any(-1).tolist()
+                found += [group.layers[row] for row, got_one in zip(rows, arrived, strict=True) if got_one]
+        return found
 
 
 class Watch:
@@ -67,16 +148,15 @@ class Watch:
                 "learning rate, or warm it up for longer"
             )
         self._highest_share = max(self._highest_share, guided / tau2 if tau2 else 0.0)
-        absolute = self._config.rule != "relative" and self._config.beta > 0
         before, self._gradient = self._gradient, gradient
-        if absolute and gradient > IMPLAUSIBLE_RATIO * weight:
+        if self._config.beta == 0 or self._said:
+            return
+        if gradient > IMPLAUSIBLE_RATIO * weight and not RULES[self._config.rule].shares:
             self._warn_of_scale(f"||G||^2 is {gradient / weight:.1e} times ||W'||^2")
-        elif self._config.beta > 0 and before > 0 and gradient > IMPLAUSIBLE_JUMP * before:
+        elif gradient > IMPLAUSIBLE_JUMP * before > 0:
             self._warn_of_scale(f"||G||^2 has grown {gradient / before:.1e} fold")
 
     def _warn_of_scale(self, what: str) -> None:
-        if self._said:
-            return
         self._said = True
         warnings.warn(
             f"the gradients that GGPO reads are implausibly large ({what}), and they set the size of the noise: with a "
@@ -86,19 +166,43 @@ class Watch:
         )
 
     def _warn_if_negligible(self) -> None:
-        if self._config.rule != "paper" or not 0 < self._highest_share < NEGLIGIBLE_SHARE:
+        if RULES[self._config.rule].shares or not 0 < self._highest_share < NEGLIGIBLE_SHARE:
             return
         warnings.warn(
-            f'rule="paper" with beta={self._config.beta:g}: the gradient term made at most '
-            f"{self._highest_share:.1e} of the noise variance in {FIRST_STEPS} steps, so the noise is Flat-LoRA's; "
-            'use rule="relative" for guidance that counts',
+            f'rule="{self._config.rule}" with beta={self._config.beta:g}: the gradient term made at most '
+            f"{self._highest_share:.1e} of the noise variance in {FIRST_STEPS} steps, so the noise is that of beta=0 "
+            '(Flat-LoRA\'s); use rule="relative" for guidance that counts',
             stacklevel=4,
         )
 
 
-def _sizes(group: LayerGroup) -> torch.Tensor:
+def _sizes(group: LayerGroup) -> Tensor:
     """Sums over the rows of each layer of ||W'_i||^2, ||G_i||^2, tau_i^2 and its gradient part: (L, 4)."""
-    assert group.weight is not None
     parts = (group.weight, group.gradient, group.tau2, group.guided)
-    zero = torch.zeros(len(group.layers), dtype=group.weight.dtype, device=group.weight.device)
+    zero = group.w0_norms.new_zeros(len(group.layers))
     return torch.stack([zero if part is None else part.sum(-1) for part in parts], -1)
+
+
+def noise_metrics(groups: Sequence[LayerGroup], reached: Set[int]) -> dict[str, float]:
+    """Size of the noise and share of the gradient in it, over all layers and over each group of equally named ones.
+
+    A layer whose index is not in ``reached`` had none: its weight counts, with noise of size 0.
+    """
+    sums: dict[str, Tensor] = {}
+    for group in groups:
+        if group.tau2 is None or group.guided is None or group.weight is None:
+            continue
+        there = group.tau2.new_tensor([[layer.index in reached] for layer in group.layers])
+        tau2, guided = group.tau2 * there, group.guided * there
+        parts = (guided, tau2, group.n * tau2, group.weight, torch.ones_like(tau2))
+        table = torch.stack([part.sum(-1) for part in parts], -1).double().cpu()
+        for layer, row in zip(group.layers, table, strict=True):
+            for key in ("", layer.name.rpartition(".")[2] + "/"):
+                sums[key] = sums.get(key, 0) + row
+    metrics = {}
+    for key, total in sums.items():
+        guided_sum, tau2_sum, energy, weight, rows = total.tolist()
+        metrics[f"ggpo/{key}gradient_share"] = guided_sum / tau2_sum if tau2_sum else 0.0
+        metrics[f"ggpo/{key}relative_noise"] = (energy / weight) ** 0.5 if weight else 0.0
+        metrics[f"ggpo/{key}tau"] = (tau2_sum / rows) ** 0.5
+    return metrics

@@ -26,8 +26,8 @@ def is_zero(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Put the parameters that ZeRO-3 has cut together, on every process, until the block ends."""
+def gather(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Put together the parameters that ZeRO-3 has cut, on every process, until the block ends."""
     cut: list[Any] = [parameter for parameter in parameters if is_cut(parameter)]
     cut = [parameter for parameter in cut if parameter.ds_status.name != "AVAILABLE"]  # small ones stay whole
     if not cut:
@@ -39,32 +39,31 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def held_rows(weight: Tensor) -> tuple[int, Tensor]:
+def local_rows(weight: Any) -> tuple[int, Tensor]:
     """The rows of a cut weight (m, n) that this process has a part of: the number of the first, and a copy (k, n).
 
-    ZeRO cuts the flattened weight, so the first and the last of these rows may be held in part; the rest of them is 0.
+    ZeRO cuts the flattened weight, so this process may have the first and the last of these rows in part; what it lacks
+    is 0.
 
     Raises:
         ValueError: the piece is on disk (ZeRO-Infinity).
     """
-    piece: Any = weight
-    (m, n), held = piece.ds_shape, piece.ds_tensor
-    if held.status.name != "AVAILABLE":
+    (m, n), piece = weight.ds_shape, weight.ds_tensor
+    if piece.status.name != "AVAILABLE":
         raise ValueError("GGPO cannot read base weights that ZeRO-3 has offloaded to disk; offload them to the CPU")
-    start = min(distributed.get_rank(piece.ds_process_group) * held.ds_numel, m * n)
-    stop = min(start + held.ds_numel, m * n)  # the last pieces are padded
+    start = min(distributed.get_rank(weight.ds_process_group) * piece.ds_numel, m * n)
+    stop = min(start + piece.ds_numel, m * n)  # the last pieces are padded
     first, last = start // n, -(-stop // n)
-    rows = torch.zeros((last - first) * n, dtype=held.dtype, device=weight.device)
-    rows[start - first * n : stop - first * n] = held[: stop - start]
+    rows = torch.zeros((last - first) * n, dtype=piece.dtype, device=weight.device)
+    rows[start - first * n : stop - first * n] = piece[: stop - start]
     return first, rows.view(-1, n)
 
 
-def sum_rows(weight: Tensor, first: int, part: Tensor) -> Tensor:
-    """The sum over processes of what each has (k, ...) of rows [first, first + k) of a cut weight; (m, ...)."""
-    piece: Any = weight
-    total = part.new_zeros(piece.ds_shape[0], *part.shape[1:])
+def sum_rows(weight: Any, first: int, part: Tensor) -> Tensor:
+    """The sum (m, ...) over processes of what each has, (k, ...), of rows [first, first + k) of a cut weight."""
+    total = part.new_zeros(weight.ds_shape[0], *part.shape[1:])
     total[first : first + len(part)] = part
-    distributed.all_reduce(total, group=piece.ds_process_group)
+    distributed.all_reduce(total, group=weight.ds_process_group)
     return total
 
 

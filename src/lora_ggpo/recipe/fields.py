@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 from transformers import TrainingArguments
 
-from lora_ggpo.perturbation import GGPOConfig
+from lora_ggpo.perturbation.config import CHOICES, GGPOConfig
 
 ADAPTER_DEFAULT: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -227,7 +227,7 @@ else:
         _ADAPTER_TYPES,
         type=(Literal["lora", "adalora"], Field("lora", description="adalora: r is the average rank in the end.")),
     )
-    GGPOFields = _mirror("GGPOFields", GGPOConfig)
+    GGPOFields = _mirror("GGPOFields", GGPOConfig, types={name: Literal[*names] for name, names in CHOICES.items()})
     TrainingFields = _mirror(
         "TrainingFields", TrainingArguments, training_owned, _TRAINING_RANGES, _TRAINING_TYPES, TRAINING_DEFAULTS
     )

@@ -29,8 +29,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from lora_ggpo.perturbation import GGPOConfig
-from lora_ggpo.perturbation.scales import tau_squared
+from lora_ggpo.perturbation.scales import relative
 from lora_ggpo.sharpness.point import Parameters, Point, moved, row_norms_squared, rows_view
 
 NoiseLaw = Literal["isotropic", "rows", "guided"]
@@ -74,14 +73,13 @@ def noise_sizes(point: Point, law: NoiseLaw, gradient: Parameters | None = None,
         tau = math.sqrt(sum(float(norms.sum()) for norms in weight.values()) / point.size)
         return {name: torch.full_like(p[:1, :1], tau) for name, p in point.parameters.items()}
     guide = row_norms_squared(gradient, point.row_dims) if gradient is not None else {}
-    config = GGPOConfig(rule="relative", sigma=1.0, beta=beta if law == "guided" else 0.0)
     sizes = {}
     for name, norms in weight.items():
         dim = point.row_dims[name]
         n = point.parameters[name].shape[1 - dim]
-        norms_of_gradient = guide[name][None] if law == "guided" else None
-        tau2, _ = tau_squared(config, norms[None], norms_of_gradient, n)
-        sizes[name] = rows_view(tau2[0].sqrt(), dim)
+        guided = law == "guided"
+        tau2, _ = relative(1.0, beta if guided else 0.0, norms, guide[name] if guided else torch.zeros_like(norms), n)
+        sizes[name] = rows_view(tau2.sqrt(), dim)
     return sizes
 
 

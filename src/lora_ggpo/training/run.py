@@ -48,13 +48,13 @@ from lora_ggpo.data import DataConfig, Splits, load_classification, load_complet
 from lora_ggpo.errors import DivergedError, UserError, rejected
 from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
+from lora_ggpo.methods.ascent import MGPO, SAM
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import OPTIMIZERS
 from lora_ggpo.models.adapters import add_adapter, count_parameters, freeze_body, load_adapter
 from lora_ggpo.models.load import check_tokens, load_model
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
-from lora_ggpo.perturbation.ascent import MGPO, SAM
 from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe
 from lora_ggpo.recipe.source import KeyPath, flatten, read_source
 from lora_ggpo.tasks import TaskConfig, collator, encode

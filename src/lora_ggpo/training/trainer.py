@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.training_args import OptimizerNames
 
 from lora_ggpo.errors import DivergedError, UserError, rejected
-from lora_ggpo.perturbation.ascent import MGPO, SAM
+from lora_ggpo.methods.ascent import MGPO, SAM
 from lora_ggpo.tasks.length import NO_LOSS
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]

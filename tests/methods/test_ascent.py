@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from lora_ggpo.perturbation.ascent import MGPO, SAM, adapter_parameters, base_weights
+from lora_ggpo.methods.ascent import MGPO, SAM, adapter_parameters, base_weights
 
-from .nets import adapted, batch, gradients, loss_of, net
+from ..perturbation.nets import adapted, batch, gradients, loss_of, net
 
 
 def gradient_at(model, values, x):

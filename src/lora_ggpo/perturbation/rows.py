@@ -1,0 +1,151 @@
+"""Row norms and noise sizes of all layers, computed together for layers of one shape."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import GGPOConfig
+from .layers import PerturbedLayer
+from .noise import has_kernel
+from .scales import ESTIMATORS, RULES, weight_row_norms_squared
+from .weights import whole
+from .zero import full_gradient, gather, is_cut, is_zero
+
+
+@dataclass
+class LayerGroup:
+    """L layers of one shape and rank on one device; all row statistics are (L, m)."""
+
+    layers: list[PerturbedLayer]
+    w0_norms: Tensor  # ||W0_i||^2
+    s: Tensor  # (L, r) scaling of each column of B
+    cut: bool  # whether ZeRO-3 has cut what is trained
+    pending: Tensor | None = None  # ||G_i||^2 of the backward passes since the last optimizer step
+    gradient: Tensor | None = None  # ||G_i||^2 of the last optimizer step, or their moving average
+    weight: Tensor | None = None  # ||W'_i||^2
+    tau2: Tensor | None = None  # variance of the noise on W'
+    guided: Tensor | None = None  # the part of tau2 due to the gradient
+    gain: Tensor | None = None  # DoRA's squared row scale ||W'_i||^2 / ||(W0 + sBA)_i||^2; None for plain LoRA
+
+    @property
+    def n(self) -> int:
+        return self.layers[0].n
+
+    def tensors(self) -> list[Tensor]:
+        """All statistics that are kept, those of the layers included."""
+        own = (self.w0_norms, self.s, self.pending, self.gradient, self.weight, self.tau2, self.guided, self.gain)
+        layers = (tensor for layer in self.layers for tensor in (layer.w0_norms, layer.tau, layer.scale))
+        return [tensor for tensor in (*own, *layers) if tensor is not None]
+
+    def refresh(self, config: GGPOConfig, factor: float) -> None:
+        """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
+        sb, a = self.b() * self.s[:, None], self.a()
+        lora = weight_row_norms_squared(self.w0_norms, w0_terms(self.layers, sb, a), sb, a)
+        self.weight, on_base = lora, torch.ones_like(lora)
+        if self.layers[0].magnitudes:
+            # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G,
+            # and noise put on W0 reaches W' times g.
+            self.weight = self._stacked("magnitudes", _value, 0).square()
+            self.gain = (self.weight / lora).clamp_min(torch.finfo(lora.dtype).tiny)
+            on_base = self.gain if self.layers[0].dora_scales_base_noise() else on_base
+        gradient = torch.zeros_like(self.weight) if self.gradient is None else self.gradient
+        tau2, guided = RULES[config.rule].tau_squared(config.sigma, config.beta, self.weight, gradient, self.n)
+        self.tau2, self.guided = tau2 * factor**2, guided * factor**2
+        # Of weights whose squares overflow no noise is made; Watch says that training diverges.
+        sizes = (self.tau2 / on_base).sqrt().nan_to_num(0.0, 0.0)
+        for layer, tau in zip(self.layers, sizes, strict=True):
+            layer.tau = tau if factor > 0 else None
+
+    def capture(self, estimator: str) -> None:
+        """Take the estimate of ||G_i||^2 from the gradients that A and B hold now."""
+        norms = ESTIMATORS[estimator](self)  # of dL/d(W0 + sBA)
+        self.pending = norms if self.gain is None else norms / self.gain
+
+    def commit(self, grad_scale: float, ema: float) -> None:
+        """Make the captured norms those of the last optimizer step; a step of non-finite gradients is passed over."""
+        if self.pending is None:
+            return
+        norms, self.pending = self.pending / grad_scale**2, None
+        before = torch.zeros_like(norms) if self.gradient is None else self.gradient
+        # An average begins at the first gradient, also when steps before it were passed over.
+        after = torch.where(before.any(), ema * before + (1 - ema) * norms, norms)
+        self.gradient = torch.where(norms.isfinite().all(), after, before)
+
+    def load(self, norms: Mapping[str, Tensor]) -> None:
+        """Restore ||G_i||^2 (m,) by layer name; without them the gradient term starts at 0 again."""
+        rows = [norms[layer.name] for layer in self.layers if layer.name in norms]
+        self.gradient = torch.stack(rows).to(self.w0_norms) if len(rows) == len(self.layers) else None
+        self.pending = None
+
+    def a(self) -> Tensor:
+        """A of all layers (L, r, n); active adapters one upon the other."""
+        return self._stacked("a", _value, 0)
+
+    def b(self) -> Tensor:
+        """B of all layers (L, m, r); active adapters side by side."""
+        return self._stacked("b", _value, 1)
+
+    def da(self) -> Tensor:
+        """dL/dA of all layers (L, r, n)."""
+        return self._stacked("a", _gradient, 0)
+
+    def db(self) -> Tensor:
+        """dL/dB of all layers (L, m, r)."""
+        return self._stacked("b", _gradient, 1)
+
+    @torch.no_grad()
+    def _stacked(self, factor: str, read: Callable[[Tensor], Tensor], dim: int) -> Tensor:
+        modules = [getattr(layer, factor) for layer in self.layers]
+        # To read each weight from its module anew is what makes ZeRO wait for those that it fetches ahead already.
+        cut = [one.weight for layer in modules for one in layer] if self.cut and read is _value else []
+        with gather(cut):
+            parts = [[read(one.weight) for one in layer] for layer in modules]
+            joined = [part[0] if len(part) == 1 else torch.cat(part, dim) for part in parts]
+            return torch.stack(joined).to(self.w0_norms.dtype)
+
+
+def _value(parameter: Tensor) -> Tensor:
+    return whole(parameter)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """The gradient of the global batch, put together; 0 where none has arrived."""
+    if is_zero(parameter):
+        return full_gradient(parameter)
+    return whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+
+
+def w0_terms(layers: list[PerturbedLayer], sb: Tensor, a: Tensor) -> Tensor:
+    """(s B_i) . (W0 A^T)_i (L, m) of layers of one shape, for s B (L, m, r) and A (L, r, n)."""
+    if has_kernel(a.device) and a.dtype == torch.float32 and all(layer.w0.is_plain() for layer in layers):
+        weights = [layer.w0.matrix() for layer in layers]
+        if {(w.device, w.dtype, w.stride()) for w in weights} == {(a.device, weights[0].dtype, weights[0].stride())}:
+            from .kernel import w0_terms_at_once
+
+            return w0_terms_at_once(weights, sb, a)
+    # W0's product takes the view A^T as it is: a copy with rows of r entries takes twice the time.
+    products = torch.stack([layer.w0.times(rows.t()) for layer, rows in zip(layers, a, strict=True)])
+    return (sb * products).sum(-1)
+
+
+def group_layers(layers: list[PerturbedLayer]) -> list[LayerGroup]:
+    """Group the layers that have an active adapter; the others get no noise."""
+    by_shape: dict[tuple[object, ...], list[PerturbedLayer]] = defaultdict(list)
+    for layer in layers:
+        layer.tau = None
+        layer.follow()
+        if layer.a:
+            kind = (bool(layer.magnitudes), layer.dora_scales_base_noise(), layer.w0.dtype, layer.w0_norms.device)
+            by_shape[(layer.m, layer.n, *layer.ranks(), *kind)].append(layer)
+    return [_group(members) for members in by_shape.values()]
+
+
+def _group(layers: list[PerturbedLayer]) -> LayerGroup:
+    w0_norms = torch.stack([layer.w0_norms for layer in layers])
+    s = w0_norms.new_tensor([layer.column_scaling() for layer in layers])
+    return LayerGroup(layers, w0_norms, s, any(is_cut(p) for layer in layers for p in layer.trained()))

@@ -1,0 +1,101 @@
+"""W0 of an adapted layer, however it is kept: plain, transposed (Conv1D), quantised, or cut by FSDP or ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from transformers.pytorch_utils import Conv1D
+
+from .noise import row_blocks
+from .zero import gather, is_cut, local_rows, sum_rows
+
+
+class BaseWeight:
+    """The frozen weight W0 (m, n) of a linear ``base`` layer, to be read.
+
+    Attributes:
+        transposed: Whether it is stored as (n, m).
+        dtype: What its rows are computed in: float32, or float64.
+    """
+
+    def __init__(self, base: Any, quantised: bool) -> None:
+        self.base, self.quantised = base, quantised
+        self.transposed = class_of(base) is Conv1D
+        w0 = self.matrix()
+        shape: Any = base.weight.ds_shape if is_cut(base.weight) else w0.shape
+        self.m, self.n = shape[::-1] if is_cut(base.weight) and self.transposed else shape
+        self.dtype = torch.promote_types(w0.dtype, torch.float32)
+        self.device = w0.device
+
+    def matrix(self) -> Tensor:
+        """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
+        weight: Tensor = _dequantise(self.base) if self.quantised else self.base.weight
+        return weight.detach().t() if self.transposed else weight.detach()
+
+    def is_plain(self) -> bool:
+        """Whether this process has W0 as it is: not quantised, and not cut by FSDP or ZeRO."""
+        weight = self.base.weight
+        return not (self.quantised or isinstance(weight, DTensor) or is_cut(weight))
+
+    def row_norms_squared(self) -> Tensor:
+        """||W0_i||^2 (m,)."""
+        return self._over_rows(lambda rows: torch.linalg.vector_norm(rows, dim=1).square())
+
+    def times(self, columns: Tensor) -> Tensor:
+        """W0 C (m, k) of ``columns`` C (n, k) in ``dtype``."""
+        if self.is_plain() and self.base.weight.dtype == self.dtype:
+            return self.matrix() @ columns
+        return self._over_rows(lambda rows: rows @ columns)
+
+    def _over_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function``, additive over entries, of all rows; of a sharded W0 each process takes what it holds."""
+        weight = self.base.weight
+        if is_cut(weight) and not self.transposed:
+            first, rows = local_rows(weight)
+            return sum_rows(weight, first, self._by_blocks(function, rows))
+        with gather([weight]):
+            w0 = self.matrix()
+            if not (isinstance(w0, DTensor) and w0.placements == (Shard(0),)):
+                return self._by_blocks(function, whole(w0))
+            result = self._by_blocks(function, w0.to_local())
+        shape = torch.Size([self.m, *result.shape[1:]])
+        # Shards may be of unequal length, so that the whole's shape and strides must be told.
+        stride = tuple(torch.empty(shape, device="meta").stride())
+        return DTensor.from_local(result, w0.device_mesh, w0.placements, shape=shape, stride=stride).full_tensor()
+
+    def _by_blocks(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """``function`` of some rows (k, n) in ``dtype``, a block at a time."""
+        blocks = [rows[start:stop] for start, stop in row_blocks(max(len(rows), 1), self.n, rows.device)]
+        results = [function(block.to(self.dtype)) for block in blocks]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP has sharded, put together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def class_of(module: nn.Module) -> type:
+    """The module's class, or the one it had before FSDP put its own in front."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+# peft's own dequantize_module_weight() leaves an 8-bit layer on a CPU without its scales.
+def _dequantise(base: Any) -> Tensor:
+    """The weight (m, n) that a layer of bitsandbytes or torchao stands for."""
+    kind = type(base.weight).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(base.weight.data, base.weight.quant_state)
+    if kind == "Int8Params":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        scales = base.weight.SCB if base.weight.SCB is not None else base.state.SCB  # the first forward pass moves them
+        return int8_vectorwise_dequant(base.weight.data, scales)
+    return base.weight.dequantize()
