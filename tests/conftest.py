@@ -17,34 +17,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 # What needs more than the core of the package is imported where it is used: `make oldest` tests the core alone.
 
-RECIPE = """\
-model: minilm
-task:
-  kind: classification
-  max_length: 24
-data:
-  source: {reviews}
-  validation_fraction: 0.167
-  test_fraction: 0.167
-  label_noise: 0.25
-adapter:
-  r: 4
-  lora_dropout: 0.1
-  target_modules: [query, value]
-ggpo:
-  sigma: 0.05
-  rule: relative
-  beta: 0.5
-training:
-  max_steps: 12
-  per_device_train_batch_size: 8
-  learning_rate: 5e-3
-  logging_steps: 1
-  save_steps: 3
-  use_cpu: true
-validate_every: 6
-output: {output}
-"""
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="take 20 times as many examples, and kill more runs")
+
+
+def pytest_configure(config):
+    from hypothesis import HealthCheck, settings
+
+    fixtures = [HealthCheck.function_scoped_fixture]
+    few = settings(deadline=None, derandomize=True, database=None, suppress_health_check=fixtures, max_examples=50)
+    settings.register_profile("few", few)
+    settings.register_profile("many", few, derandomize=False, max_examples=1000)
+    settings.load_profile("many" if config.getoption("thorough") else "few")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +74,9 @@ def reviews(tmp_path_factory):
 @pytest.fixture
 def recipe_file(reviews, tmp_path):
     """A recipe of 12 quick GGPO steps on MiniLM, 8 to an epoch, with every source of chance in use."""
-    return _write_recipe(tmp_path, reviews)
+    from tests.recipes import write_minilm_recipe
+
+    return write_minilm_recipe(tmp_path, reviews)
 
 
 @pytest.fixture(scope="session")
@@ -98,15 +85,10 @@ def finished(reviews, tmp_path_factory):
     from lora_ggpo.recipe.recipe import load_recipe
     from lora_ggpo.training.run import train
     from lora_ggpo.workspace.progress import Reporter
+    from tests.recipes import write_minilm_recipe
 
-    path = _write_recipe(tmp_path_factory.mktemp("finished"), reviews)
+    path = write_minilm_recipe(tmp_path_factory.mktemp("finished"), reviews)
     return path, train(load_recipe(path), Reporter(quiet=True))[0]
-
-
-def _write_recipe(folder, reviews):
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(reviews=reviews, output=folder / "runs"), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")

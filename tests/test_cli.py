@@ -2,7 +2,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -10,24 +9,11 @@ from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
 from lora_ggpo.training import checkpoints
-
-COMMAND = [sys.executable, "-m", "lora_ggpo.cli"]
+from tests import processes
 
 
 def _run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def _stop_at_step(command, log, step):
-    """Start `command`, interrupt it when `log` has `step` lines, and return (exit code, stderr)."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if log.is_file() and log.read_text().count("\n") >= step:
-            process.send_signal(signal.SIGINT)
-            break
-        time.sleep(0.01)
-    return process.wait(timeout=60), process.stderr.read()
 
 
 def test_help_needs_no_heavy_library():
@@ -129,10 +115,11 @@ def test_ctrl_c_saves_and_the_run_goes_on(recipe_file, finished):
     recipe["training"] |= {"max_steps": 60, "per_device_train_batch_size": 2, "save_steps": 1000}
     recipe_file.write_text(yaml.safe_dump(recipe))
     folder = recipe_file.parent / "runs" / "seed-0"
-    code, message = _stop_at_step([*COMMAND, "train", str(recipe_file)], folder / "log.jsonl", 3)
-    assert code == 130
-    assert "give the same command again" in message
-    assert "Traceback" not in message
+    log, process = folder / "log.jsonl", processes.command("train", recipe_file)
+    process.send_when(lambda: log.is_file() and log.read_text().count("\n") >= 3, signal.SIGINT)
+    assert process.wait() == 130
+    assert "give the same command again" in process.stderr
+    assert "Traceback" not in process.stderr
     stopped = checkpoints.step_of(checkpoints.last_whole(folder / "checkpoints"))
     assert 3 <= stopped < 60
     assert not (folder / "metrics.json").exists()

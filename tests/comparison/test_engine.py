@@ -18,6 +18,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source, read_source
 from lora_ggpo.workspace.files import write_json
 from lora_ggpo.workspace.progress import Reporter
+from tests.recipes import write_minilm_recipe
 
 FILES = ("tuning.jsonl", "runs.jsonl", "curves.jsonl", "facts.json", "table.md", "table.tex", "report.html")
 OVERRIDES = ["training.max_steps=4", "validate_every=2", "data.label_noise=0"]
@@ -38,10 +39,8 @@ def finished_runs(output):
 
 @pytest.fixture(scope="module")
 def compared(reviews, tmp_path_factory):
-    from tests.conftest import _write_recipe
-
     folder = tmp_path_factory.mktemp("compare")
-    recipe, output = _write_recipe(folder, reviews), folder / "out"
+    recipe, output = write_minilm_recipe(folder, reviews), folder / "out"
     process = subprocess.run(command(recipe, output), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return recipe, output, process

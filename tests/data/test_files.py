@@ -10,7 +10,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_ggpo.data.files import parse_csv, parse_json, parse_jsonl, parse_tsv, read_file, read_folder
@@ -139,7 +139,6 @@ NEARLY_JSONL = st.lists(st.builds(json.dumps, VALUES) | st.text(max_size=8), max
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(content=st.binary(max_size=60) | NEARLY_CSV | NEARLY_JSONL)
 @pytest.mark.parametrize("parse", [parse_csv, parse_tsv, parse_jsonl, parse_json])
 def test_whatever_a_file_holds_the_reader_gives_rows_or_a_user_error(parse, content, tmp_path_factory):
@@ -152,7 +151,6 @@ def test_whatever_a_file_holds_the_reader_gives_rows_or_a_user_error(parse, cont
         assert all(name.strip() for name in read_label_names(table, "label"))
 
 
-@settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.fixed_dictionaries({"text": st.text(), "label": st.text()}), min_size=1, max_size=5))
 def test_json_lines_round_trip(rows, tmp_path_factory):
     content = "\n".join(json.dumps(row) for row in rows).encode()

@@ -9,15 +9,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_ggpo.data import DataConfig, load_classification, load_completion
 from lora_ggpo.errors import UserError
 
-quick = settings(
-    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 PLAIN = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
 PLAIN |= st.sampled_from(["user", "assistant", "good", "\ud800", " "])
 KEYS = ["role", "content", "from", "value", "x", "tool_calls", "function", "name", "arguments", "weight", "train"]
@@ -89,13 +86,11 @@ def test_the_files_that_are_changed_below_can_be_read(check):
     assert all(check(".parquet", content) for content in PARQUET)
 
 
-@settings(quick, max_examples=200)
 @given(st.sampled_from([*FILES, ".tsv", ".parquet", ".csv.gz"]), st.binary(max_size=60))
 def test_bytes(check, suffix, content):
     check(suffix, content)
 
 
-@settings(quick, max_examples=200)
 @given(ROWS, st.booleans())
 def test_json_values(check, rows, lines):
     if lines:
@@ -104,7 +99,6 @@ def test_json_values(check, rows, lines):
         check(".json", json.dumps(rows).encode())
 
 
-@settings(quick, max_examples=150)
 @given(st.text(alphabet='ab",\t\r\n\0é 1.-', max_size=60), st.sampled_from([".csv", ".tsv"]), st.booleans())
 def test_separated_values(check, text, suffix, header):
     head = "text,label\n" if suffix == ".csv" else "text\tlabel\n"
@@ -117,7 +111,6 @@ SCRAPS = st.binary(max_size=2) | st.sampled_from(
 EDITS = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 3), SCRAPS), min_size=1, max_size=3)
 
 
-@settings(quick, max_examples=150)
 @given(st.sampled_from(list(FILES)), EDITS)
 def test_edits_of_a_file(check, suffix, edits):
     content = FILES[suffix]
@@ -127,7 +120,6 @@ def test_edits_of_a_file(check, suffix, edits):
     check(suffix, content)
 
 
-@settings(quick, max_examples=150)
 @given(ROWS.filter(bool))
 def test_parquet_values(check, rows):
     try:
@@ -140,7 +132,6 @@ def test_parquet_values(check, rows):
 BYTES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4)
 
 
-@settings(quick, max_examples=150)
 @given(st.sampled_from(PARQUET), BYTES, st.integers(0, 3))
 def test_damaged_parquet(check, content, changes, cut):
     """Half of the changes are to the metadata at the end, where there is more to go wrong."""

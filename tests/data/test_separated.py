@@ -6,7 +6,7 @@ import warnings
 
 import pandas
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_ggpo.data import DataConfig, load_classification
@@ -71,7 +71,6 @@ WIDE = st.integers(1, 3).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(rows=WIDE, quoting=st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC]))
 def test_what_csv_writes_comes_back_or_a_message_names_the_line(rows, quoting, tmp_path_factory):
     header = ["one", "two", "three"][: len(rows[0])]

@@ -15,7 +15,7 @@ from lora_ggpo.models.adapters import count_parameters
 from lora_ggpo.models.load import load_model
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.perturbation.weights import _dequantise
-from lora_ggpo.recipe.recipe import load_recipe, parse_recipe
+from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.sharpness.point import load_point
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.forecast import forecast
@@ -23,7 +23,7 @@ from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import load_trained, train
 from lora_ggpo.workspace.progress import Reporter
-from tests.conftest import RECIPE
+from tests.recipes import write_minilm_recipe
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -58,8 +58,8 @@ def runs(reviews, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunCallback, "on_train_end", watch)
         for kind in CLASSES:
-            folder = tmp_path_factory.mktemp(kind)
-            recipe = parse_recipe(RECIPE.format(reviews=reviews, output=folder), "r.yaml", [*SHORT, f"quantise={kind}"])
+            file = write_minilm_recipe(tmp_path_factory.mktemp(kind), reviews)
+            recipe = load_recipe(file, [*SHORT, f"quantise={kind}"])
             made[kind] = (train(recipe, QUIET)[0], after[-1])
     return made
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_ggpo.errors import UserError
@@ -38,7 +38,6 @@ PIECES += ["2001-99-99", "0x_", "0b_", "1:99", "__", "\n", "  ", "1e999", "---",
 PIECES += ["model: ", "task: ", "a", "1"]
 CHARACTERS = st.text(alphabet="&*!<>|-?:,[]{}#'\"\\%@` \n\tab01.e_x~=\x00é\u2028", max_size=30)
 SCRAPS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | CHARACTERS
-quick = settings(deadline=None, derandomize=True, database=None)
 
 
 def accepted(read, *arguments):
@@ -51,10 +50,9 @@ def accepted(read, *arguments):
     return None
 
 
-@settings(quick, max_examples=300)
 @given(SCRAPS)
-@example("a: " + "[" * 5000)
-@example("{a: " * 3000)
+@example("a: " + "[" * 1000)
+@example("{a: " * 1000)
 @example("a: &x [*x]")
 @example("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]")
 @example("%YAML 1." + "9" * 5000)
@@ -64,7 +62,6 @@ def test_text(text):
     accepted(parse_recipe, text, "r.yaml")
 
 
-@settings(quick, max_examples=200)
 @given(st.binary(max_size=40))
 def test_bytes(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
@@ -72,7 +69,6 @@ def test_bytes(tmp_path_factory, content):
     accepted(load_recipe, file)
 
 
-@settings(quick, max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, len(TEXT)), st.integers(0, 6), SCRAPS), min_size=1, max_size=3))
 def test_edits_of_a_recipe(edits):
     text = TEXT
@@ -81,7 +77,6 @@ def test_edits_of_a_recipe(edits):
     accepted(parse_recipe, text, "r.yaml")
 
 
-@settings(quick, max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(PATHS), ANYTHING), min_size=1, max_size=2))
 @example([(("adapter", "arrow_config"), {})])
 @example([(("training", "deepspeed"), {"a": b"\xff"})])
@@ -102,10 +97,9 @@ def test_values_of_settings(changes):
         assert repr(parse_recipe(dump_yaml(resolved), "again").resolved(0)) == repr(resolved)
 
 
-@settings(quick, max_examples=150)
 @given(st.lists(st.sampled_from([".".join(path) for path in PATHS]) | st.text(max_size=6), max_size=2), SCRAPS)
 @example(["training.max_steps"], "2001-99-99")
-@example(["model"], "[" * 5000)
+@example(["model"], "[" * 1000)
 def test_overrides(keys, value):
     accepted(parse_recipe, TEXT, "r.yaml", [f"{'.'.join(keys)}={value}"])
 
@@ -119,7 +113,7 @@ def test_overrides(keys, value):
             "a: &b [1]\nc: *b",
             "r.yaml, line 2: this is not valid YAML: an alias (*name) is not read; write the value out",
         ),
-        ("a: " + "[" * 5000, "r.yaml is not a recipe: its values are nested too deeply."),
+        ("a: " + "[" * 1000, "r.yaml is not a recipe: its values are nested too deeply."),
         ("a: \x1b[2J", "r.yaml is not valid YAML: unacceptable character #x001b"),
         ("a: !!binary aGk=", "could not determine a constructor for the tag 'tag:yaml.org,2002:binary'"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import BloomConfig, BloomForCausalLM
@@ -60,7 +60,6 @@ def test_a_row_holds_whole_examples(rows):
     assert all(row["labels"][start] == -100 for row, starts in zip(packed, begins, strict=True) for start in starts)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_packs_hold_every_row_once_and_are_not_too_many(lengths):
     packs = _best_fit(lengths, 20)

@@ -1,9 +1,9 @@
 """Kill training runs at random moments, resume them, and compare them with one that was left alone.
 
-A process of its own (`python -m tests.training.kills FOLDER MODEL`): it loads the libraries once, does the run that is
-left alone, and then forks a child for each life of a run. It prints what became of them as one line of JSON.
+`kill_runs` needs a process of its own: it does the run that is left alone, and then forks a child for each life of a
+run. It prints what became of them as one line of JSON.
 
-It has to be started with OMP_NUM_THREADS=1: a child of a process whose OpenMP has begun threads may wait for ever.
+The process has to begin with OMP_NUM_THREADS=1: a child of one whose OpenMP has begun threads may wait for ever.
 """
 
 import gc
@@ -18,26 +18,15 @@ import threading
 import time
 import traceback
 from collections import Counter
-from pathlib import Path
 
 import torch
 
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
+from tests.recipes import GUIDED, recipe_text, write_rows
 
-SEED, KILLS = 20260611, 50
-STEPS = 6
-RECIPE = """\
-model: {model}
-task: {{kind: causal-classification, max_length: 32, template: "{{text}} ="}}
-data: {{source: {data}, validation_fraction: 0.2, test_fraction: 0.2, label_noise: 0.25}}
-adapter: {{r: 2, lora_dropout: 0.1, target_modules: [q_proj, v_proj]}}
-ggpo: {{sigma: 0.05, rule: relative, beta: 0.5}}
-training: {{max_steps: {steps}, per_device_train_batch_size: 4, learning_rate: 5e-3, logging_steps: 1, save_steps: 1}}
-validate_every: 3
-output: {output}
-"""
+SEED, STEPS = 20260611, 6
 PHASES = {  # what is being written, by its path in the run folder
     "seal": r"checkpoints/.*sealed\.json",
     "checkpoint": r"checkpoints/",
@@ -47,13 +36,23 @@ PHASES = {  # what is being written, by its path in the run folder
 }
 
 
-def main(folder, model):
-    data = folder / "data.jsonl"
+def kill_runs(folder, model, wanted):
+    """Kill runs of a `model` in `folder` as many times as are `wanted`, torn writes not counted."""
     rows = [{"text": f"the {'film ' * (n % 5)}{n}", "label": ["bad", "good"][n % 2]} for n in range(24)]
-    data.write_text("\n".join(map(json.dumps, rows)))
+    data = write_rows(folder / "data.jsonl", rows)
 
     def run(name):
-        text = RECIPE.format(model=model, data=data, output=folder / name, steps=STEPS)
+        text = recipe_text(
+            model,
+            data,
+            folder / name,
+            task={"kind": "causal-classification", "template": "{text} ="},
+            data={"label_noise": 0.25},
+            adapter={"lora_dropout": 0.1},
+            ggpo=GUIDED,
+            training={"max_steps": STEPS},
+            validate_every=3,
+        )
         train(parse_recipe(text, "r"), Reporter(quiet=True))
 
     began = time.monotonic()
@@ -64,7 +63,7 @@ def main(folder, model):
     gc.freeze()
     chance = random.Random(SEED)
     kills, lives, different = Counter(), Counter(), []
-    while kills.total() - kills["torn write"] < KILLS:
+    while kills.total() - kills["torn write"] < wanted:
         name = f"run-{lives['finished']}"
         way = ["delay", "torn write", *PHASES][lives["begun"] % (2 + len(PHASES))]
         lives["begun"] += 1
@@ -161,7 +160,3 @@ def _result(folder):
     files = [folder / "adapter" / "adapter_model.safetensors", *sorted((folder / "predictions").iterdir())]
     evaluation = json.loads((folder / "metrics.json").read_text())["evaluation"]
     return log, {file.name: file.read_bytes() for file in files}, evaluation
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
