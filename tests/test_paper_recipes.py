@@ -12,7 +12,8 @@ from lora_ggpo.models.load import load_model
 from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.tasks import collator, encode
 from lora_ggpo.tasks.encode import NO_LOSS
-from lora_ggpo.training.run import load_splits, train, training_arguments
+from lora_ggpo.training.build import load_splits, training_arguments
+from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.data import glue
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lora_ggpo.recipe.recipe import load_recipe
-from lora_ggpo.training.run import training_arguments
+from lora_ggpo.training.build import training_arguments
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

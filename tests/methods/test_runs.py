@@ -5,8 +5,9 @@ import pytest
 from lora_ggpo.comparison.plan import make_plan
 from lora_ggpo.methods.table import METHODS
 from lora_ggpo.recipe.source import read_source
+from lora_ggpo.training.folder import read_run
 from lora_ggpo.training.reuse import evaluate_run
-from lora_ggpo.training.run import read_run, train
+from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 
 # EVA goes round the data until its directions settle, which 64 short reviews do not always allow.

@@ -20,8 +20,8 @@ from lora_ggpo.sharpness.point import load_point
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.merge import merge_run
-from lora_ggpo.training.reuse import evaluate_run
-from lora_ggpo.training.run import load_trained, train
+from lora_ggpo.training.reuse import evaluate_run, load_trained
+from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import write_minilm_recipe
 

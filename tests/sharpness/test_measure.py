@@ -16,7 +16,9 @@ from lora_ggpo.report.sharpness import write_sharpness_report
 from lora_ggpo.sharpness import measure as module
 from lora_ggpo.sharpness.measure import Settings, identity, measure_runs, named_runs
 from lora_ggpo.sharpness.point import load_point
-from lora_ggpo.training.run import load_trained, read_run, train
+from lora_ggpo.training.folder import read_run
+from lora_ggpo.training.reuse import load_trained
+from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 
 QUIET = Reporter(quiet=True)

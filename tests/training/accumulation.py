@@ -13,7 +13,7 @@ from lora_ggpo import GGPO
 from lora_ggpo.models.load import TaskKind
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.tasks import collator
-from lora_ggpo.training.run import load_splits, make_trainer, training_arguments, untrained
+from lora_ggpo.training.build import build_model, build_trainer, load_splits, training_arguments
 from lora_ggpo.training.trainer import EpochSampler
 
 RECIPE = """\
@@ -82,13 +82,13 @@ def begun(recipe, folder):
     """(model, tokenizer, encoded rows, arguments) of a run."""
     args = training_arguments(recipe, folder, recipe.seeds[0])
     splits = load_splits(recipe.task, recipe.data)
-    return *untrained(recipe, args, splits, recipe.task.for_labels(splits.labels)), args
+    return *build_model(recipe, args, splits), args
 
 
 def by_trainer(recipe, folder):
     """(loss of each step, gradient norm of each step, weights at the end)"""
     model, tokenizer, rows, args = begun(recipe, folder)
-    trainer = make_trainer(recipe, model, tokenizer, args, rows)
+    trainer = build_trainer(recipe, args, model, tokenizer, rows)
     trainer.train()
     log = [row for row in trainer.state.log_history if "grad_norm" in row]
     return [row["loss"] for row in log], [row["grad_norm"] for row in log], trained(model)

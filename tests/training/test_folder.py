@@ -20,7 +20,7 @@ from lora_ggpo.data.sources import set_names
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import locate
 from lora_ggpo.recipe.recipe import parse_recipe
-from lora_ggpo.workspace.files import locked
+from lora_ggpo.workspace.folder import lock
 from lora_ggpo.workspace.paths import expanded
 
 RECIPE = """\
@@ -283,9 +283,9 @@ def test_where_there_are_no_locks_a_file_stands_for_one(tmp_path, monkeypatch, n
 
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr("warnings.warn", lambda *_, **__: None)
-    with locked(tmp_path), pytest.raises(UserError, match="is in use by another process"), locked(tmp_path):
+    with lock(tmp_path), pytest.raises(UserError, match="is in use by another process"), lock(tmp_path):
         pass
-    with locked(tmp_path):
+    with lock(tmp_path):
         pass
 
 

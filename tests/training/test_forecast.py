@@ -14,7 +14,7 @@ from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import forecast as module
 from lora_ggpo.training.checkpoints import last_whole
 from lora_ggpo.training.forecast import forecast, largest_batch, longest_rows
-from lora_ggpo.training.run import load_trained
+from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.training.trainer import RunTrainer
 from lora_ggpo.workspace.progress import Reporter
 

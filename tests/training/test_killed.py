@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_ggpo.workspace.files import locked
+from lora_ggpo.workspace.folder import lock
 from tests.processes import Process
 from tests.training.kills import PHASES, kill_runs
 from tests.training.runs import assert_same, invoke, refused, trained
@@ -23,8 +23,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_llama, t
 
 
 def test_a_run_that_somebody_else_is_at_is_refused(whole, unfinished):
-    """That `locked` keeps other processes out is tested in test_files.py."""
-    with locked(unfinished):
+    """That `lock` keeps other processes out is tested in test_files.py."""
+    with lock(unfinished):
         before = (unfinished / "log.jsonl").read_bytes()
         refused(invoke("train", whole[0], f"output={unfinished.parent}"), "is in use by another process; wait for it")
         assert (unfinished / "log.jsonl").read_bytes() == before

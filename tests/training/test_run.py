@@ -14,9 +14,10 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import checkpoints
 from lora_ggpo.training.callbacks import RunCallback
+from lora_ggpo.training.folder import find_runs
 from lora_ggpo.training.merge import merge_run
-from lora_ggpo.training.reuse import evaluate_run
-from lora_ggpo.training.run import find_runs, load_trained, train
+from lora_ggpo.training.reuse import evaluate_run, load_trained
+from lora_ggpo.training.run import train
 from lora_ggpo.training.scorer import fixed_sample
 from lora_ggpo.workspace.progress import Reporter
 
@@ -54,7 +55,7 @@ def test_run_folder(finished):
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     recipe_file, run = finished
-    monkeypatch.setattr("lora_ggpo.training.run.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lora_ggpo.training.build.load_model", lambda *_: pytest.fail("a model was loaded"))
     before = (run.folder / "metrics.json").stat().st_mtime_ns
     assert _train(recipe_file).metrics == run.metrics
     assert (run.folder / "metrics.json").stat().st_mtime_ns == before

@@ -80,7 +80,7 @@ def test_a_process_that_the_signal_did_not_come_to_stops_with_the_others(whole, 
 
 def test_ctrl_c_while_trained_weights_load_stops_at_once(whole, copy, monkeypatch):
     (copy / "metrics.json").unlink()
-    monkeypatch.setattr("lora_ggpo.training.run._load_weights", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("lora_ggpo.training.run.load_weights", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         trained(whole[0], f"output={copy.parent}")
 

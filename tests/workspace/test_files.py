@@ -8,13 +8,13 @@ import pytest
 from lora_ggpo.errors import UserError
 from lora_ggpo.workspace.files import (
     disk_errors,
-    locked,
     mend_json_lines,
     new_folder,
     read_json,
     read_json_lines,
     write_text,
 )
+from lora_ggpo.workspace.folder import lock
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path):
@@ -70,10 +70,10 @@ def test_damaged_json(tmp_path):
 
 def test_another_process_is_kept_out(tmp_path):
     code = (
-        "from pathlib import Path\nfrom lora_ggpo.workspace.files import locked\n"
-        f"with locked(Path({str(tmp_path)!r})): pass"
+        "from pathlib import Path\nfrom lora_ggpo.workspace.folder import lock\n"
+        f"with lock(Path({str(tmp_path)!r})): pass"
     )
-    with locked(tmp_path):
+    with lock(tmp_path):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "is in use by another process" in other.stderr
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from lora_ggpo.recipe.recipe import load_recipe
-from lora_ggpo.training.run import read_run, train
+from lora_ggpo.training.folder import read_run
+from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import sys
 import traceback
 import warnings
@@ -15,6 +14,7 @@ import typer
 
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.workspace.interrupt import exit_code
+from lora_ggpo.workspace.libraries import quiet_bitsandbytes
 from lora_ggpo.workspace.ranks import is_first
 
 USER_ERROR = 2
@@ -69,7 +69,7 @@ def _calm_libraries() -> None:
         print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     warnings.showwarning = show
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for a faster kernel as peft imports it
+    quiet_bitsandbytes()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # peft looks for a config.json beside the weights; a GGUF file carries its own

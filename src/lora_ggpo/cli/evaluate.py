@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Score a finished run again, or on other data. What it generates is scored by `lora-ggpo suite`."""
     from lora_ggpo.report.tables import metrics_table
+    from lora_ggpo.training.folder import find_runs
     from lora_ggpo.training.reuse import evaluate_run
-    from lora_ggpo.training.run import find_runs
 
     print_table(metrics_table([evaluate_run(one.folder, on, base=base) for one in find_runs(run)]))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from lora_ggpo.training.run import Run
+    from lora_ggpo.training.folder import Run
 
 
 def print_table(table: Table) -> None:

@@ -9,7 +9,7 @@ from lora_ggpo.cli.output import print_metrics
 def command(run: RunFolder) -> None:
     """Show a run: recipe in short, metrics, loss curve."""
     from lora_ggpo.report.tables import sparkline
-    from lora_ggpo.training.run import find_runs, summary
+    from lora_ggpo.training.folder import find_runs, summary
 
     runs = find_runs(run)
     print(summary(runs[0].recipe))

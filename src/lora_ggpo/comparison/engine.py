@@ -17,9 +17,10 @@ from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import check_recipe
 from lora_ggpo.report.analysis import METRICS
-from lora_ggpo.training.run import device_name, versions
-from lora_ggpo.workspace.files import disk_errors, locked, read_json, read_json_lines, write_json, write_json_lines
+from lora_ggpo.workspace.files import disk_errors, read_json, read_json_lines, write_json, write_json_lines
+from lora_ggpo.workspace.folder import lock
 from lora_ggpo.workspace.interrupt import Interrupted
+from lora_ggpo.workspace.libraries import device_name, versions
 from lora_ggpo.workspace.progress import Reporter, Task
 
 
@@ -35,7 +36,7 @@ def run_comparison(plan: Plan, make_pool: Callable[[], Pool], command: str, repo
     """
     with disk_errors(plan.output):
         plan.output.mkdir(parents=True, exist_ok=True)
-        with locked(plan.output):
+        with lock(plan.output):
             _claim(plan, command)
             tuning = plan.tuning()
             final = len(plan.seeds) * len(plan.settings) * len(plan.methods)

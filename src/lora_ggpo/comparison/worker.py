@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 from lora_ggpo.errors import DivergedError, UserError
+from lora_ggpo.workspace.libraries import quiet_bitsandbytes
 
 FAILURE = "failed.json"
 
@@ -21,7 +21,7 @@ def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
         UserError: what would stop the other runs as well.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as peft imports it
+    quiet_bitsandbytes()
     import torch
 
     from lora_ggpo.recipe.recipe import check_recipe

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import datasets
 
 from lora_ggpo.data.files import SPLIT_NAMES
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError, first_line
+from lora_ggpo.workspace.libraries import quiet_loading
 
 
 def read_hub(name: str, subset: str | None) -> dict[str, Table]:
@@ -20,7 +18,7 @@ def read_hub(name: str, subset: str | None) -> dict[str, Table]:
     """
     shown = f"{name} ({subset})" if subset else name
     try:
-        with _quiet():
+        with quiet_loading():
             loaded = datasets.load_dataset(name, subset)
     except Exception as error:  # what the hub client and the file readers behind it raise is open-ended
         reason = first_line(error).rstrip(".")
@@ -35,15 +33,3 @@ def read_hub(name: str, subset: str | None) -> dict[str, Table]:
     if not tables:
         raise UserError(f"The hub data {shown} has no train, validation or test split, only {', '.join(loaded)}.")
     return tables
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()

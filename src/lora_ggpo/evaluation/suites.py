@@ -30,17 +30,17 @@ from lora_ggpo.models.chat_template import write_day, written_day
 from lora_ggpo.tasks import Metric
 from lora_ggpo.tasks.config import PLAIN
 from lora_ggpo.tasks.metrics import mean_metric
-from lora_ggpo.training.run import versions
 from lora_ggpo.training.scorer import Scores, file_name, plain
 from lora_ggpo.workspace.files import (
     digests,
     disk_errors,
     json_digest,
-    locked,
     read_json,
     write_json,
     write_json_lines,
 )
+from lora_ggpo.workspace.folder import lock
+from lora_ggpo.workspace.libraries import versions
 from lora_ggpo.workspace.progress import Reporter
 
 HARNESS = "harness"
@@ -183,7 +183,7 @@ def _evaluate(
     settings = _settings(suite, target, sampling)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with lock(folder):
             _claim(folder, settings)
             scores = row.run(Job(suite, target, options, sampling, folder, reporter))
             _write(folder, settings, options, scores)

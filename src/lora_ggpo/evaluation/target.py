@@ -21,8 +21,11 @@ from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.tasks.config import PLAIN
 from lora_ggpo.tasks.encode import prompt_ids, user_turn
-from lora_ggpo.training.run import find_runs, load_splits, load_trained, quiet_libraries, training_arguments
+from lora_ggpo.training.build import load_splits, training_arguments
+from lora_ggpo.training.folder import find_runs
+from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.training.scorer import file_name
+from lora_ggpo.workspace.libraries import quiet_libraries
 
 Messages = list[dict[str, str]]
 

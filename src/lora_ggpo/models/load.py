@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from transformers.models.auto.modeling_auto import (
 from lora_ggpo.errors import UserError, causes, first_sentence
 from lora_ggpo.models.chat_template import end_of_turn
 from lora_ggpo.models.quantise import Quantisation, loading_arguments, prepared
+from lora_ggpo.workspace.libraries import quiet_loading
 from lora_ggpo.workspace.paths import absolute, expanded
 
 TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "regression", "sft"]
@@ -107,7 +107,7 @@ def load_model(
             "a folder with save_pretrained first (docs/recipes.md shows how), and give that folder."
         )
     options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
-    with one_sentence("model", name), _quiet():
+    with one_sentence("model", name), quiet_loading():
         config = AutoConfig.from_pretrained(source, **options, **_label_names(kind, labels))
         _check_type(name, kind, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -356,23 +356,6 @@ _RESIZE = "resize them with model.resize_token_embeddings(len(tokenizer)) and sa
 
 def _embeddings(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' loading report and progress bars; the caller decides what is worth a warning."""
-    # The bar of the GGUF reader obeys no switch: only taking its output away stops it.
-    log: Any = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
 
 
 @contextlib.contextmanager

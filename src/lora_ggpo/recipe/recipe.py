@@ -206,7 +206,7 @@ class Recipe(BaseModel):
         return typing.cast(dict[str, Any], plain)
 
     @contextmanager
-    def located(self) -> Iterator[None]:
+    def locate_errors(self) -> Iterator[None]:
         """Put file and line before an error that begins with one of the recipe's fields (``adapter.r ...``)."""
         try:
             yield

@@ -30,9 +30,11 @@ from lora_ggpo.sharpness.sharpness import (
     trace,
     worst_sharpness,
 )
+from lora_ggpo.training.folder import Run, find_runs, finished_metrics
 from lora_ggpo.training.identity import same_model
-from lora_ggpo.training.run import Run, find_runs, finished_metrics, quiet_libraries, versions
-from lora_ggpo.workspace.files import disk_errors, json_digest, locked, read_json, write_json
+from lora_ggpo.workspace.files import disk_errors, json_digest, read_json, write_json
+from lora_ggpo.workspace.folder import lock
+from lora_ggpo.workspace.libraries import quiet_libraries, versions
 from lora_ggpo.workspace.progress import Reporter, Task
 
 STARTS = 3
@@ -90,7 +92,7 @@ def measure_runs(
     quiet_libraries()
     with disk_errors(output):
         (output / "points").mkdir(parents=True, exist_ok=True)
-        with locked(output):
+        with lock(output):
             _claim(output, settings)
             runs = named_runs(paths)
             _check_one_model([run.folder for seeds in runs.values() for run in seeds.values()])

@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_ggpo.errors import UserError
 from lora_ggpo.tasks import collator, encode
 from lora_ggpo.tasks.length import NO_LOSS
-from lora_ggpo.training.run import load_splits, load_trained
+from lora_ggpo.training.build import load_splits
+from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.training.scorer import fixed_sample
 
 Space = Literal["weights", "adapter"]

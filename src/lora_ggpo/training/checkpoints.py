@@ -63,7 +63,7 @@ def remove_broken(folder: Path) -> Path | None:
 
 
 @contextmanager
-def refused(checkpoint: Path | None) -> Iterator[None]:
+def expect_tensors(checkpoint: Path | None) -> Iterator[None]:
     """Say in one sentence that `checkpoint` cannot be read: somebody made it, and its seal, by other means.
 
     torch loads with ``weights_only``, which raises UnpicklingError where a pickle would run code.

@@ -17,7 +17,8 @@ from lora_ggpo.recipe.source import Source, parse_source
 from lora_ggpo.report.plots import save_comparison_plot
 from lora_ggpo.report.tables import format_interval, markdown_table, rows_table
 from lora_ggpo.statistics.intervals import Interval, mean_interval, paired_difference, verdict
-from lora_ggpo.training.run import Run, train
+from lora_ggpo.training.folder import Run
+from lora_ggpo.training.run import train
 from lora_ggpo.workspace.files import disk_errors, read_json, write_json, write_text
 from lora_ggpo.workspace.progress import Reporter
 

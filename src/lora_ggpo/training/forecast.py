@@ -34,20 +34,20 @@ from lora_ggpo.models.adapters import count_parameters
 from lora_ggpo.models.quantise import stored_bytes
 from lora_ggpo.models.saving import save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
-from lora_ggpo.training.memory import held, memory_errors, obtainable, peak, reset_peak
-from lora_ggpo.training.run import (
-    VALIDATION_ROWS,
+from lora_ggpo.training.build import (
+    build_model,
+    build_scorer,
+    build_trainer,
     load_splits,
-    make_trainer,
     optimizer_steps,
-    prepared_scorer,
-    quiet_libraries,
     scored_sets,
     training_arguments,
-    untrained,
 )
+from lora_ggpo.training.memory import available, in_use, memory_errors, peak, reset_peak
+from lora_ggpo.training.run import VALIDATION_ROWS
 from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.training.trainer import EpochSampler, RunTrainer
+from lora_ggpo.workspace.libraries import quiet_libraries
 from lora_ggpo.workspace.progress import Reporter, Task
 
 WARM_UP = 2
@@ -127,7 +127,7 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
     quiet_libraries()
     with (
         tempfile.TemporaryDirectory(prefix="lora-ggpo-") as folder,
-        recipe.located(),
+        recipe.locate_errors(),
         memory_errors(recipe, "per_device_train_batch_size"),
     ):
         args = training_arguments(recipe, Path(folder), recipe.seeds[0])
@@ -135,9 +135,10 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
 
 
 def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: int, reporter: Reporter) -> Forecast:
-    limit, before = obtainable(args.device), held(args.device)
-    model, tokenizer, rows = untrained(recipe, args, splits, recipe.task.for_labels(splits.labels))
-    score = prepared_scorer(recipe, splits, model, tokenizer, args, Reporter(quiet=True))
+    limit, before = available(args.device), in_use(args.device)
+    model, tokenizer, rows = build_model(recipe, args, splits)
+    score = build_scorer(recipe, args, model, tokenizer, splits.labels, Reporter(quiet=True))
+    score.prepare(scored_sets(recipe, splits))
     probe = _Probe(recipe, args, model, tokenizer, rows)
     full = probe.measure(args.per_device_train_batch_size, steps, reporter)
     total = optimizer_steps(args, len(rows))
@@ -213,7 +214,7 @@ class _Probe:
         size = batch * args.gradient_accumulation_steps
         chosen = [longest_rows(self._lengths, size)] * WARM_UP + self._typical(size, steps)
         rows = self._rows.select([row for step in chosen for row in step])
-        trainer = make_trainer(self._recipe, self._model, self._tokenizer, args, rows)
+        trainer = build_trainer(self._recipe, args, self._model, self._tokenizer, rows)
         with reporter.task(f"probe with {batch} rows a batch") as shown:
             clock = _Clock(shown)
             trainer.add_callback(clock)

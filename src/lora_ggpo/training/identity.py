@@ -67,6 +67,25 @@ def check_data(folder: Path, splits: Splits) -> None:
         raise UserError(f"The data has changed since {folder} was trained on it; name what to score with --on.")
 
 
+def weight_digests(weights: Path) -> dict[str, str]:
+    """Of what decides the trained model in the folder `weights`; its other files are for readers, and for a hub."""
+    return digests(sorted(path for path in weights.iterdir() if path.suffix in (".safetensors", ".json")), weights)
+
+
+def check_weights(weights: Path, metrics: dict[str, Any]) -> None:
+    """Check that the weights are those the metrics were measured with (an earlier release did not write it down).
+
+    Raises:
+        UserError: they are not.
+    """
+    for name, digest_then in metrics.get("weights", {}).items():
+        file = weights / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; the run ended with it, and other weight formats are not read.")
+        if digests([file], weights)[name] != digest_then:
+            raise UserError(f"{file} is damaged: it is not what the run ended with.")
+
+
 def keep_day(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Let a chat template that writes the present day write the one on which the run in `folder` was begun."""
     if not writes_day(tokenizer):

@@ -34,8 +34,8 @@ def peak(device: torch.device) -> int | None:
     return _kilobytes(_STATUS, "VmHWM")
 
 
-def held(device: torch.device) -> int | None:
-    """Bytes held now; None where the system does not tell."""
+def in_use(device: torch.device) -> int | None:
+    """Bytes in use now; None where the system does not tell."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -43,7 +43,7 @@ def held(device: torch.device) -> int | None:
     return _kilobytes(_STATUS, "VmRSS")
 
 
-def obtainable(device: torch.device) -> int | None:
+def available(device: torch.device) -> int | None:
     """Bytes that this process could hold, with those it holds now; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -17,8 +17,10 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import load_model
 from lora_ggpo.models.saving import save_model, save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
-from lora_ggpo.training.run import find_runs, load_trained, quiet_libraries
+from lora_ggpo.training.folder import find_runs
+from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.workspace.files import disk_errors, new_folder
+from lora_ggpo.workspace.libraries import quiet_libraries
 
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Allowed difference of merged and unmerged logits, relative to the largest logit: rounding of the merged weights."""

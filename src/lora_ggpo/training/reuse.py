@@ -1,25 +1,51 @@
-"""Score a finished run again, or on other data."""
+"""Use a finished run: load what it trained, and score it again or on other data."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from lora_ggpo.data import digest
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.identity import check_data
+from lora_ggpo.recipe.recipe import Recipe, load_recipe
+from lora_ggpo.training.build import AnyModel, build_scorer, load_splits, load_weights, training_arguments
+from lora_ggpo.training.folder import finished_metrics, read_run, weights_folder
+from lora_ggpo.training.identity import check_data, check_model, check_weights
 from lora_ggpo.training.memory import memory_errors
-from lora_ggpo.training.run import (
-    load_splits,
-    load_trained,
-    quiet_libraries,
-    scorer,
-    training_arguments,
-    versions,
-)
 from lora_ggpo.training.scorer import evaluation_sets, file_name, plain
-from lora_ggpo.workspace.files import write_json
+from lora_ggpo.workspace.files import read_json, write_json
+from lora_ggpo.workspace.libraries import quiet_libraries, versions
 from lora_ggpo.workspace.progress import Reporter
+
+
+def load_trained(
+    folder: Path, *, quantised: bool = True, base: str | None = None
+) -> tuple[AnyModel, PreTrainedTokenizerBase, Recipe, list[str] | None]:
+    """Load the trained model of a finished run, its tokenizer, recipe and labels.
+
+    Args:
+        quantised: Quantise the base model as the run did; False loads it in the recipe's dtype, under the same adapter.
+        base: Where the base model lies now, if it has moved.
+
+    Raises:
+        UserError: the run is unfinished, or its weights or its base model are missing or not those that it ended with.
+    """
+    metrics = finished_metrics(read_run(folder))
+    recipe = load_recipe(folder / "recipe.yaml")
+    data = read_json(folder / "data.json")
+    if not isinstance(data, dict) or "labels" not in data:
+        raise UserError(f"{folder / 'data.json'} is damaged: it names no labels.")
+    check_weights(weights_folder(folder, recipe), metrics)
+    if base and recipe.adapter is None:
+        raise UserError(f"{folder} is full fine-tuning, whose model lies in it; leave out --model.")
+    if base:
+        recipe = recipe.model_copy(update={"model": base})
+    if recipe.adapter is not None:
+        check_model(folder, recipe.model, chosen=base is not None)
+    model, tokenizer = load_weights(recipe, data["labels"], folder, quantised=quantised)
+    return model, tokenizer, recipe, data["labels"]
 
 
 def evaluate_run(
@@ -51,7 +77,7 @@ def evaluate_run(
     args = training_arguments(recipe, folder, recipe.seeds[0])
     sets = evaluation_sets(splits) if on is None else splits.out_of_domain
     with memory_errors(recipe, "per_device_eval_batch_size"):
-        scores = plain(scorer(model, tokenizer, recipe.task.for_labels(labels), args, reporter).score(sets, None))
+        scores = plain(build_scorer(recipe, args, model, tokenizer, labels, reporter).score(sets, None))
     kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}.json"
     facts = {"on": on, "data": {name: digest(rows) for name, rows in sets.items()}, "versions": versions()}
     try:

@@ -60,9 +60,13 @@ class Scorer:
         """Encode `sets`, of names that stand for the same rows ever after, so that scoring them cannot fail there.
 
         Raises:
-            UserError: one cannot be encoded; it is named.
+            UserError: one cannot be encoded, or two could not be kept apart; it is named.
         """
+        files: dict[str, str] = {}
         for name, rows in sets.items():
+            other = files.setdefault(file_name(name), name)
+            if other != name:
+                raise UserError(f"The predictions on {other} and {name} would have one file name; rename one of them.")
             if name not in self.encoded:
                 try:
                     self.encoded[name] = self.encode(rows, name)

@@ -13,14 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
 from lora_ggpo.errors import UserError, causes
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ELOOP)
-# What flock says on file systems without it: NFS without its lock service, some that are served by programs.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO, errno.EBADF, errno.EINVAL)
 # What safetensors and torch.save say instead of raising an OSError with its number.
 _NO_SPACE_WORDS = (
     *("No space left on device", "os error 28", "Disk quota exceeded"),
@@ -120,7 +116,7 @@ def settle(folder: Path) -> None:
 
     safetensors makes its files for their owner alone, whatever the umask says.
     """
-    mode = _file_mode(folder)
+    mode = new_file_mode(folder)
     for file in folder.rglob("*"):
         if file.is_file():
             if file.stat().st_mode & 0o666 != mode:
@@ -129,7 +125,7 @@ def settle(folder: Path) -> None:
             flush_to_disk(file)
 
 
-def _file_mode(folder: Path) -> int:
+def new_file_mode(folder: Path) -> int:
     """Permissions of a new file in `folder`: what the umask, or the default of the place, left of the folder's own."""
     return folder.stat().st_mode & 0o666
 
@@ -161,47 +157,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the lock goes with the process, however it ends.
-
-    Where the file system has no locks, a file stands for one. That of a process which is gone counts no more, if it
-    ran on this machine.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    lock = _acquired(folder)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # it goes with the process at the latest
-            lock.release()
-
-
-def _acquired(folder: Path) -> BaseFileLock:
-    in_use = f"{folder} is in use by another process; wait for it, or choose another output"
-    try:
-        return _taken(FileLock(folder / ".lock", mode=_file_mode(folder)), f"{in_use}.")
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    held = folder / ".lock.held"
-    return _taken(
-        SoftFileLock(held, mode=_file_mode(folder)), f"{in_use} (if there is none, on any machine, delete {held})."
-    )
-
-
-def _taken(lock: BaseFileLock, in_use: str) -> BaseFileLock:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(in_use) from error
-    return lock
 
 
 @contextmanager

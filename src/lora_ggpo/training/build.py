@@ -1,0 +1,235 @@
+"""What a recipe asks for, made: its data, transformers' arguments, the model, the trainer and the scorer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import SaveStrategy
+
+from lora_ggpo.data import DataConfig, Splits, load_classification, load_completion, load_regression
+from lora_ggpo.errors import UserError, rejected
+from lora_ggpo.integrations.callback import GGPOCallback
+from lora_ggpo.methods.adalora import AdaLoraCallback
+from lora_ggpo.methods.ascent import MGPO, SAM
+from lora_ggpo.methods.optimizers import OPTIMIZERS
+from lora_ggpo.models.adapters import add_adapter, freeze_body, load_adapter
+from lora_ggpo.models.load import check_tokens, load_model
+from lora_ggpo.models.quantise import Quantisation
+from lora_ggpo.recipe.recipe import Recipe
+from lora_ggpo.tasks import TaskConfig, collator, encode
+from lora_ggpo.tasks.pack import check_packing, pack
+from lora_ggpo.tasks.regression import start_at_mean
+from lora_ggpo.training.folder import weights_folder
+from lora_ggpo.training.identity import keep_day
+from lora_ggpo.training.scorer import Scorer, evaluation_sets
+from lora_ggpo.training.trainer import MakeAscent, RunTrainer, check_checkpointing
+from lora_ggpo.workspace.progress import Reporter
+
+AnyModel = PreTrainedModel | PeftModel
+
+
+def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
+    """The data of a task."""
+    if task.kind == "sft":
+        return load_completion(data)
+    return load_regression(data) if task.kind == "regression" else load_classification(data)
+
+
+def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
+    """The sets that a run is scored on after training."""
+    return evaluation_sets(splits) if recipe.score_test else {"validation": splits.validation}
+
+
+def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArguments:
+    """transformers' arguments for a run in `folder`.
+
+    Raises:
+        UserError: transformers rejects a value.
+    """
+    with rejected("training", recipe.training.model_fields_set):
+        return TrainingArguments(
+            # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
+            **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
+            output_dir=str((folder / "checkpoints").absolute()),  # transformers would expand a ~ at its beginning
+            seed=seed,
+            data_seed=seed,
+            report_to="none",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+        )
+
+
+def optimizer_steps(args: TrainingArguments, rows: int) -> int:
+    """Optimizer steps of a run over `rows` training rows, in as many processes as there are."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = rows / (args.per_device_train_batch_size * args.world_size)
+    whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * math.ceil(whole / args.gradient_accumulation_steps))
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def build_model(
+    recipe: Recipe, args: TrainingArguments, splits: Splits, folder: Path | None = None
+) -> tuple[AnyModel, PreTrainedTokenizerBase, Dataset]:
+    """The model that a run begins with, on its device; its tokenizer, and the encoded training rows.
+
+    Args:
+        folder: Of the run, which says the day that a chat template writes; today's without.
+
+    Raises:
+        UserError: the model, the adapter or the task does not fit the recipe.
+    """
+    set_seed(args.seed)  # decides the new head and the adapter's starting values
+    task = recipe.task.for_labels(splits.labels)
+    base, tokenizer = load_model(recipe.model, task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args))
+    if folder:
+        keep_day(tokenizer, folder)
+    rows = encode(task.kind, splits.train, tokenizer, task, "train")
+    check_tokens(base, tokenizer, rows["input_ids"])
+    if task.kind == "regression":
+        start_at_mean(base, rows["labels"][:])
+    if task.packing:
+        check_packing(base)
+        rows = pack(rows, task.max_length)
+    _check_steps(recipe, args, len(rows))
+    return _make_trainable(recipe, args, base, rows, collator(task.kind, tokenizer)), tokenizer, rows
+
+
+def _make_trainable(
+    recipe: Recipe, args: TrainingArguments, base: PreTrainedModel, rows: Dataset, collate: Callable[[Any], Any]
+) -> AnyModel:
+    """`base` with what the recipe trains: an adapter, its head, or all of it."""
+    if recipe.freeze_body:
+        return freeze_body(base)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        size = args.per_device_train_batch_size
+        for begin in range(0, len(rows), size):
+            batch = collate(rows.select(order[begin : begin + size]).to_list())
+            yield {name: tensor.to(args.device) for name, tensor in batch.items()}
+
+    base.to(args.device)  # type: ignore[arg-type]
+    steps = optimizer_steps(args, len(rows))
+    return add_adapter(base, recipe.adapter_fields, recipe.task.kind, total_steps=steps, batches=batches)
+
+
+def _check_steps(recipe: Recipe, args: TrainingArguments, rows: int) -> None:
+    """Refuse a run that would take no step, or never look at what ends it."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        of = f"{args.world_size} processes x {args.per_device_train_batch_size}" if args.world_size > 1 else str(batch)
+        raise UserError(
+            f"training.dataloader_drop_last leaves out every batch that is not full, and {rows} training rows do not "
+            f"fill one of {of}, so there is no step to take; lower training.per_device_train_batch_size to {rows} or "
+            "less, or leave dataloader_drop_last out."
+        )
+    steps = optimizer_steps(args, rows)
+    if recipe.stop_loss and recipe.validate_every and recipe.validate_every > steps:
+        raise UserError(
+            f"validate_every is {recipe.validate_every}, but the run has {steps} steps, in which stop_loss is never "
+            "looked at; lower it."
+        )
+
+
+def load_weights(
+    recipe: Recipe, labels: list[str] | None, folder: Path, *, quantised: bool = True
+) -> tuple[AnyModel, PreTrainedTokenizerBase]:
+    """The model that the run in `folder` has trained, and its tokenizer.
+
+    Raises:
+        UserError: the weights are missing or damaged.
+    """
+    weights = weights_folder(folder, recipe)
+    if recipe.adapter is None:
+        model, tokenizer = load_model(str(weights), recipe.task.kind, labels, recipe.dtype)
+        keep_day(tokenizer, folder)
+        return model, tokenizer
+    if not (weights / "adapter_model.safetensors").is_file():
+        raise UserError(f"{weights} has no adapter_model.safetensors file; other weight formats are not read.")
+    quantisation = _quantisation(recipe, training_arguments(recipe, folder, recipe.seeds[0])) if quantised else None
+    model, tokenizer = load_model(recipe.model, recipe.task.kind, labels, recipe.dtype, quantisation)
+    keep_day(tokenizer, folder)
+    return load_adapter(model, weights), tokenizer
+
+
+def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | None:
+    if recipe.quantise is None:
+        return None
+    compute = torch.bfloat16 if args.bf16 else torch.float32
+    return Quantisation(recipe.quantise, compute, args.device, bool(args.gradient_checkpointing))
+
+
+# --- what trains and scores it -------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    recipe: Recipe, args: TrainingArguments, model: AnyModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+) -> RunTrainer:
+    """The Trainer that trains `model` on encoded `rows` by the recipe's method; it keeps no log of its own."""
+    ggpo, optimizer = recipe.ggpo_config(args.seed), recipe.optimizer
+    callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
+    args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
+    if recipe.adalora:
+        callbacks.append(AdaLoraCallback())
+        args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
+    if args.gradient_checkpointing:
+        check_checkpointing(args)
+    with rejected("training", recipe.training.model_fields_set):
+        trainer = RunTrainer(
+            lengths=list(rows["length"]),
+            settings=recipe.training.model_fields_set,
+            make_optimizer=partial(OPTIMIZERS[optimizer.kind], optimizer.lr_ratio) if optimizer else None,
+            make_ascent=_ascent(recipe),
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=collator(recipe.task.kind, tokenizer),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _ascent(recipe: Recipe) -> MakeAscent | None:
+    sam, mgpo = recipe.sam, recipe.mgpo
+    if sam:
+        return lambda model, optimizer: SAM(model, sam.rho, sam.space)
+    if mgpo:
+        return lambda model, optimizer: MGPO(model, optimizer, mgpo.rho)
+    return None
+
+
+def build_scorer(
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: AnyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str] | None,
+    reporter: Reporter,
+) -> Scorer:
+    """Scores `model` on the device and in the precision of `args`."""
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    model.to(args.device)  # type: ignore[arg-type]
+    task, batch_size = recipe.task.for_labels(labels), args.per_device_eval_batch_size
+    return Scorer(model, tokenizer, task, batch_size=batch_size, autocast=autocast, reporter=reporter)
