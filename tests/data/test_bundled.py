@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lora_ggpo.data.bundled as bundled
-from lora_ggpo.data import BUNDLED, DataConfig, digest, load_classification
+from lora_ggpo.data import BUNDLED, DataConfig, LabelReader, digest
 from lora_ggpo.data.bundled import read_bundled
 from lora_ggpo.errors import UserError
 
@@ -51,7 +51,7 @@ def test_the_files_are_the_ones_described(name):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_of_splits_and_classes(name):
-    splits = load_classification(DataConfig(source=name))
+    splits = LabelReader.load(DataConfig(source=name))
     assert splits.labels == ["negative", "positive"]
     for split, counts in COUNTS[name].items():
         found = Counter(getattr(splits, split)["label"])
@@ -60,7 +60,7 @@ def test_counts_of_splits_and_classes(name):
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_loaded_splits_are_the_same_everywhere(name):
-    splits = load_classification(DataConfig(source=name))
+    splits = LabelReader.load(DataConfig(source=name))
     assert [digest(data) for data in (splits.train, splits.validation, splits.test)] == DIGESTS[name]
 
 

@@ -6,7 +6,7 @@ import warnings
 import datasets
 import pytest
 
-from lora_ggpo.data import DataConfig, load_completion
+from lora_ggpo.data import CompletionReader, DataConfig
 from lora_ggpo.errors import UserError
 
 QUESTION, ANSWER = "What is {n} plus one?", "It is one more.\nThe answer is: {n}"
@@ -46,7 +46,7 @@ def save(tmp_path):
 
 
 def load(source, **settings):
-    splits = load_completion(DataConfig(source=source, **settings))
+    splits = CompletionReader.load(DataConfig(source=source, **settings))
     return sorted((row for data in (splits.train, splits.validation, splits.test) for row in data), key=number)
 
 
@@ -274,7 +274,7 @@ def test_fields_that_mean_something_else_can_be_ignored(save):
 def test_splits_of_which_one_has_a_system_prompt(tmp_path):
     for split, more in {"train": {"system": "be brief"}, "validation": {}, "test": {}}.items():
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(PAIR | more))
-    splits = load_completion(DataConfig(source=str(tmp_path)))
+    splits = CompletionReader.load(DataConfig(source=str(tmp_path)))
     assert [[turn["role"] for turn in rows[0]["messages"]] for rows in (splits.train, splits.test)] == [
         ["system", "user", "assistant"],
         ["user", "assistant"],

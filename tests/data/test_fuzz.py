@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ggpo.data import DataConfig, load_classification, load_completion
+from lora_ggpo.data import CompletionReader, DataConfig, LabelReader
 from lora_ggpo.errors import UserError
 
 PLAIN = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5)
@@ -68,7 +68,7 @@ def check(tmp_path):
         path.write_bytes(content)
         config = DataConfig(source=str(path), validation_fraction=0.3, test_fraction=0.3)
         read, messages = 0, []
-        for load in (load_classification, load_completion):
+        for load in (LabelReader.load, CompletionReader.load):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")

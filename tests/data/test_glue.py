@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from lora_ggpo.data import DataConfig, digest, load_classification
+from lora_ggpo.data import DataConfig, LabelReader, digest
 from lora_ggpo.data import hub as hub_module
 from lora_ggpo.errors import UserError
 from lora_ggpo.training.scorer import evaluation_sets
@@ -15,7 +15,7 @@ from tests.data import glue
 
 def load(source, task="sst2", **settings):
     columns = dict(zip(("text", "text_pair"), glue.TASKS[task][0], strict=False))
-    return load_classification(DataConfig(source=str(source), **columns | settings))
+    return LabelReader.load(DataConfig(source=str(source), **columns | settings))
 
 
 def write(folder, **splits):

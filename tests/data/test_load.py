@@ -9,7 +9,7 @@ import datasets
 import pandas
 import pytest
 
-from lora_ggpo.data import DataConfig, digest, load_classification, load_completion
+from lora_ggpo.data import CompletionReader, DataConfig, LabelReader, digest
 from lora_ggpo.data import hub as hub_module
 from lora_ggpo.errors import UserError
 
@@ -30,7 +30,7 @@ def save(tmp_path):
 
 
 def classify(source, **settings):
-    return load_classification(DataConfig(source=source, **settings))
+    return LabelReader.load(DataConfig(source=source, **settings))
 
 
 def sets(splits):
@@ -174,7 +174,11 @@ def test_nothing_is_written_beside_the_data(save, tmp_path, monkeypatch):
         (with_row({"text": "x", "label": ["bad"]}), {}, r"line 4: column 'label' must hold text, but .* list"),
         (ROWS, {"train_size": 33}, r"data\.train_size is 33, but .* gives 32 rows to train on; ask for at most 32\."),
         (ROWS, {"train_size": 1}, r"data\.train_size is 1, but the training data has 2 classes"),
-        (ROWS, {"out_of_domain": ["amazon-reviews"]}, r"amazon-reviews has the labels negative, positive.*bad, good"),
+        (
+            ROWS,
+            {"out_of_domain": ["amazon-reviews"]},
+            r"amazon-reviews.jsonl, line \d+: the label '\w+' is not among .*, bad, good\.",
+        ),
     ],
 )
 def test_unusable_rows_are_reported_in_one_sentence(rows, settings, message, save):
@@ -252,7 +256,7 @@ def test_hub_data_keeps_class_names_and_replaces_a_withheld_test_split(monkeypat
 
 
 def complete(path, **settings):
-    return load_completion(DataConfig(source=path, **settings))
+    return CompletionReader.load(DataConfig(source=path, **settings))
 
 
 def test_prompts_and_completions(save):
@@ -301,8 +305,3 @@ def test_chats_in_both_spellings(suffix, tmp_path):
 def test_unusable_completions(row, message, save):
     with pytest.raises(UserError, match=message):
         complete(save([row]))
-
-
-def test_label_noise_needs_labels(save):
-    with pytest.raises(UserError, match=r"data\.label_noise needs labels"):
-        complete(save([{"prompt": "a", "completion": "b"}]), label_noise=0.1)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_ggpo.data import DataConfig, load_classification
+from lora_ggpo.data import DataConfig, LabelReader
 from lora_ggpo.data.files import parse_csv, parse_tsv
 from lora_ggpo.errors import UserError
 from tests.data import glue
@@ -115,15 +115,15 @@ def test_columns_are_for_separated_files_alone(source, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 1}\n')
     place = str(tmp_path / source) if source.endswith("jsonl") else source
     with pytest.raises(UserError, match=r"data\.columns is for CSV and TSV files without a header, but .* drop it"):
-        load_classification(DataConfig(source=place, columns=["text", "label"]))
+        LabelReader.load(DataConfig(source=place, columns=["text", "label"]))
 
 
 def test_a_first_row_that_was_taken_for_the_header_is_suspected(tmp_path):
     (tmp_path / "a.tsv").write_text("0\tsome text\n1\tother text\n")
     with pytest.raises(
-        UserError, match=r"no column 'text', .* If the file has no header, name its columns with data\.c"
+        UserError, match=r"no column 'label', .* If the file has no header, name its columns with data\.c"
     ):
-        load_classification(DataConfig(source=str(tmp_path / "a.tsv")))
+        LabelReader.load(DataConfig(source=str(tmp_path / "a.tsv")))
 
 
 @pytest.mark.parametrize("subset", glue.RAW)
@@ -134,7 +134,7 @@ def test_glue_as_it_is_distributed(subset, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # test labels are withheld
         place = str(tmp_path / subset)
-        splits = load_classification(DataConfig(source=place, label=label, test_split="validation", **columns))
+        splits = LabelReader.load(DataConfig(source=place, label=label, test_split="validation", **columns))
     given = {split: glue.raw_rows(subset, split) for split in ("train", "dev")}
     held_out = [row[-1] for row in given["dev"]]
     assert sorted(splits.test["text_pair" if len(texts) == 2 else "text"]) == sorted(held_out)

@@ -15,7 +15,7 @@ from lora_ggpo.cli import app
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Prompt, Sampling, generate
 from lora_ggpo.models.load import load_model
-from lora_ggpo.tasks.encode import prompt_ids
+from lora_ggpo.tasks.tokens import prompt_ids
 from lora_ggpo.workspace.interrupt import Interrupted
 
 TEXTS = ["the", "a film about a man who is", "I laughed and", "the story of a war that is not so good and not so bad"]
@@ -25,7 +25,7 @@ WARM = Sampling(max_new_tokens=8, temperature=1.0, samples=3, seed=5)
 @pytest.fixture(scope="module")
 def llama(tiny_llama):
     """(model, tokenizer): the tiny Llama with weights large enough that its choices are clear."""
-    model, tokenizer = load_model(tiny_llama, "sft")
+    model, tokenizer = load_model(tiny_llama)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
@@ -193,7 +193,7 @@ def test_answers_to_other_prompts_are_refused(llama, prompts, tmp_path):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_that_has_diverged_answers_nothing(tiny_llama, prompts, temperature):
-    model, tokenizer = load_model(tiny_llama, "sft")
+    model, tokenizer = load_model(tiny_llama)
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(DivergedError, match="outputs are not finite"):

@@ -14,6 +14,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.methods.optimizers import lora_fa, lora_plus
 from lora_ggpo.models.adapters import add_adapter, freeze_body
+from lora_ggpo.models.architecture import CAUSAL, HEADED
 from lora_ggpo.models.load import load_model
 
 TEXTS = ["A delight from start to finish.", "Dull, overlong and badly acted.", "I laughed.", "Why was this made?"]
@@ -57,7 +58,7 @@ def logits(model, minilm):
 @pytest.mark.parametrize("init", MOVED)
 def test_the_full_weight_starts_where_it_was(base, minilm, init):
     weights = {name: p.detach().clone() for name, p in base.named_parameters()}
-    model = add_adapter(base, FIELDS | {"init_lora_weights": init}, "classification", batches=batches_of(minilm))
+    model = add_adapter(base, FIELDS | {"init_lora_weights": init}, HEADED, batches=batches_of(minilm))
     layers = lora_layers(model)
     assert len(layers) == 3
     for name, layer in layers.items():
@@ -69,17 +70,17 @@ def test_the_full_weight_starts_where_it_was(base, minilm, init):
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_starting_values_of_embeddings_cannot_be_saved_as_a_difference(tiny_llama, target):
-    base, _ = load_model(str(tiny_llama), "sft")
+    base, _ = load_model(str(tiny_llama))
     fields = {"r": 4, "target_modules": ["q_proj", target], "init_lora_weights": "pissa"}
     with pytest.raises(UserError, match=rf"which peft cannot do for .*{target}; leave it out of target_modules"):
-        add_adapter(base, fields, "sft")
+        add_adapter(base, fields, CAUSAL)
 
 
 def test_pissa_holds_the_principal_part(base):
     weight = base.bert.encoder.layer[0].attention.self.query.weight.detach().double()
     u, s, v = torch.linalg.svd(weight)
     principal = (u[:, :4] * s[:4]) @ v[:4]
-    model = add_adapter(base, FIELDS | {"init_lora_weights": "pissa"}, "classification")
+    model = add_adapter(base, FIELDS | {"init_lora_weights": "pissa"}, HEADED)
     layer = next(iter(lora_layers(model).values()))
     torch.testing.assert_close(product(layer).double(), principal, rtol=1e-3, atol=1e-4)
 
@@ -91,7 +92,7 @@ def test_lora_ga_holds_the_gradients_directions(base, minilm):
     rows = torch.linalg.svd(layer.weight.grad.double())[2][: 2 * FIELDS["r"]]
     base.zero_grad()
     torch.manual_seed(1)
-    model = add_adapter(base, FIELDS | {"init_lora_weights": "lora_ga"}, "classification", batches=batches_of(minilm))
+    model = add_adapter(base, FIELDS | {"init_lora_weights": "lora_ga"}, HEADED, batches=batches_of(minilm))
     a = next(iter(lora_layers(model).values())).lora_A["default"].weight.double()
     inside = (a @ rows.T @ rows).norm() / a.norm()  # dropout changes the gradient a little
     assert inside > 0.8
@@ -109,7 +110,7 @@ def test_eva_explains_the_layers_inputs(base, minilm):
     first = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[2][0]
     fields = {"r": 1, "target_modules": r".*layer\.0\.attention\.self\.query", "init_lora_weights": "eva"}
     eva = {"eva_config": {"rho": 1.0}}
-    model = add_adapter(base, fields | eva, "classification", batches=batches_of(minilm))
+    model = add_adapter(base, fields | eva, HEADED, batches=batches_of(minilm))
     (layer,) = lora_layers(model).values()
     a = layer.lora_A["default"].weight[0].double()
     assert (a @ first).abs() / a.norm() > 0.95
@@ -118,13 +119,13 @@ def test_eva_explains_the_layers_inputs(base, minilm):
 def test_eva_gives_up_where_the_data_is_too_little(base, minilm):
     fields = {"r": 8, "target_modules": r".*pooler\.dense", "init_lora_weights": "eva"}  # four texts, eight directions
     with pytest.raises(UserError, match="have not settled after 20 passes over 2 batches"):
-        add_adapter(base, fields, "classification", batches=batches_of(minilm))
+        add_adapter(base, fields, HEADED, batches=batches_of(minilm))
 
 
 @pytest.mark.parametrize("init", MOVED)
 def test_what_is_saved_fits_the_untouched_model(base, minilm, init, tmp_path):
     untouched = copy.deepcopy(base)
-    model = add_adapter(base, FIELDS | {"init_lora_weights": init}, "classification", batches=batches_of(minilm))
+    model = add_adapter(base, FIELDS | {"init_lora_weights": init}, HEADED, batches=batches_of(minilm))
     assert save_start(model, tmp_path / "start")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -140,12 +141,12 @@ def test_what_is_saved_fits_the_untouched_model(base, minilm, init, tmp_path):
 
 @pytest.mark.parametrize("init", [True, "gaussian"])
 def test_other_starts_are_saved_as_they_are(base, minilm, init, tmp_path):
-    model = add_adapter(base, FIELDS | {"init_lora_weights": init}, "classification", batches=batches_of(minilm))
+    model = add_adapter(base, FIELDS | {"init_lora_weights": init}, HEADED, batches=batches_of(minilm))
     assert not save_start(model, tmp_path / "start")
 
 
 def test_rslora_and_dora(base):
-    model = add_adapter(base, FIELDS | {"use_rslora": True, "use_dora": True}, "classification")
+    model = add_adapter(base, FIELDS | {"use_rslora": True, "use_dora": True}, HEADED)
     for layer in lora_layers(model).values():
         assert layer.scaling["default"] == pytest.approx(FIELDS["lora_alpha"] / math.sqrt(FIELDS["r"]))
         norms = layer.base_layer.weight.norm(dim=1)
@@ -153,14 +154,14 @@ def test_rslora_and_dora(base):
 
 
 def test_adalora(base):
-    model = add_adapter(base, FIELDS | {"type": "adalora"}, "classification", total_steps=50)
+    model = add_adapter(base, FIELDS | {"type": "adalora"}, HEADED, total_steps=50)
     assert isinstance(model.base_model, AdaLoraModel)
     config = model.peft_config["default"]
     assert (config.target_r, config.init_r, config.total_step, config.tinit, config.tfinal) == (4, 6, 50, 5, 15)
 
 
 def test_lora_plus_learns_b_faster(base, tmp_path):
-    model = add_adapter(base, FIELDS, "classification")
+    model = add_adapter(base, FIELDS, HEADED)
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.01, use_cpu=True)
     optimizer = lora_plus(8.0, model, args)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -172,7 +173,7 @@ def test_lora_plus_learns_b_faster(base, tmp_path):
 
 
 def test_lora_fa_freezes_a(base, tmp_path):
-    model = add_adapter(base, FIELDS, "classification")
+    model = add_adapter(base, FIELDS, HEADED)
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True)
     assert isinstance(lora_fa(1.0, model, args), LoraFAOptimizer)
     for name, parameter in model.named_parameters():
@@ -193,4 +194,4 @@ def test_head_only(base):
 )
 def test_what_does_not_go_together(base, minilm, fields, message):
     with pytest.raises(UserError, match=message):
-        add_adapter(base, FIELDS | fields, "classification", batches=batches_of(minilm))
+        add_adapter(base, FIELDS | fields, HEADED, batches=batches_of(minilm))

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.models.architecture import CAUSAL
 
 
 @pytest.fixture
@@ -28,17 +29,17 @@ def batches():
 def test_starting_values_have_no_more_ranks_than_the_weight_has_directions(llama, init, largest):
     fields = {"init_lora_weights": init, "target_modules": ["q_proj", "k_proj"]}
     with pytest.raises(UserError, match=rf"r is {largest + 1}, .*k_proj .* has 16; lower it to {largest}"):
-        add_adapter(copy.deepcopy(llama), fields | {"r": largest + 1}, "sft", batches=batches)
-    add_adapter(copy.deepcopy(llama), fields | {"r": largest}, "sft", batches=batches)
+        add_adapter(copy.deepcopy(llama), fields | {"r": largest + 1}, CAUSAL, batches=batches)
+    add_adapter(copy.deepcopy(llama), fields | {"r": largest}, CAUSAL, batches=batches)
     patterned = fields | {"r": largest + 1, "rank_pattern": {"k_proj": largest}}
-    adapted = add_adapter(llama, patterned, "sft", batches=batches)
+    adapted = add_adapter(llama, patterned, CAUSAL, batches=batches)
     ranks = {name: p.shape for name, p in adapted.named_parameters() if "lora_A" in name}
     assert {shape[0] for shape in ranks.values()} == {largest, largest + 1}
 
 
 @pytest.mark.parametrize("init", ["pissa", "lora_ga"])
 def test_the_usual_layers_are_adapted_where_none_are_named(llama, init):
-    adapted = add_adapter(llama, {"r": 4, "init_lora_weights": init}, "sft", batches=batches)
+    adapted = add_adapter(llama, {"r": 4, "init_lora_weights": init}, CAUSAL, batches=batches)
     layers = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert layers == {"q_proj", "v_proj"}
 
@@ -74,7 +75,7 @@ def test_the_usual_layers_are_adapted_where_none_are_named(llama, init):
 )
 def test_what_the_model_has_not_is_one_sentence(llama, fields, message):
     with pytest.raises(UserError, match=message) as caught:
-        add_adapter(llama, {"r": 4, "target_modules": ["q_proj", "v_proj"]} | fields, "sft", batches=batches)
+        add_adapter(llama, {"r": 4, "target_modules": ["q_proj", "v_proj"]} | fields, CAUSAL, batches=batches)
     assert "\n" not in str(caught.value)
 
 
@@ -89,7 +90,7 @@ def test_what_the_model_has_not_is_one_sentence(llama, fields, message):
 )
 def test_what_has_no_effect_or_no_merge_is_said_before_training(llama, fields, warning):
     with pytest.warns(UserWarning, match=warning):
-        add_adapter(llama, {"r": 4, "target_modules": ["q_proj"]} | fields, "sft")
+        add_adapter(llama, {"r": 4, "target_modules": ["q_proj"]} | fields, CAUSAL)
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"type": "adalora"}, {"lora_dropout": 0.1, "r": 2}])
@@ -98,5 +99,5 @@ def test_nothing_is_said_of_what_can_be_merged_and_no_weight_moves(llama, fields
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message="Note that `r` is not used in AdaLora")
-        adapted = add_adapter(llama, {"r": 4, "target_modules": ["q_proj"]} | fields, "sft", total_steps=10)
+        adapted = add_adapter(llama, {"r": 4, "target_modules": ["q_proj"]} | fields, CAUSAL, total_steps=10)
     assert torch.equal(adapted.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight, before)

@@ -17,12 +17,12 @@ from lora_ggpo.evaluation.target import load_target
 from lora_ggpo.models.chat_template import end_of_turn, remove_day, write_day, written_day
 from lora_ggpo.models.load import load_model
 from lora_ggpo.recipe.recipe import parse_recipe
-from lora_ggpo.tasks import TaskConfig, encode
 from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.chat_styles import DATED, ENDLESS, STYLES, save
+from tests.tasks.make import task
 
 TALK = [
     {"role": "user", "content": "Hello"},
@@ -67,15 +67,15 @@ def ends_of_turns(row):
 @pytest.mark.parametrize("name", STYLES)
 def test_the_token_that_a_turn_is_learnt_to_end_in_ends_generation(name, smollm2, tmp_path):
     style = STYLES[name]
-    model, tokenizer = load_model(save(tmp_path / "model", smollm2[1], style), "sft")
-    rows = encode("sft", Dataset.from_list([{"messages": TALK}]), tokenizer, TaskConfig(kind="sft"))
+    model, tokenizer = load_model(save(tmp_path / "model", smollm2[1], style))
+    rows = task(kind="sft").encode(Dataset.from_list([{"messages": TALK}]), tokenizer)
     end, eos = tokenizer.convert_tokens_to_ids([style.end, style.eos])
     assert ends_of_turns(rows[0]) == [end, end]
     assert set(end_tokens(model, tokenizer)) == {end, eos}
     assert tokenizer.eos_token_id == eos
     pair = Dataset.from_dict({"prompt": ["2+2?"], "completion": [" 4"]})
-    assert ends_of_turns(encode("sft", pair, tokenizer, TaskConfig(kind="sft"))[0]) == [eos]
-    asked = encode("sft", pair, tokenizer, TaskConfig(kind="sft", chat_template=True))
+    assert ends_of_turns(task(kind="sft").encode(pair, tokenizer)[0]) == [eos]
+    asked = task(kind="sft", chat_template=True).encode(pair, tokenizer)
     assert ends_of_turns(asked[0]) == [end]
 
 
@@ -105,7 +105,7 @@ def test_an_irregular_end_is_refused(smollm2):
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     with pytest.raises(UserError, match=r"Row 0: .* does not end this assistant's turn in <\|im_end\|>"):
-        encode("sft", Dataset.from_list([{"messages": TALK[2:]}]), tokenizer, TaskConfig(kind="sft"))
+        task(kind="sft").encode(Dataset.from_list([{"messages": TALK[2:]}]), tokenizer)
 
 
 def test_tokens_that_are_not_called_special_end_a_turn_where_no_other_does(smollm2):

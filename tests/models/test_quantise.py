@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lora_ggpo.cli import app
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.adapters import count_parameters
+from lora_ggpo.models.architecture import HEADED, label_head
 from lora_ggpo.models.load import load_model
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.perturbation.weights import _dequantise
@@ -35,7 +36,7 @@ SHORT = ("training.max_steps=8", "adapter.lora_dropout=0", "data.label_noise=0",
 def _load(kind, **settings):
     quantisation = Quantisation(kind, torch.float32, torch.device("cpu"), **settings)
     torch.manual_seed(0)
-    return load_model("minilm", "classification", ["negative", "positive"], quantisation=quantisation)[0]
+    return load_model("minilm", HEADED, label_head(["negative", "positive"]), quantisation=quantisation)[0]
 
 
 def _bytes(model):

@@ -31,7 +31,7 @@ def test_the_base_model_s_tokenizer_class_is_kept(tiny_llama, tmp_path, named, s
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     extra = {"tokenizer_class": named, "add_bos_token": False, "extra_special_tokens": ["<unk>"]}
     changed(base / "tokenizer_config.json", extra)
-    tokenizer = load_model(str(base), "sft")[1]
+    tokenizer = load_model(str(base))[1]
     save_tokenizer(tokenizer, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert (config["tokenizer_class"], config["add_bos_token"]) == (saved, False)

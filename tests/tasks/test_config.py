@@ -4,15 +4,13 @@ import pytest
 from pydantic import ValidationError
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks import Metric, TaskConfig
+from lora_ggpo.tasks import Measured, TaskConfig
 
 
 def test_label_words_default_to_the_label_names():
-    config = TaskConfig(kind="causal-classification").for_labels(["bad", "good"])
-    assert config.label_words == ["bad", "good"]
+    assert TaskConfig(kind="causal-classification").for_labels(["bad", " good"]).words == ["bad", "good"]
     chosen = TaskConfig(kind="causal-classification", label_words=["poor", "great"])
-    assert chosen.for_labels(["bad", "good"]).label_words == ["poor", "great"]
-    assert TaskConfig(kind="sft").for_labels(None).label_words is None
+    assert chosen.for_labels(["bad", "good"]).words == ["poor", "great"]
 
 
 def test_label_words_must_match_the_labels():
@@ -22,7 +20,7 @@ def test_label_words_must_match_the_labels():
 
 
 def test_seq2seq_has_label_words_too():
-    assert TaskConfig(kind="seq2seq-classification").for_labels(["bad", "good"]).label_words == ["bad", "good"]
+    assert TaskConfig(kind="seq2seq-classification").for_labels(["bad", "good"]).words == ["bad", "good"]
 
 
 def test_template_by_kind():
@@ -62,6 +60,6 @@ def test_wrong_settings(fields, message):
         TaskConfig(kind="causal-classification", **fields)
 
 
-def test_metric_is_json_without_nan():
-    assert Metric(0.5, 0.1, 25).to_dict() == {"value": 0.5, "se": 0.1, "n": 25}
-    assert Metric(math.inf, math.nan, 1).to_dict() == {"value": None, "se": None, "n": 1}
+def test_a_measured_value_is_json_without_nan():
+    assert Measured(0.5, 0.1, 25).to_dict() == {"value": 0.5, "se": 0.1, "n": 25}
+    assert Measured(math.inf, math.nan, 1).to_dict() == {"value": None, "se": None, "n": 1}

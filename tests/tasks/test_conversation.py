@@ -9,12 +9,12 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from lora_ggpo.data import DataConfig, load_completion
+from lora_ggpo.data import CompletionReader, DataConfig
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks import TaskConfig, encode
 from lora_ggpo.tasks.pack import pack
+from tests.tasks.make import task
 
-CONFIG = TaskConfig(kind="sft", max_length=2000)
+CONFIG = task(kind="sft", max_length=2000)
 CALLS = (
     "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}"
     "{% endfor %}"
@@ -70,8 +70,8 @@ def encoded(tmp_path, tokenizer):
                 (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
             else:
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{split}.parquet")
-        data = load_completion(DataConfig(source=str(tmp_path))).train
-        return encode("sft", data.select([0]), tokenizer, CONFIG)[0]
+        data = CompletionReader.load(DataConfig(source=str(tmp_path))).train
+        return CONFIG.encode(data.select([0]), tokenizer)[0]
 
     return encoded
 
@@ -219,7 +219,7 @@ def test_weights_hold_in_packed_rows(tokenizer):
         ]
         for row in rows
     ]
-    encoded = encode("sft", Dataset.from_dict({"messages": data}), tokenizer, CONFIG)
+    encoded = CONFIG.encode(Dataset.from_dict({"messages": data}), tokenizer)
     packed = pack(encoded, 2000)[0]
     assert packed["labels"] == encoded[0]["labels"] + encoded[1]["labels"]
     assert sorted(set(packed["labels"]) - {-100}) == sorted(set(encoded[1]["labels"]) - {-100})

@@ -9,8 +9,9 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.models.architecture import CAUSAL, ENCODER_DECODER
 from lora_ggpo.models.load import load_model
-from lora_ggpo.tasks import TaskConfig, collator, encode, evaluate, predict
+from tests.tasks.make import task
 
 TEXTS = [
     "A fine film.",
@@ -28,7 +29,7 @@ PAIRS = Dataset.from_dict({"prompt": ["Q: 2+2?\nA:", "Say:", "Count: 1 2 3"], "c
 
 
 def causal(*words):
-    return TaskConfig(kind="causal-classification", label_words=list(words))
+    return task(kind="causal-classification", label_words=list(words))
 
 
 def log_prob(model, ids, start):
@@ -43,9 +44,9 @@ def log_prob(model, ids, start):
 
 def test_probabilities_are_the_models_in_the_order_of_the_data(minilm):
     model, tokenizer = minilm
-    config = TaskConfig()
-    encoded = encode("classification", REVIEWS, tokenizer, config)
-    probabilities = predict("classification", model, encoded, tokenizer, config, batch_size=3)
+    chosen = task()
+    encoded = chosen.encode(REVIEWS, tokenizer)
+    probabilities = chosen.score(model, encoded, tokenizer, batch_size=3)
     for text, row in zip(TEXTS, probabilities, strict=True):
         with torch.no_grad():
             expected = model.eval()(**tokenizer(text, return_tensors="pt")).logits[0].double().softmax(-1)
@@ -56,10 +57,10 @@ def test_pairs_are_read_with_their_segments(minilm):
     model, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
     with torch.no_grad():
         model.classifier.weight.mul_(100)  # the new head is all but blind
-    config, seconds = TaskConfig(), TEXTS[::-1]
+    chosen, seconds = task(), TEXTS[::-1]
     data = Dataset.from_dict({"text": TEXTS, "text_pair": seconds, "label": LABELS})
-    encoded = encode("classification", data, tokenizer, config)
-    probabilities = predict("classification", model, encoded, tokenizer, config, batch_size=3)
+    encoded = chosen.encode(data, tokenizer)
+    probabilities = chosen.score(model, encoded, tokenizer, batch_size=3)
     for first, second, row in zip(TEXTS, seconds, probabilities, strict=True):
         batch = tokenizer(first, second, return_tensors="pt")
         with torch.no_grad():
@@ -71,10 +72,10 @@ def test_pairs_are_read_with_their_segments(minilm):
 
 def test_metrics_follow_from_the_probabilities(minilm):
     model, tokenizer = minilm
-    config = TaskConfig()
-    encoded = encode("classification", REVIEWS, tokenizer, config)
-    probabilities = predict("classification", model, encoded, tokenizer, config)
-    metrics = evaluate("classification", model, encoded, tokenizer, config)
+    chosen = task()
+    encoded = chosen.encode(REVIEWS, tokenizer)
+    probabilities = chosen.score(model, encoded, tokenizer)
+    metrics = chosen.evaluate(model, encoded, tokenizer)
     assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss"]
     assert metrics["accuracy"].value == accuracy_score(LABELS, probabilities.argmax(1))
     assert metrics["log_loss"].value == pytest.approx(log_loss(LABELS, probabilities))
@@ -85,10 +86,10 @@ def test_modes_and_gradients_are_left_as_they_were_and_dropout_is_off(minilm):
     tokenizer = minilm[1]
     model = copy.deepcopy(minilm[0]).train()
     model.bert.pooler.eval()  # a module someone froze by hand
-    config = TaskConfig()
-    encoded = encode("classification", REVIEWS, tokenizer, config)
-    first = predict("classification", model, encoded, tokenizer, config)
-    assert np.array_equal(first, predict("classification", model, encoded, tokenizer, config))
+    chosen = task()
+    encoded = chosen.encode(REVIEWS, tokenizer)
+    first = chosen.score(model, encoded, tokenizer)
+    assert np.array_equal(first, chosen.score(model, encoded, tokenizer))
     assert model.training
     assert model.bert.encoder.training
     assert not model.bert.pooler.training
@@ -98,37 +99,31 @@ def test_modes_and_gradients_are_left_as_they_were_and_dropout_is_off(minilm):
 
 def test_progress_counts_examples(minilm):
     calls = []
-    config = TaskConfig()
-    encoded = encode("classification", REVIEWS, minilm[1], config)
-    predict(
-        "classification", minilm[0], encoded, minilm[1], config, batch_size=3, progress=lambda *done: calls.append(done)
-    )
+    chosen = task()
+    encoded = chosen.encode(REVIEWS, minilm[1])
+    chosen.score(minilm[0], encoded, minilm[1], batch_size=3, progress=lambda *done: calls.append(done))
     assert calls == [(3, 8), (6, 8), (8, 8)]
 
 
 def test_autocast_is_used_and_close(minilm):
     model, tokenizer = minilm
-    config = TaskConfig()
-    encoded = encode("classification", REVIEWS, tokenizer, config)
-    exact = predict("classification", model, encoded, tokenizer, config)
-    rough = predict("classification", model, encoded, tokenizer, config, autocast=torch.bfloat16)
+    chosen = task()
+    encoded = chosen.encode(REVIEWS, tokenizer)
+    exact = chosen.score(model, encoded, tokenizer)
+    rough = chosen.score(model, encoded, tokenizer, autocast=torch.bfloat16)
     assert not np.array_equal(rough, exact)
     np.testing.assert_allclose(rough, exact, atol=0.02)
 
 
-def test_diverged_model_and_wrong_labels_are_errors(minilm):
+def test_a_diverged_model_is_an_error(minilm):
     model, tokenizer = copy.deepcopy(minilm[0]), minilm[1]
-    config = TaskConfig()
-    data = Dataset.from_dict({"text": TEXTS[:3], "label": [1, 0, 2]})
-    encoded = encode("classification", data, tokenizer, config)
-    with pytest.raises(UserError, match="Row 2: label 2 is out of range; the model knows the labels 0 to 1"):
-        evaluate("classification", model, encoded, tokenizer, config)
+    chosen = task()
+    data = Dataset.from_dict({"text": TEXTS[:3], "label": [1, 0, 1]})
+    encoded = chosen.encode(data, tokenizer)
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite on 3 of 3 examples"):
-        evaluate("classification", model, encoded, tokenizer, config)
-    with pytest.raises(UserError, match="no rows"):
-        evaluate("classification", model, encoded.select([]), tokenizer, config)
+        chosen.evaluate(model, encoded, tokenizer)
 
 
 # --- causal classification -----------------------------------------------------------------------------------------
@@ -144,13 +139,13 @@ def test_diverged_model_and_wrong_labels_are_errors(minilm):
 )
 def test_label_words_score_as_teacher_forcing_says(smollm2, words, passes):
     model, tokenizer = smollm2
-    config = causal(*words)
+    chosen = causal(*words)
     data = Dataset.from_dict({"text": TEXTS[:4], "label": [0, 1, 0, 1]})
-    encoded = encode("causal-classification", data, tokenizer, config)
+    encoded = chosen.encode(data, tokenizer)
     calls = []
     hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        probabilities = predict("causal-classification", model, encoded, tokenizer, config)
+        probabilities = chosen.score(model, encoded, tokenizer)
     finally:
         hook.remove()
     for text, row in zip(TEXTS, probabilities, strict=False):
@@ -166,22 +161,22 @@ def test_label_words_score_as_teacher_forcing_says(smollm2, words, passes):
 
 def test_padding_does_not_change_the_scores(smollm2):
     model, tokenizer = smollm2
-    config = causal("not good", "wonderful")
-    encoded = encode("causal-classification", REVIEWS, tokenizer, config)
-    alone = predict("causal-classification", model, encoded, tokenizer, config, batch_size=1)
-    together = predict("causal-classification", model, encoded, tokenizer, config, batch_size=8)
+    chosen = causal("not good", "wonderful")
+    encoded = chosen.encode(REVIEWS, tokenizer)
+    alone = chosen.score(model, encoded, tokenizer, batch_size=1)
+    together = chosen.score(model, encoded, tokenizer, batch_size=8)
     np.testing.assert_allclose(alone, together, rtol=1e-3, atol=1e-6)
 
 
 def test_causal_metrics_and_an_adapted_model(smollm2):
     model, tokenizer = smollm2
-    config = causal("negative", "positive")
-    encoded = encode("causal-classification", REVIEWS, tokenizer, config)
-    metrics = evaluate("causal-classification", model, encoded, tokenizer, config)
+    chosen = causal("negative", "positive")
+    encoded = chosen.encode(REVIEWS, tokenizer)
+    metrics = chosen.evaluate(model, encoded, tokenizer)
     assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss"]
     assert metrics["accuracy"].value >= 0.5  # it knows a little without training
-    adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": ["q_proj"]}, "causal-classification")
-    after = evaluate("causal-classification", adapted, encoded, tokenizer, config)
+    adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": ["q_proj"]}, CAUSAL)
+    after = chosen.evaluate(adapted, encoded, tokenizer)
     assert after["log_loss"].value == pytest.approx(metrics["log_loss"].value, abs=1e-5)
 
 
@@ -207,7 +202,7 @@ def bart(folder, tokenizer):
 def encoder_decoder(request, tiny_t5, minilm, tmp_path_factory):
     """(model, tokenizer), random and small."""
     folder = tiny_t5 if request.param == "t5" else bart(tmp_path_factory.mktemp("bart"), minilm[1])
-    return load_model(folder, SEQ2SEQ)
+    return load_model(folder, ENCODER_DECODER)
 
 
 def decoded_log_prob(model, prompt, word):
@@ -223,10 +218,10 @@ def decoded_log_prob(model, prompt, word):
 
 def test_label_words_score_as_a_loop_over_decoder_steps_says(encoder_decoder):
     model, tokenizer = encoder_decoder
-    config = TaskConfig(kind=SEQ2SEQ, template="first: {text} second: {text_pair}", label_words=WORDS)
+    chosen = task(kind=SEQ2SEQ, template="first: {text} second: {text_pair}", label_words=WORDS)
     data = Dataset.from_dict({"text": TEXTS, "text_pair": TEXTS[::-1], "label": [0, 1, 2, 3] * 2})
-    encoded = encode(SEQ2SEQ, data, tokenizer, config)
-    probabilities = predict(SEQ2SEQ, model, encoded, tokenizer, config, batch_size=3)
+    encoded = chosen.encode(data, tokenizer)
+    probabilities = chosen.score(model, encoded, tokenizer, batch_size=3)
     exact = copy.deepcopy(model).double().eval()
     for first, second, row in zip(TEXTS, TEXTS[::-1], probabilities, strict=True):
         prompt = tokenizer(f"first: {first} second: {second}")["input_ids"]
@@ -238,12 +233,12 @@ def test_label_words_score_as_a_loop_over_decoder_steps_says(encoder_decoder):
 
 def test_the_encoder_reads_a_batch_once(encoder_decoder):
     model, tokenizer = encoder_decoder
-    config = TaskConfig(kind=SEQ2SEQ, label_words=WORDS)
-    encoded = encode(SEQ2SEQ, REVIEWS, tokenizer, config)
+    chosen = task(kind=SEQ2SEQ, label_words=WORDS)
+    encoded = chosen.encode(REVIEWS, tokenizer)
     calls = []
     hook = model.get_encoder().register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        predict(SEQ2SEQ, model, encoded, tokenizer, config)
+        chosen.score(model, encoded, tokenizer)
     finally:
         hook.remove()
     assert len(calls) == 1
@@ -251,29 +246,29 @@ def test_the_encoder_reads_a_batch_once(encoder_decoder):
 
 def test_training_loss_is_that_of_the_right_word(encoder_decoder):
     model, tokenizer = encoder_decoder
-    config = TaskConfig(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
-    encoded = encode(SEQ2SEQ, REVIEWS, tokenizer, config)
+    chosen = task(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
+    encoded = chosen.encode(REVIEWS, tokenizer)
     exact = copy.deepcopy(model).double().eval()
     with torch.no_grad():
-        loss = exact(**collator(SEQ2SEQ, tokenizer)(encoded.to_list())).loss.item()
+        loss = exact(**chosen.collator(tokenizer)(encoded.to_list())).loss.item()
     total = sum(decoded_log_prob(exact, row["input_ids"], row["labels"]) for row in encoded)
     assert loss == pytest.approx(-total / sum(len(row["labels"]) for row in encoded), rel=1e-9)
 
 
 def test_seq2seq_metrics_and_an_adapted_model(encoder_decoder):
     model, tokenizer = encoder_decoder
-    config = TaskConfig(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
-    encoded = encode(SEQ2SEQ, REVIEWS, tokenizer, config)
-    metrics = evaluate(SEQ2SEQ, model, encoded, tokenizer, config)
+    chosen = task(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
+    encoded = chosen.encode(REVIEWS, tokenizer)
+    metrics = chosen.evaluate(model, encoded, tokenizer)
     assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss"]
-    adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": "all-linear"}, SEQ2SEQ)
-    after = evaluate(SEQ2SEQ, adapted, encoded, tokenizer, config)
+    adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": "all-linear"}, ENCODER_DECODER)
+    after = chosen.evaluate(adapted, encoded, tokenizer)
     assert after["log_loss"].value == pytest.approx(metrics["log_loss"].value, abs=1e-5)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
-    assert evaluate(SEQ2SEQ, adapted, encoded, tokenizer, config)["log_loss"].value != after["log_loss"].value
+    assert chosen.evaluate(adapted, encoded, tokenizer)["log_loss"].value != after["log_loss"].value
 
 
 # --- completions ---------------------------------------------------------------------------------------------------
@@ -281,9 +276,9 @@ def test_seq2seq_metrics_and_an_adapted_model(encoder_decoder):
 
 def test_completion_loss_is_teacher_forcing_per_token(smollm2):
     model, tokenizer = smollm2
-    config = TaskConfig(kind="sft")
-    encoded = encode("sft", PAIRS, tokenizer, config)
-    metrics = evaluate("sft", model, encoded, tokenizer, config, batch_size=2)
+    chosen = task(kind="sft")
+    encoded = chosen.encode(PAIRS, tokenizer)
+    metrics = chosen.evaluate(model, encoded, tokenizer, batch_size=2)
     total, count = 0.0, 0
     for row in encoded:
         start = sum(label == -100 for label in row["labels"])
@@ -296,14 +291,8 @@ def test_completion_loss_is_teacher_forcing_per_token(smollm2):
 
 def test_completion_loss_is_the_loss_of_training(smollm2):
     model, tokenizer = smollm2
-    config = TaskConfig(kind="sft")
-    encoded = encode("sft", PAIRS, tokenizer, config)
+    chosen = task(kind="sft")
+    encoded = chosen.encode(PAIRS, tokenizer)
     with torch.no_grad():
-        trained_on = model(**collator("sft", tokenizer)(encoded.to_list())).loss.item()
-    assert evaluate("sft", model, encoded, tokenizer, config)["loss"].value == pytest.approx(trained_on, rel=1e-4)
-
-
-def test_sft_has_no_classes(smollm2):
-    config = TaskConfig(kind="sft")
-    with pytest.raises(UserError, match="no classes to predict"):
-        predict("sft", smollm2[0], encode("sft", PAIRS, smollm2[1], config), smollm2[1], config)
+        trained_on = model(**task(kind="sft").collator(tokenizer)(encoded.to_list())).loss.item()
+    assert chosen.evaluate(model, encoded, tokenizer)["loss"].value == pytest.approx(trained_on, rel=1e-4)

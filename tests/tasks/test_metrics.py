@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import f1_score, log_loss, matthews_corrcoef
 
-from lora_ggpo.tasks.metrics import _f1_mcc, classification_metrics, completion_metrics
+from lora_ggpo.tasks.classification import _f1_mcc, classification_metrics
+from lora_ggpo.tasks.sft import completion_metrics
 
 
 def softmax_data(rng, n, classes):

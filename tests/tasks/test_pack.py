@@ -10,21 +10,21 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import load_model
-from lora_ggpo.tasks import TaskConfig, collator, encode
 from lora_ggpo.tasks.pack import _best_fit, check_packing, pack
+from tests.tasks.make import task
 
-CONFIG = TaskConfig(kind="sft", max_length=48)
+CONFIG = task(kind="sft", max_length=48)
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_llama):
-    return load_model(tiny_llama, "sft")
+    return load_model(tiny_llama)
 
 
 @pytest.fixture(scope="module")
 def rows(llama):
     data = [{"prompt": f"the {'film ' * (n % 5)}", "completion": f"is {'good ' * (n % 7)}"} for n in range(30)]
-    return encode("sft", Dataset.from_list(data), llama[1], CONFIG)
+    return CONFIG.encode(Dataset.from_list(data), llama[1])
 
 
 def losses(model, batch):
@@ -38,7 +38,7 @@ def test_packed_examples_have_the_losses_they_have_alone(llama, rows):
     model, tokenizer = llama
     packed = pack(rows, 48)
     assert len(packed) < len(rows) / 2
-    collate = collator("sft", tokenizer)
+    collate = task(kind="sft").collator(tokenizer)
     with torch.no_grad():
         alone = torch.cat([losses(model, collate([row])) for row in rows])
         together = losses(model, collate(packed.to_list()))

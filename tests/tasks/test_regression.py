@@ -9,21 +9,22 @@ import torch
 from scipy import stats
 
 from lora_ggpo.comparison.plan import make_plan
-from lora_ggpo.data import DataConfig, load_regression
+from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
+from lora_ggpo.models.architecture import HEADED
 from lora_ggpo.models.load import load_model
 from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.recipe.source import read_source
 from lora_ggpo.report.comparison import write_report
 from lora_ggpo.report.study import write_study_report
-from lora_ggpo.tasks import TaskConfig, collator, encode, evaluate
-from lora_ggpo.tasks.regression import regression_metrics, start_at_mean
+from lora_ggpo.tasks.regression import TargetReader, regression_metrics, start_at_mean
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.report import grids
+from tests.tasks.make import task
 
 QUIET = Reporter(quiet=True)
 NOUNS = ("film", "script", "cast", "plot", "score")
@@ -101,11 +102,11 @@ def write(path, scores, name="score"):
 def test_targets_are_the_numbers_of_the_column(name, settings, tmp_path):
     given = [n / 4 if n % 2 else str(n / 4) for n in range(20)]
     config = DataConfig(source=str(write(tmp_path / "a.jsonl", given, name)), text_pair="other", **settings)
-    splits = load_regression(config)
+    splits = TargetReader.load(config)
     rows = [row for split in (splits.train, splits.validation, splits.test) for row in split]
     assert {row["id"]: row["target"] for row in rows} == {f"a.jsonl:{n + 1}": n / 4 for n in range(20)}
     assert splits.labels is None
-    assert len(load_regression(config.model_copy(update={"train_size": 7})).train) == 7
+    assert len(TargetReader.load(config.model_copy(update={"train_size": 7})).train) == 7
 
 
 def test_the_sts_benchmark_as_it_is_distributed(tmp_path):
@@ -116,7 +117,7 @@ def test_the_sts_benchmark_as_it_is_distributed(tmp_path):
             for n in range(rows)
         ]
         (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    splits = load_regression(DataConfig(source=str(tmp_path), text="sentence1", text_pair="sentence2"))
+    splits = TargetReader.load(DataConfig(source=str(tmp_path), text="sentence1", text_pair="sentence2"))
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [30, 9, 5]
     assert splits.test["target"][:] == [0.25, 1.0, 2.25, 3.0, 4.25]
     assert splits.test["text"][0] == '"One test 0.'
@@ -134,7 +135,7 @@ def test_the_sts_benchmark_as_it_is_distributed(tmp_path):
 )
 def test_what_is_no_target_is_named(scores, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        load_regression(DataConfig(source=str(write(tmp_path / "a.jsonl", scores))))
+        TargetReader.load(DataConfig(source=str(write(tmp_path / "a.jsonl", scores))))
 
 
 @pytest.mark.parametrize(
@@ -154,26 +155,26 @@ def test_settings_for_classes_are_refused(setting, message, recipe):
 
 
 def test_the_loss_is_the_mean_squared_error_and_scores_are_the_outputs(tmp_path):
-    splits = load_regression(DataConfig(source=str(write(tmp_path / "a.jsonl", range(30))), text_pair="other"))
+    splits = TargetReader.load(DataConfig(source=str(write(tmp_path / "a.jsonl", range(30))), text_pair="other"))
     torch.manual_seed(0)
-    model, tokenizer = load_model("minilm", "regression")
+    model, tokenizer = load_model("minilm", HEADED, {"num_labels": 1, "problem_type": "regression"})
     assert model.config.num_labels == 1
-    encoded = encode("regression", splits.train, tokenizer, TaskConfig(kind="regression", max_length=24))
-    batch = collator("regression", tokenizer)(encoded.to_list())
+    encoded = task(kind="regression", max_length=24).encode(splits.train, tokenizer)
+    batch = task(kind="regression").collator(tokenizer)(encoded.to_list())
     targets = torch.tensor(splits.train["target"][:])
     with torch.no_grad():
         output = model(**batch)
         texts = zip(splits.train["text"], splits.train["text_pair"], strict=True)
         alone = torch.cat([model(**tokenizer(*pair, return_tensors="pt")).logits[0] for pair in texts]).double()
     assert output.loss.item() == pytest.approx(((alone - targets) ** 2).mean().item(), rel=1e-5)
-    found = evaluate("regression", model, encoded, tokenizer, TaskConfig(kind="regression", max_length=24))
+    found = task(kind="regression", max_length=24).evaluate(model, encoded, tokenizer)
     assert found["mse"].value == pytest.approx(output.loss.item(), rel=1e-5)
     assert found["pearson"].value == pytest.approx(stats.pearsonr(alone, targets).statistic, abs=1e-4)
 
 
 def test_training_starts_at_the_mean_of_the_targets():
     torch.manual_seed(0)
-    model, tokenizer = load_model("minilm", "regression")
+    model, tokenizer = load_model("minilm", HEADED, {"num_labels": 1, "problem_type": "regression"})
     batch = tokenizer(["The first.", "The second."], return_tensors="pt")
     with torch.no_grad():
         before = model(**batch).logits

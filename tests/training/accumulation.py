@@ -4,16 +4,14 @@ import gc
 import json
 import math
 import os
-import typing
 
 import torch
 from torch.nn import functional as F
 
 from lora_ggpo import GGPO
-from lora_ggpo.models.load import TaskKind
 from lora_ggpo.recipe.recipe import parse_recipe
-from lora_ggpo.tasks import collator
-from lora_ggpo.training.build import build_model, build_trainer, load_splits, training_arguments
+from lora_ggpo.tasks import TASKS
+from lora_ggpo.training.build import build_model, build_trainer, training_arguments
 from lora_ggpo.training.trainer import EpochSampler
 
 RECIPE = """\
@@ -45,7 +43,7 @@ OPTIMIZERS = {
     "adamw_torch": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-3, weight_decay=0),
 }
 ADAM = ["training.optim=adamw_torch", "training.learning_rate=0.01", "training.adam_epsilon=1e-3"]
-CASES = {kind: (kind, []) for kind in typing.get_args(TaskKind)} | {"packed": ("sft", ["task.packing=true"])}
+CASES = {kind: (kind, []) for kind in TASKS} | {"packed": ("sft", ["task.packing=true"])}
 ROWS = 80  # 64 to train on
 
 
@@ -53,7 +51,7 @@ def write_data(folder):
     """One file for each kind, of rows of very different lengths."""
     folder.mkdir()
     texts = [f"film {n} " + "was so " * (n * 7 % 13) for n in range(ROWS)]
-    for kind in typing.get_args(TaskKind):
+    for kind in TASKS:
         if kind == "sft":
             rows = [{"prompt": text, "completion": "good " * (n * 5 % 11 + 1)} for n, text in enumerate(texts)]
         else:
@@ -81,7 +79,7 @@ def make_recipe(models, data, case, batch, micro_batches, overrides=()):
 def begun(recipe, folder):
     """(model, tokenizer, encoded rows, arguments) of a run."""
     args = training_arguments(recipe, folder, recipe.seeds[0])
-    splits = load_splits(recipe.task, recipe.data)
+    splits = recipe.task.type.load(recipe.data)
     return *build_model(recipe, args, splits), args
 
 
@@ -110,7 +108,7 @@ def by_hand(recipe, folder, rows_a_step, ascent=None, rows_a_part=None):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[args.optim](parameters)
     move = ascent(model, optimizer).backward if ascent else lambda closure: closure()
-    collate, losses, norms = collator(recipe.task.kind, tokenizer), [], []
+    collate, losses, norms = recipe.task.type.collator(tokenizer), [], []
     steps = split(list(EpochSampler([1] * len(rows), 0, None)), rows_a_step)
     for step in steps[: args.max_steps if args.max_steps > 0 else None]:
         losses.append(0.0)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
 from lora_ggpo.errors import UserError
+from lora_ggpo.models.architecture import HEADED, label_head
 from lora_ggpo.models.load import load_model
 from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import forecast as module
@@ -83,7 +84,7 @@ def test_full_fine_tuning_on_few_rows_leaves_nothing_on_disk(recipe_file, monkey
     monkeypatch.setattr(module, "PROBE_SECONDS", 0.0)  # ends after one step that is timed
     found = forecast(recipe, 50, QUIET)
     assert len(found.step_seconds) == 1
-    model, _ = load_model("minilm", "classification", ["negative", "positive"])
+    model, _ = load_model("minilm", HEADED, label_head(["negative", "positive"]))
     assert found.trained == found.parameters == sum(p.numel() for p in model.parameters())
     assert found.perturbed is None
     assert found.memory["optimizer state"] == 8 * found.trained

@@ -214,11 +214,10 @@ def _methods(names: Iterable[str]) -> tuple[Method, ...]:
 
 def _metric(source: Source, metric: str | None) -> str:
     """`metric` if the task has it; for None the task's own."""
-    kind = check_recipe(source).task.kind
-    metrics = {"sft": ("loss", "perplexity"), "regression": ("pearson", "spearman", "mse")}
-    known = metrics.get(kind, ("accuracy", "f1", "mcc", "log_loss"))
+    task = check_recipe(source).task
+    known = task.type.metrics
     if metric is not None and metric not in known:
-        raise UserError(f"--metric {metric} is not measured for task {kind}; choose one of {', '.join(known)}.")
+        raise UserError(f"--metric {metric} is not measured for task {task.kind}; choose one of {', '.join(known)}.")
     return metric or known[0]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from lora_ggpo.data.config import DataConfig
-from lora_ggpo.data.messages import Message, Reader, checked_json, parsed, read_tools
+import datasets
+
+from lora_ggpo.data.load import STRING, Columns, Reader, Tables, find_test_table
+from lora_ggpo.data.messages import Message, MessageReader, checked_json, parsed, read_tools, store
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
@@ -29,40 +32,77 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # without the
 VERDICT = "label"  # TRL's for KTO: false marks what should not be said
 IDLE = ("chosen", "rejected", "weight", "documents", "functions")  # has no use here
 _INSIDE = frozenset({*SYSTEM, HISTORY, TOOLS, TEMPLATE})
+_MESSAGE = {"role": STRING, "content": STRING}
 
 
-def read_completions(table: Table, config: DataConfig) -> dict[str, list[Any]]:
-    """Return the columns "id" and either "prompt" and "completion", or "messages" and perhaps "template".
+class CompletionReader(Reader):
+    """Reads "id" and either "prompt" and "completion", or "messages" and perhaps "template".
 
-    "messages" are lists of messages (`lora_ggpo.data.messages`); "template" holds further arguments of the chat
-    template, such as "tools". Rows with a system prompt, a history or tools become messages, and with them all rows of
-    the table. What means something for training and has no use is named in one warning, with the number of rows.
-
-    Raises:
-        UserError: the columns are missing, a row has no text in them, or holds what would be learnt wrongly.
+    "messages" are lists of {"role", "content"}, with "more" where they say more (`lora_ggpo.data.messages.restore`);
+    "template" is the JSON of further arguments of the chat template, such as "tools". Rows with a system prompt, a
+    history or tools become messages, and with them all rows of the source. What means something for training and has
+    no use is named in one warning, with the number of rows.
     """
-    table = table.without(config.ignore)
-    _refuse_unlearnable(table)
-    unused: Counter[str] = Counter()
-    columns = {"id": table.ids(), **_columns(table, config, unused)}
-    found = [f"{name} ({rows:,})" for name, rows in sorted(unused.items()) if rows]
-    if found:
-        warnings.warn(f"{table.origin}: not used for training, in so many rows: {', '.join(found)}.", stacklevel=3)
-    return _single_turns(columns, table) if config.single_turn else columns
 
+    features: ClassVar = {
+        **dict.fromkeys(("id", "prompt", "completion", "template"), STRING),
+        "messages": [_MESSAGE],
+    }
 
-def _columns(table: Table, config: DataConfig, unused: Counter[str]) -> dict[str, list[Any]]:
-    named = config.prompt is not None or config.completion is not None
-    chat = next((column for column in CHATS if column in table.columns and not named), None)
-    used = {chat} if chat else set(_pair(table, config))
-    for column in {*IDLE, *CHATS, *((HISTORY,) if chat else ())} - used:
-        unused[f"column {column!r}"] += sum(map(_given, _values(table, column)))
-    if chat:
-        chats = _chats(table, chat, unused)
-        _refuse_contradictions(table, chat, chats)
-    else:
-        prompt, completion = _pair(table, config)
-        if _holds_messages(table, prompt):
+    def learn(self, tables: Tables) -> Tables:
+        """Check that the columns to ignore are there."""
+        unknown = [name for name in self.config.ignore if not any(name in table.columns for table in tables.values())]
+        if unknown:
+            raise UserError(
+                f"{self.config.source} has no column {unknown[0]!r}, which data.ignore names; leave it out."
+            )
+        return tables
+
+    def read(self, table: Table) -> Columns:
+        """The prompts and completions, or conversations; with `single_turn` those of one question and answer."""
+        table = table.without(self.config.ignore)
+        _refuse_unlearnable(table)
+        unused: Counter[str] = Counter()
+        columns = {"id": table.ids(), **self._columns(table, unused)}
+        found = [f"{name} ({rows:,})" for name, rows in sorted(unused.items()) if rows]
+        if found:
+            warnings.warn(f"{table.origin}: not used for training, in so many rows: {', '.join(found)}.", stacklevel=3)
+        return _single_turns(columns, table) if self.config.single_turn else columns
+
+    def read_other(self, tables: Tables) -> Columns:
+        """As `read`."""
+        return self.read(find_test_table(tables))
+
+    def read_all(self, tables: Tables) -> dict[str, Columns]:
+        """All tables alike: if one holds conversations, the prompts and completions of the others become such."""
+        read = super().read_all(tables)
+        if any("messages" in columns for columns in read.values()):
+            for split, columns in read.items():
+                if "messages" not in columns:
+                    pairs = zip(columns["prompt"], columns["completion"], strict=True)
+                    read[split] = {"id": columns["id"], "messages": [_exchange(*pair) for pair in pairs]}
+        return read
+
+    def dataset(self, columns: Columns) -> datasets.Dataset:
+        """The rows; what a message says beside its content, and arguments of the template, are JSON in them."""
+        features, columns = {name: self.features[name] for name in columns}, dict(columns)
+        if "messages" in columns:
+            columns["messages"] = [[store(turn) for turn in chat] for chat in columns["messages"]]
+            if any("more" in turn for chat in columns["messages"] for turn in chat):
+                features["messages"] = [{**_MESSAGE, "more": STRING}]
+        if "template" in columns:
+            columns["template"] = [json.dumps(arguments) if arguments else None for arguments in columns["template"]]
+        return datasets.Dataset.from_dict(columns, datasets.Features(features))
+
+    def _columns(self, table: Table, unused: Counter[str]) -> Columns:
+        named = self.config.prompt is not None or self.config.completion is not None
+        chat = next((column for column in CHATS if column in table.columns and not named), None)
+        prompt, completion = self._pair(table)
+        for column in {*IDLE, *CHATS, *((HISTORY,) if chat else ())} - ({chat} if chat else {prompt, completion}):
+            unused[f"column {column!r}"] += sum(map(_given, _values(table, column)))
+        if chat:
+            chats = _chats(table, chat, unused)
+        elif isinstance(next(filter(_given, _values(table, prompt)), None), list):
             chats = _conversational(table, prompt, completion, unused)
         else:
             alpaca = (prompt, completion) == ALPACA and not named
@@ -71,16 +111,13 @@ def _columns(table: Table, config: DataConfig, unused: Counter[str]) -> dict[str
             if not any(_given(value) for column in _INSIDE for value in _values(table, column)):
                 return {"prompt": prompts, "completion": completions}
             chats = [_exchange(*pair) for pair in zip(prompts, completions, strict=True)]
-    return _with_context(table, chats, history=not chat)
+        return _with_context(table, chats, history=not chat)
 
-
-def _pair(table: Table, config: DataConfig) -> tuple[str, str]:
-    """The columns of prompt and completion."""
-    if config.prompt is not None or config.completion is not None:
-        return config.prompt or "prompt", config.completion or "completion"
-    if set(ALPACA) <= set(table.columns):
-        return ALPACA
-    return next((pair for pair in PAIRS if set(pair) <= set(table.columns)), PAIRS[0])
+    def _pair(self, table: Table) -> tuple[str, str]:
+        """The columns of prompt and completion."""
+        if self.config.prompt is not None or self.config.completion is not None:
+            return self.config.prompt or "prompt", self.config.completion or "completion"
+        return next((pair for pair in (ALPACA, *PAIRS) if set(pair) <= set(table.columns)), PAIRS[0])
 
 
 def _given(value: object) -> bool:
@@ -92,14 +129,49 @@ def _values(table: Table, column: str) -> list[Any]:
     return table.values(column) if column in table.columns else []
 
 
+def _refuse_unlearnable(table: Table) -> None:
+    for column in MEDIA:
+        row = next((row for row, value in enumerate(_values(table, column)) if _given(value)), None)
+        if row is not None:
+            raise UserError(
+                f"{table.where(row)}: column {column!r} holds what is no text, and only text is learnt; remove such "
+                f"rows, or set data.ignore: [{column}]."
+            )
+    verdicts = _values(table, VERDICT)
+    if False in verdicts and all(type(verdict) is bool for verdict in verdicts):
+        raise UserError(
+            f"{table.where(verdicts.index(False))}: column {VERDICT!r} is false, which marks what should not be said; "
+            f"remove such rows, or set data.ignore: [{VERDICT}]."
+        )
+
+
 # --- conversations -------------------------------------------------------------------------------------------------
 
 
 def _chats(table: Table, column: str, unused: Counter[str]) -> list[list[Message]]:
-    reader = Reader(table, column, *CHATS[column])
+    reader = MessageReader(table, column, unused, *CHATS[column])
     chats = [reader.read(value, row) for row, value in enumerate(table.column(column, "prompt"))]
     _refuse_unlearnt(table, column, chats)
-    unused.update(reader.unused)
+    for beside, role in (("prompt", "user"), ("completion", "assistant")):  # these may only repeat the conversation
+        for row, value in enumerate(_values(table, beside)):
+            said = {turn.get("content", "").strip() for turn in chats[row] if turn["role"] == role}
+            if _given(value) and not (isinstance(value, str) and value.strip() in said):
+                raise UserError(
+                    f"{table.where(row)}: column {beside!r} is not in {column!r}, so it is not clear which of them is "
+                    f"to be learnt; set data.ignore: [{beside}] to learn the conversations, or data.ignore: [{column}]."
+                )
+    return chats
+
+
+def _conversational(table: Table, prompt: str, completion: str, unused: Counter[str]) -> list[list[Message]]:
+    """TRL's prompts and completions that are lists of messages: those of the completion are learnt."""
+    before, after = MessageReader(table, prompt, unused), MessageReader(table, completion, unused)
+    pairs = zip(table.column(prompt, "prompt"), table.column(completion, "completion"), strict=True)
+    chats = []
+    for row, (asked, said) in enumerate(pairs):
+        context = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in before.read(asked, row)]
+        chats.append(context + after.read(said, row))
+    _refuse_unlearnt(table, completion, chats)
     return chats
 
 
@@ -109,30 +181,11 @@ def _refuse_unlearnt(table: Table, column: str, chats: list[list[Message]]) -> N
             raise UserError(f"{table.where(row)}: column {column!r} has no assistant message to learn from.")
 
 
-def _holds_messages(table: Table, column: str) -> bool:
-    return isinstance(next(filter(_given, _values(table, column)), None), list)
-
-
-def _conversational(table: Table, prompt: str, completion: str, unused: Counter[str]) -> list[list[Message]]:
-    """TRL's prompts and completions that are lists of messages: those of the completion are learnt."""
-    before, after = Reader(table, prompt), Reader(table, completion)
-    chats = []
-    for row, (asked, said) in enumerate(
-        zip(table.column(prompt, "prompt"), table.column(completion, "completion"), strict=True)
-    ):
-        context = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in before.read(asked, row)]
-        chats.append(context + after.read(said, row))
-    _refuse_unlearnt(table, completion, chats)
-    unused.update(before.unused)
-    unused.update(after.unused)
-    return chats
-
-
 def _exchange(prompt: str, completion: str) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def _with_context(table: Table, chats: list[list[Message]], *, history: bool) -> dict[str, list[Any]]:
+def _with_context(table: Table, chats: list[list[Message]], *, history: bool) -> Columns:
     """The conversations with the system prompt, history and template's arguments of their rows."""
     columns = {column: table.values(column) for column in _INSIDE if column in table.columns}
     messages, arguments = [], []
@@ -179,46 +232,10 @@ def _arguments(context: Mapping[str, Any], table: Table, row: int) -> dict[str, 
     return checked_json(arguments, f"{TOOLS} or {TEMPLATE}", table, row)
 
 
-def as_messages(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Prompts and completions as conversations; conversations as they are."""
-    if "messages" in columns:
-        return columns
-    pairs = zip(columns["prompt"], columns["completion"], strict=True)
-    return {"id": columns["id"], "messages": [_exchange(*pair) for pair in pairs]}
-
-
-def _refuse_contradictions(table: Table, chat: str, chats: list[list[Message]]) -> None:
-    """Beside a conversation, a prompt or a completion may only repeat it."""
-    for column, role in (("prompt", "user"), ("completion", "assistant")):
-        for row, value in enumerate(_values(table, column)):
-            said = {turn.get("content", "").strip() for turn in chats[row] if turn["role"] == role}
-            if _given(value) and not (isinstance(value, str) and value.strip() in said):
-                raise UserError(
-                    f"{table.where(row)}: column {column!r} is not in {chat!r}, so it is not clear which of them is to "
-                    f"be learnt; set data.ignore: [{column}] to learn the conversations, or data.ignore: [{chat}]."
-                )
-
-
-def _refuse_unlearnable(table: Table) -> None:
-    for column in MEDIA:
-        row = next((row for row, value in enumerate(_values(table, column)) if _given(value)), None)
-        if row is not None:
-            raise UserError(
-                f"{table.where(row)}: column {column!r} holds what is no text, and only text is learnt; remove such "
-                f"rows, or set data.ignore: [{column}]."
-            )
-    verdicts = _values(table, VERDICT)
-    if False in verdicts and all(type(verdict) is bool for verdict in verdicts):
-        raise UserError(
-            f"{table.where(verdicts.index(False))}: column {VERDICT!r} is false, which marks what should not be said; "
-            f"remove such rows, or set data.ignore: [{VERDICT}]."
-        )
-
-
 # --- prompts and completions ---------------------------------------------------------------------------------------
 
 
-def _single_turns(columns: dict[str, list[Any]], table: Table) -> dict[str, list[Any]]:
+def _single_turns(columns: Columns, table: Table) -> Columns:
     """Keep the conversations of one user and one assistant message; one warning counts the others."""
     if "messages" not in columns:
         raise UserError(f"data.single_turn is for conversations, but {table.origin} has none; leave it out.")

@@ -26,10 +26,7 @@ def read_hub(name: str, subset: str | None) -> dict[str, Table]:
             f"The data {shown} is no local file and could not be loaded from the hub ({reason}); "
             "check the name and data.subset, or give a local file or folder as data.source."
         ) from error
-    tables = {}
-    for split, data in loaded.items():
-        if str(split) in SPLIT_NAMES:
-            tables[SPLIT_NAMES[str(split)]] = Table.of_dataset(data, f"{shown} {split}")
-    if not tables:
+    found = {SPLIT_NAMES[str(split)]: (split, data) for split, data in loaded.items() if str(split) in SPLIT_NAMES}
+    if not found:
         raise UserError(f"The hub data {shown} has no train, validation or test split, only {', '.join(loaded)}.")
-    return tables
+    return {name: Table.of_dataset(data, f"{shown} {split}") for name, (split, data) in found.items()}

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-import math
 import re
-import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
+import datasets
+
+from lora_ggpo.data.load import STRING, Columns, TextReader
+from lora_ggpo.data.sampling import flip_labels
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
-_WITHHELD = {"-1", "-1.0", "None", "nan", ""}
 
+class LabelReader(TextReader):
+    """Reads texts with "label", an index into `labels`; train has "noisy" (bool) as well.
 
-def is_unlabelled(table: Table, column: str, classes: Collection[str]) -> bool:
-    """Tell whether a split's labels are withheld: there is no such column, or it holds -1 or nothing throughout.
-
-    Where -1 is one of the `classes` of the training data, it is a label.
+    Labels may be names, integers or booleans; without declared names, the classes are the sorted labels of train.
     """
-    values = {str(value) for value in table.values(column)} if column in table.columns else set()
-    return values <= _WITHHELD and not values & set(classes)
+
+    value = "label"
+    features = dict.fromkeys(("id", "text", "text_pair"), STRING) | {
+        "label": datasets.Value("int64"),
+        "noisy": datasets.Value("bool"),
+    }
+    labels: list[str]
+
+    def study(self, table: Table, column: str) -> None:
+        """Find the classes."""
+        self.known = self.labels = classes_of(read_label_names(table, column), table, column)
+
+    def values(self, table: Table, column: str) -> list[int]:
+        """The index of each row's class."""
+        return to_indices(read_label_names(table, column), self.labels, table)
+
+    def strata(self, columns: Columns) -> list[int]:
+        """The classes."""
+        return columns["label"]
+
+    def corrupt(self, train: Columns) -> Columns:
+        """The rows with the labels of a share of them changed."""
+        fraction, seed = self.config.label_noise, self.config.noise_seed
+        labels, noisy = flip_labels(train["label"], len(self.labels), fraction, seed)
+        return {**train, "label": labels, "noisy": noisy}
 
 
 def read_label_names(table: Table, column: str) -> list[str]:
@@ -39,15 +62,6 @@ def read_label_names(table: Table, column: str) -> list[str]:
                 f"({', '.join(names)})."
             )
     return [names[value] for value in values]
-
-
-def read_targets(table: Table, column: str) -> list[float]:
-    """Return each row's number to predict; text that says a number is one.
-
-    Raises:
-        UserError: no such column, or a value that is missing or no finite number.
-    """
-    return [_target(value, table, column, row) for row, value in enumerate(table.column(column, "label"))]
 
 
 def classes_of(names: Sequence[str], table: Table, column: str) -> list[str]:
@@ -102,13 +116,3 @@ def _class_name(value: object, table: Table, column: str, row: int) -> str:
             raise UserError(f"{table.where(row)}: the label in column {column!r} is too large for an integer.")
         return str(value)
     return table.checked_text(value, column, row).strip()
-
-
-def _target(value: object, table: Table, column: str, row: int) -> float:
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{table.where(row)}: {reprlib.repr(value)} in column {column!r} is no finite number.")
-    return number

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lora_ggpo.data.table import Table
@@ -31,22 +31,21 @@ PARTS = ("train_detail", "training_detail")
 """Axolotl's parts of a message that are learnt."""
 
 
-@dataclass
-class Reader:
-    """Reads the messages in one column of a table, and counts what it finds no use for.
+@dataclass(frozen=True)
+class MessageReader:
+    """Reads the messages in one column of a table.
 
     Attributes:
-        table: The rows.
         column: As error messages name it.
+        unused: Counts the messages that have a key which means nothing here, by what a warning calls it.
         role, content: Keys of a message.
-        unused: How many messages have a key that means nothing here, by what a warning calls it.
     """
 
     table: Table
     column: str
+    unused: Counter[str]
     role: str = "role"
     content: str = "content"
-    unused: Counter[str] = field(default_factory=Counter)
 
     def read(self, value: object, row: int) -> list[Message]:
         """Return the messages of a row.

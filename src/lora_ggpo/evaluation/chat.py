@@ -13,7 +13,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.generate import Prompt, Sampling, draws, generation_arguments, plain_generation
 from lora_ggpo.evaluation.target import Target
 from lora_ggpo.models.load import check_tokens
-from lora_ggpo.tasks.evaluate import autocasting, evaluating
+from lora_ggpo.tasks.forward import autocasting, evaluating
 from lora_ggpo.workspace.interrupt import Terminated
 
 HELP = "/reset begins a new conversation, /quit ends."

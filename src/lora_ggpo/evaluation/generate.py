@@ -34,7 +34,8 @@ from transformers import (
 
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.models.load import check_tokens
-from lora_ggpo.tasks.evaluate import Progress, autocasting, evaluating
+from lora_ggpo.tasks.base import Progress
+from lora_ggpo.tasks.forward import autocasting, evaluating
 from lora_ggpo.workspace.files import json_digest, mend_json_lines, numbered_json_lines
 from lora_ggpo.workspace.interrupt import Interrupted
 
@@ -193,7 +194,7 @@ def generate(
 
     Args:
         batch_size: Answers at a time, of prompts of like length, the longest first.
-        autocast: As in `lora_ggpo.tasks.evaluate`.
+        autocast: As in `lora_ggpo.tasks.Task.score`.
         progress: Called as progress(answers there, answers in all) at the beginning and after each batch.
 
     Returns:

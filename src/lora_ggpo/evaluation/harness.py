@@ -10,12 +10,12 @@ from typing import Any
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.target import Target
-from lora_ggpo.tasks import Metric
+from lora_ggpo.tasks import Measured
 
 
 def run_harness(
     target: Target, tasks: str, folder: str | None, limit: int | None, batch_size: int
-) -> dict[str, dict[str, Metric]]:
+) -> dict[str, dict[str, Measured]]:
     """Scores of harness tasks, as the harness computes them, with its standard errors.
 
     Args:
@@ -56,7 +56,7 @@ def run_harness(
     return {name: metrics for name, row in found["results"].items() if (metrics := _metrics(row, found, name))}
 
 
-def _metrics(row: Mapping[str, Any], found: Mapping[str, Any], task: str) -> dict[str, Metric]:
+def _metrics(row: Mapping[str, Any], found: Mapping[str, Any], task: str) -> dict[str, Measured]:
     """The harness names a value "acc,none" (metric, filter) and its error "acc_stderr,none"."""
     n = int(found["n-samples"].get(task, {}).get("effective", 0))
     values = {key: value for key, value in row.items() if isinstance(value, float | int) and "_stderr," not in key}
@@ -66,5 +66,5 @@ def _metrics(row: Mapping[str, Any], found: Mapping[str, Any], task: str) -> dic
         error = row.get(f"{name}_stderr,{used}", math.nan)
         if comma:
             label = name if used == "none" else f"{name} ({used})"
-            metrics[label] = Metric(float(value), float(error) if isinstance(error, float | int) else math.nan, n)
+            metrics[label] = Measured(float(value), float(error) if isinstance(error, float | int) else math.nan, n)
     return metrics

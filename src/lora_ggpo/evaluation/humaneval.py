@@ -15,7 +15,7 @@ from typing import Any
 from program_jail import IsolationError, check_isolation, run_isolated
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks.evaluate import Progress
+from lora_ggpo.tasks.base import Progress
 
 Problem = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from lora_ggpo.errors import UserError, first_line
 from lora_ggpo.evaluation.generate import Answer, AnswerFile, Key, Prompt, Sampling, generate
 from lora_ggpo.evaluation.target import Messages, Target
-from lora_ggpo.tasks.evaluate import Progress
+from lora_ggpo.tasks.base import Progress
 from lora_ggpo.workspace.interrupt import Interrupted
 
 KEY = "OPENAI_API_KEY"

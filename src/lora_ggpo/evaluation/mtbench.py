@@ -13,8 +13,8 @@ from lora_ggpo.data.files import read_file
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.judge import Question
-from lora_ggpo.tasks import Metric
-from lora_ggpo.tasks.metrics import mean_metric
+from lora_ggpo.tasks import Measured
+from lora_ggpo.tasks.metrics import measure_mean
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose judge sees a reference answer where the question has one."""
@@ -146,7 +146,7 @@ def rating(judgement: str) -> Rating:
     return value if 1 <= value <= 10 else None
 
 
-def metrics(problems: Sequence[Problem], ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, dict[str, Metric]]:
+def metrics(problems: Sequence[Problem], ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, dict[str, Measured]]:
     """Mean ratings of all questions and of each category, with standard errors over questions.
 
     "score" is the mean of a question's turns. Turns without a rating are left out.
@@ -158,13 +158,13 @@ def metrics(problems: Sequence[Problem], ratings: Sequence[tuple[Rating, Rating]
     return {name: of for name, of in sets.items() if of}
 
 
-def _means(ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, Metric]:
+def _means(ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, Measured]:
     columns = {
         "score": [float(np.mean(given)) for pair in ratings if (given := [one for one in pair if one is not None])],
         "first turn": [first for first, _ in ratings if first is not None],
         "second turn": [second for _, second in ratings if second is not None],
     }
-    return {name: mean_metric(np.asarray(values)) for name, values in columns.items() if values}
+    return {name: measure_mean(np.asarray(values)) for name, values in columns.items() if values}
 
 
 def _two(table: Table, row: int, column: str, value: object) -> list[str]:

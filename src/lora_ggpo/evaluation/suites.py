@@ -27,9 +27,8 @@ from lora_ggpo.evaluation.harness import run_harness
 from lora_ggpo.evaluation.judge import Question, Server, ask_model, ask_server
 from lora_ggpo.evaluation.target import Target, find_targets, load_target
 from lora_ggpo.models.chat_template import write_day, written_day
-from lora_ggpo.tasks import Metric
-from lora_ggpo.tasks.config import PLAIN
-from lora_ggpo.tasks.metrics import mean_metric
+from lora_ggpo.tasks import SFT, Measured
+from lora_ggpo.tasks.metrics import measure_mean
 from lora_ggpo.training.scorer import Scores, file_name, plain
 from lora_ggpo.workspace.files import (
     digests,
@@ -198,7 +197,7 @@ def _settings(suite: str, target: Target, sampling: Sampling) -> dict[str, Any]:
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "autocast": str(target.autocast).removeprefix("torch.") if target.autocast else None,
         "chat": target.chat,
-        "template": target.task.template,
+        "template": target.task.config.template,
         "day": str(day) if (day := written_day(target.tokenizer)) else None,
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -272,7 +271,7 @@ def _gsm8k(job: Job) -> Scores:
             grades.append({**grade, "number": None if number is None else str(number), "answer": str(problem.answer)})
     write_json_lines(job.folder / "grades.jsonl", grades)
     right = np.array([grade["right"] for grade in grades], dtype=np.float64).reshape(len(problems), -1)
-    return {"gsm8k": {"accuracy": mean_metric(right.mean(axis=1))}}
+    return {"gsm8k": {"accuracy": measure_mean(right.mean(axis=1))}}
 
 
 _WRITE = (
@@ -286,7 +285,7 @@ def _humaneval(job: Job) -> Scores:
     target, samples = job.target, job.sampling.samples
     problems = job.first(humaneval.load_problems())
     # What only continues text is given the code to continue; what answers questions is asked.
-    asks = target.chat or target.task.template != PLAIN
+    asks = target.chat or target.task.config.template != SFT.default_template
     texts: list[Any] = [
         target.conversation([_WRITE.format(prompt=one["prompt"])], []) if asks else one["prompt"] for one in problems
     ]
@@ -306,7 +305,7 @@ def _humaneval(job: Job) -> Scores:
         for k in PASS_AT
         if k <= samples
     }
-    return {"humaneval": {name: mean_metric(values) for name, values in rates.items()}}
+    return {"humaneval": {name: measure_mean(values) for name, values in rates.items()}}
 
 
 def _mtbench(job: Job) -> Scores:
@@ -384,9 +383,9 @@ def _harness(job: Job) -> Scores:
     return scores
 
 
-def _metric(row: Mapping[str, Any]) -> Metric:
+def _metric(row: Mapping[str, Any]) -> Measured:
     value, se = (float("nan") if row[key] is None else float(row[key]) for key in ("value", "se"))
-    return Metric(value, se, row["n"])
+    return Measured(value, se, row["n"])
 
 
 SUITES: dict[str, Suite] = {

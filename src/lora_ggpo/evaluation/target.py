@@ -16,12 +16,10 @@ from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.generate import Prompt
 from lora_ggpo.models.chat_template import write_day
-from lora_ggpo.models.load import load_model
 from lora_ggpo.recipe.recipe import Recipe
-from lora_ggpo.tasks import TaskConfig
-from lora_ggpo.tasks.config import PLAIN
-from lora_ggpo.tasks.encode import prompt_ids, user_turn
-from lora_ggpo.training.build import load_splits, training_arguments
+from lora_ggpo.tasks import SFT, Task, TaskConfig
+from lora_ggpo.tasks.tokens import prompt_ids
+from lora_ggpo.training.build import training_arguments
 from lora_ggpo.training.folder import find_runs
 from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.training.scorer import file_name
@@ -48,7 +46,7 @@ class Target:
     name: str
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    task: TaskConfig
+    task: Task
     chat: bool
     autocast: torch.dtype | None
     folder: Path
@@ -58,7 +56,7 @@ class Target:
 
         Without a chat template a conversation is the turns and answers one behind the other, blank lines between them.
         """
-        asked = [user_turn(self.task, turn) for turn in turns]
+        asked = [self.task.user_turn(turn) for turn in turns]
         if not self.chat:
             pairs = zip(asked, [*(f"{answer.rstrip()}\n\n" for answer in answers), ""], strict=True)
             return "".join(turn + answer for turn, answer in pairs)
@@ -119,7 +117,7 @@ def load_target(
     elif base:
         raise UserError(f"--model is for runs, but {name} is a model itself; leave it out.")
     else:
-        target = _model(name, chat, dtype or "float32", template or PLAIN)
+        target = _model(name, chat, dtype or "float32", template or SFT.default_template)
     if target.chat and not target.tokenizer.chat_template:
         raise UserError(f"{name} has no chat template; leave out --chat.")
     target.model.eval()
@@ -127,20 +125,20 @@ def load_target(
 
 
 def _run(name: str, chat: bool | None, base: str | None) -> Target:
-    model, tokenizer, recipe, _ = load_trained(Path(name), base=base)
-    if recipe.task.kind != "sft":
+    model, tokenizer, recipe, task = load_trained(Path(name), base=base)
+    if not task.answers:
         raise UserError(f"{name} is a run of task {recipe.task.kind}, which answers nothing; give one of task sft.")
     args = training_arguments(recipe, Path(name), recipe.seeds[0])
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     model.to(args.device)  # type: ignore[arg-type]
     if chat is None:
         chat = _trained_on_chats(recipe, tokenizer)
-    return Target(name, model, tokenizer, recipe.task, chat, autocast, Path(name) / "evaluation")
+    return Target(name, model, tokenizer, task, chat, autocast, Path(name) / "evaluation")
 
 
 def _model(name: str, chat: bool | None, dtype: str, template: str) -> Target:
     task = _task(template)
-    model, tokenizer = load_model(name, "sft", dtype=dtype)
+    model, tokenizer = task.load_model(name, dtype)
     write_day(tokenizer, date.today())
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
@@ -150,9 +148,9 @@ def _model(name: str, chat: bool | None, dtype: str, template: str) -> Target:
     return Target(name, model, tokenizer, task, chat, None, folder)
 
 
-def _task(template: str) -> TaskConfig:
+def _task(template: str) -> Task:
     try:
-        return TaskConfig.model_validate({"kind": "sft", "template": template})
+        return TaskConfig.model_validate({"kind": "sft", "template": template}).for_labels(None)
     except ValidationError as error:
         raise UserError(f"--template: {error.errors()[0]['msg'].removeprefix('Value error, ')}.") from error
 
@@ -161,14 +159,14 @@ def _trained_on_chats(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> boo
     """Whether the run saw the chat template: the recipe says so, or the data holds conversations."""
     if recipe.task.chat_template:
         return True
-    if recipe.task.template != PLAIN or not tokenizer.chat_template:
+    if recipe.task.template != recipe.task.type.default_template or not tokenizer.chat_template:
         return False
-    return _has_messages(recipe.task, recipe.data)
+    return _has_messages(recipe.task.type, recipe.data)
 
 
-def _has_messages(task: TaskConfig, data: DataConfig) -> bool:
+def _has_messages(task: type[Task], data: DataConfig) -> bool:
     try:
-        return "messages" in load_splits(task, data).train.column_names
+        return "messages" in task.load(data).train.column_names
     except UserError as error:
         raise UserError(
             f"{error} (Needed to see how the run was trained: give --chat or --no-chat instead.)"

@@ -18,22 +18,16 @@ from transformers import PreTrainedModel
 
 from lora_ggpo.errors import UserError, first_sentence, rejected
 from lora_ggpo.methods.initialise import Batches, adalora_config, initialised, with_init_config
-from lora_ggpo.models.load import HEAD_KINDS, TaskKind, one_sentence
+from lora_ggpo.models.architecture import Architecture
+from lora_ggpo.models.load import one_sentence
 
-_PEFT_TASKS: dict[TaskKind, str] = {
-    "classification": "SEQ_CLS",
-    "causal-classification": "CAUSAL_LM",
-    "seq2seq-classification": "SEQ_2_SEQ_LM",
-    "regression": "SEQ_CLS",
-    "sft": "CAUSAL_LM",
-}
 _NO_LAYER = re.compile(r"target modules .* not found|modules were targeted|modules were excluded", re.IGNORECASE)
 
 
 def add_adapter(
     model: PreTrainedModel,
     adapter: Mapping[str, Any] | None,
-    kind: TaskKind,
+    architecture: Architecture,
     *,
     total_steps: int | None = None,
     batches: Batches | None = None,
@@ -44,9 +38,8 @@ def add_adapter(
         model: as `load_model` returns it. It is changed in place.
         adapter: fields of `peft.LoraConfig`, for instance {"r": 8, "target_modules": "all-linear", "use_dora": True};
             with "type": "adalora" also those of `peft.AdaLoraConfig`, where r is the average rank in the end. A recipe
-            has checked their names and ranges. For the `HEAD_KINDS` the head is trained in full and saved with the
-            adapter.
-        kind: sets the adapter's task type.
+            has checked their names and ranges. A new head is trained in full and saved with the adapter.
+        architecture: of the model.
         total_steps: optimizer steps of the run, which AdaLoRA's schedule needs.
         batches: makes batches of training data, for starting values that come from it (EVA, CorDA, LoRA-GA).
 
@@ -57,9 +50,9 @@ def add_adapter(
         return model.requires_grad_(True)
     fields = dict(adapter)
     _check_names(model, fields)
-    if kind in HEAD_KINDS:
+    if architecture.new_head:
         fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
-    fields["task_type"] = _PEFT_TASKS[kind]
+    fields["task_type"] = architecture.peft_task
     adapted = _built(model, fields, total_steps, batches)
     _check_matches(adapted, fields)
     _warn_of_what_cannot_be_merged(adapted)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -19,37 +19,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.errors import UserError, causes, first_sentence
+from lora_ggpo.models.architecture import CAUSAL, Architecture
 from lora_ggpo.models.chat_template import end_of_turn
 from lora_ggpo.models.quantise import Quantisation, loading_arguments, prepared
 from lora_ggpo.workspace.libraries import quiet_loading
 from lora_ggpo.workspace.paths import absolute, expanded
 
-TaskKind = Literal["classification", "causal-classification", "seq2seq-classification", "regression", "sft"]
-HEAD_KINDS: tuple[TaskKind, ...] = ("classification", "regression")
-"""The kinds that put a new head on the model."""
-
-_MODEL_CLASSES: dict[TaskKind, Any] = {
-    "classification": AutoModelForSequenceClassification,
-    "causal-classification": AutoModelForCausalLM,
-    "seq2seq-classification": AutoModelForSeq2SeqLM,
-    "regression": AutoModelForSequenceClassification,
-    "sft": AutoModelForCausalLM,
-}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the libraries raise for a damaged file: it may hold anything, where they expect a certain structure.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
@@ -72,19 +50,18 @@ BUNDLED = {
 
 def load_model(
     name: str,
-    kind: TaskKind,
-    labels: list[str] | None = None,
+    architecture: Architecture = CAUSAL,
+    head: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     quantisation: Quantisation | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a pretrained model and its tokenizer, ready for `kind`.
+    """Load a pretrained model and its tokenizer.
 
     Args:
         name: a key of `BUNDLED`, a local folder (safetensors, or one .gguf file), a .gguf file, or a hub id.
-        kind: "classification" and "regression" put a new head on the model, drawn from torch's global generator (seed
-            it first);
-            "seq2seq-classification" loads an encoder-decoder, the other kinds a causal language model.
-        labels: the class names, needed for "classification"; ignored otherwise.
+        architecture: what kind of model it is to be: a causal language model by default. A new head is drawn from
+            torch's global generator (seed it first).
+        head: settings of the model's config that a new head needs.
         dtype: "float32", "bfloat16" or "float16", the type of all weights.
         quantisation: how the linear layers but the head are kept instead, frozen and with all else in float32.
 
@@ -98,8 +75,6 @@ def load_model(
     """
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
-    if kind == "classification" and len(labels or []) < 2:
-        raise UserError(f"A classification model needs at least two labels, not {labels!r}.")
     source, gguf_file = locate(name)
     if quantisation and gguf_file:
         raise UserError(
@@ -108,12 +83,12 @@ def load_model(
         )
     options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
     with one_sentence("model", name), quiet_loading():
-        config = AutoConfig.from_pretrained(source, **options, **_label_names(kind, labels))
-        _check_type(name, kind, config)
+        config = AutoConfig.from_pretrained(source, **options, **(head or {}))
+        architecture.check(name, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, loading = _from_pretrained(source, kind, config, _DTYPES[dtype], options, quantisation)
-    _check_loading(name, model, loading, head_is_new=kind in HEAD_KINDS)
-    _prepare(name, kind, model, tokenizer)
+        model, loading = _from_pretrained(source, architecture, config, _DTYPES[dtype], options, quantisation)
+    _check_loading(name, model, loading, head_is_new=architecture.new_head)
+    _prepare(name, model, tokenizer, generates=architecture is CAUSAL)
     return prepared(model, quantisation) if quantisation else model, tokenizer
 
 
@@ -200,47 +175,9 @@ def _gguf(folder: str, file: str) -> tuple[str, str]:
     return folder, file
 
 
-def _check_type(name: str, kind: TaskKind, config: Any) -> None:
-    if kind not in get_args(TaskKind):
-        raise UserError(f"Task kind {kind!r} is unknown; use one of {', '.join(get_args(TaskKind))}.")
-    if kind in HEAD_KINDS:
-        return
-    if kind == "seq2seq-classification":
-        _check_encoder_decoder(name, config)
-        return
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"Model {name!r} ({config.model_type}) is not a causal language model, which task {kind!r} needs; "
-            "choose a decoder such as smollm2, or task 'classification'."
-        )
-
-
-def _check_encoder_decoder(name: str, config: Any) -> None:
-    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        raise UserError(
-            f"Model {name!r} ({config.model_type}) is not an encoder-decoder, which task 'seq2seq-classification' "
-            "needs; choose one such as google-t5/t5-base, or task 'causal-classification' for a decoder."
-        )
-    if getattr(config, "decoder_start_token_id", None) is None:
-        raise UserError(f"Model {name!r} has no decoder_start_token_id in its config.json; add it (0 for T5).")
-
-
-def _label_names(kind: TaskKind, labels: list[str] | None) -> dict[str, Any]:
-    if kind == "regression":
-        return {"num_labels": 1, "problem_type": "regression"}
-    if kind != "classification" or labels is None:
-        return {}
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-    }
-
-
 def _from_pretrained(
     source: str,
-    kind: TaskKind,
+    architecture: Architecture,
     config: Any,
     dtype: torch.dtype,
     options: dict[str, Any],
@@ -251,18 +188,18 @@ def _from_pretrained(
         arguments["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, which cannot be trained
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    if kind in HEAD_KINDS:  # a head for another number of classes is replaced; _check_loading sees to the body
+    if architecture.new_head:  # a head for another number of classes is replaced; _check_loading sees to the body
         arguments["ignore_mismatched_sizes"] = True
     if quantisation:
-        arguments |= loading_arguments(quantisation, _head(kind, config) if kind in HEAD_KINDS else [])
-    model, loading = _MODEL_CLASSES[kind].from_pretrained(source, **arguments)
+        arguments |= loading_arguments(quantisation, _head(architecture, config) if architecture.new_head else [])
+    model, loading = architecture.auto_class.from_pretrained(source, **arguments)
     return model, loading
 
 
-def _head(kind: TaskKind, config: Any) -> list[str]:
+def _head(architecture: Architecture, config: Any) -> list[str]:
     """Names of the parts of a model that lie outside its pretrained body."""
     with torch.device("meta"):
-        model = _MODEL_CLASSES[kind].from_config(config)
+        model = architecture.auto_class.from_config(config)
     return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
@@ -279,7 +216,7 @@ def _check_loading(name: str, model: PreTrainedModel, loading: dict[str, Any], *
         )
 
 
-def _prepare(name: str, kind: TaskKind, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, generates: bool) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
         # The weights are plain tensors by now, but transformers would still refuse to train or save the model.
@@ -296,7 +233,7 @@ def _prepare(name: str, kind: TaskKind, model: PreTrainedModel, tokenizer: PreTr
             generation.validate(strict=True)
         except ValueError:  # Llama-2 came with a temperature but without sampling, and could not be saved again
             generation.do_sample = True
-    if generation is not None and kind == "sft":
+    if generation is not None and generates:
         generation.eos_token_id = _ends(generation.eos_token_id, tokenizer)
     _check_special_tokens(name, model, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)  # tokenizers may know none, or a longer one

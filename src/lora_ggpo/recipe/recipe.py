@@ -29,7 +29,7 @@ from pydantic_core import ErrorDetails
 
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
-from lora_ggpo.models.load import HEAD_KINDS, settled
+from lora_ggpo.models.load import settled
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.recipe.fields import (
     ADAPTER_DEFAULT,
@@ -44,7 +44,7 @@ from lora_ggpo.recipe.fields import (
     training_owned,
 )
 from lora_ggpo.recipe.source import KeyPath, Source, parse_source, read_source
-from lora_ggpo.tasks import TaskConfig
+from lora_ggpo.tasks import TASKS, Task, TaskConfig
 from lora_ggpo.workspace.paths import absolute, expanded
 
 _NICKNAMES = {
@@ -166,7 +166,7 @@ class Recipe(BaseModel):
         vocabulary for every token take more memory than anything else of a forward pass.
         """
         fields = TRAINING_DEFAULTS | self.training.model_dump(exclude_unset=True)
-        if self.task.kind == "sft" and "per_device_eval_batch_size" not in self.training.model_fields_set:
+        if self.task.type.scores_every_token and "per_device_eval_batch_size" not in self.training.model_fields_set:
             fields["per_device_eval_batch_size"] = fields["per_device_train_batch_size"]
         return fields
 
@@ -257,8 +257,9 @@ def _optimizer_problem(recipe: Recipe, optimizer: OptimizerFields) -> str | None
 def _freeze_problem(recipe: Recipe, freeze_body: bool) -> str | None:
     if recipe.adapter is not None:
         return "trains the head alone, but there is an adapter; set adapter: null"
-    if recipe.task.kind not in HEAD_KINDS:
-        return f"needs task {' or '.join(HEAD_KINDS)}: other tasks have no head of their own"
+    if not recipe.task.type.architecture.new_head:
+        headed = " or ".join(kind for kind, task in TASKS.items() if task.architecture.new_head)
+        return f"needs task {headed}: other tasks have no head of their own"
     return None
 
 
@@ -292,12 +293,6 @@ _IDLE_IN_ADALORA = (
     "alora_invocation_tokens",
 )
 _DEFAULT_RANK: int = LoraConfig().r
-_IDLE_IN_TASK = dict.fromkeys(HEAD_KINDS, ("template", "label_words", "chat_template", "too_long")) | {
-    "causal-classification": ("too_long",),
-    "seq2seq-classification": ("too_long",),
-    "sft": ("label_words",),
-}
-_COMPLETION_ONLY = ("prompt", "completion", "single_turn", "ignore")
 _ADAMS = {"optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"}
 _INITS_BESIDE_W0 = (True, False, "gaussian", "eva")
 """Starting values for which peft neither decomposes nor writes W0."""
@@ -309,19 +304,21 @@ def _changed(section: BaseModel, names: Iterable[str]) -> list[str]:
     return [n for n in names if values[n] != fields[n].get_default(call_default_factory=True, validated_data=values)]
 
 
+def _idle(recipe: Recipe, section: BaseModel, looked_at: typing.Callable[[type[Task]], frozenset[str]]) -> list[str]:
+    """Settings that the recipe changes and only other tasks look at."""
+    others = frozenset[str]().union(*map(looked_at, TASKS.values())) - looked_at(recipe.task.type)
+    return _changed(section, [name for name in type(section).model_fields if name in others])
+
+
 def _data_problem(recipe: Recipe, data: DataConfig) -> str | None:
-    kind = recipe.task.kind
-    unused = ("text", "text_pair", "label") if kind == "sft" else _COMPLETION_ONLY
-    idle = _changed(data, (*unused, "label_noise", "noise_seed") if kind == "regression" else unused)
-    return f"sets {idle[0]}, which task {kind} does not look at; leave it out" if idle else None
+    idle = _idle(recipe, data, lambda task: task.columns)
+    return f"sets {idle[0]}, which task {recipe.task.kind} does not look at; leave it out" if idle else None
 
 
 def _task_problem(recipe: Recipe, task: TaskConfig) -> str | None:
-    idle = _changed(task, _IDLE_IN_TASK.get(task.kind, ()))
+    idle = _idle(recipe, task, lambda task: task.settings)
     if idle:
         return f"sets {idle[0]}, which kind {task.kind} does not look at; leave it out"
-    if task.packing and task.kind != "sft":
-        return f"{task.kind} has no packing, which is for completions; leave out packing"
     if task.packing and recipe.training_fields.get("use_cache"):
         return "with packing needs training.use_cache: false: with a cache, examples would see those before them"
     return None

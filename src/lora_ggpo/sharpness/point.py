@@ -16,9 +16,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks import collator, encode
-from lora_ggpo.tasks.length import NO_LOSS
-from lora_ggpo.training.build import load_splits
+from lora_ggpo.tasks import NO_LOSS
 from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.training.scorer import fixed_sample
 
@@ -86,14 +84,13 @@ def load_point(
     Raises:
         UserError: the run is unfinished, the split is empty, or there is no such space (see `check_space`).
     """
-    model, tokenizer, recipe, labels = load_trained(folder, base=base)
+    model, tokenizer, recipe, task = load_trained(folder, base=base)
     check_space(folder, space, adapter=recipe.adapter is not None, quantise=recipe.quantise)
-    task = recipe.task.for_labels(labels)
-    sample = fixed_sample(getattr(load_splits(recipe.task, recipe.data), split), rows)
+    sample = fixed_sample(getattr(task.load(recipe.data), split), rows)
     if not len(sample):
         raise UserError(f"{folder}: its {split} set has no rows.")
-    encoded = encode(task.kind, sample, tokenizer, task)
-    collate = collator(task.kind, tokenizer)
+    encoded = task.encode(sample, tokenizer)
+    collate = task.collator(tokenizer)
     order = np.argsort(-np.asarray(encoded["length"]), kind="stable")  # batches of like length
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     parts = (encoded.select(order[start : start + batch_size]) for start in range(0, len(order), batch_size))

@@ -1,7 +1,11 @@
-"""Tasks: how text becomes tokens, and how a model is scored on them."""
+"""Tasks: how data is loaded, how text becomes tokens, and how a model is scored on them.
 
-from lora_ggpo.tasks.config import Metric, TaskConfig
-from lora_ggpo.tasks.encode import collator, encode
-from lora_ggpo.tasks.evaluate import evaluate, predict, predict_values, prediction_metrics
+A new task is one file with a subclass of `Task`, and one row of `TASKS`.
+"""
 
-__all__ = ["Metric", "TaskConfig", "collator", "encode", "evaluate", "predict", "predict_values", "prediction_metrics"]
+from lora_ggpo.tasks.base import NO_LOSS, Task
+from lora_ggpo.tasks.config import TASKS, TaskConfig
+from lora_ggpo.tasks.metrics import Measured
+from lora_ggpo.tasks.sft import SFT
+
+__all__ = ["NO_LOSS", "SFT", "TASKS", "Measured", "Task", "TaskConfig"]

@@ -1,34 +1,39 @@
-"""What a task is: its settings, and the numbers it reports."""
+"""The table of tasks, and the settings of one."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from lora_ggpo.errors import UserError
-from lora_ggpo.models.load import TaskKind
+from lora_ggpo.tasks.base import Task
+from lora_ggpo.tasks.classification import Classification
+from lora_ggpo.tasks.regression import Regression
+from lora_ggpo.tasks.sft import SFT
+from lora_ggpo.tasks.words import CausalClassification, Seq2SeqClassification
 
-LABEL_WORD_KINDS: tuple[TaskKind, ...] = ("causal-classification", "seq2seq-classification")
-"""The kinds in which the model answers a prompt with the word of a label."""
-
-PLAIN = "{text}"
-"""The template that adds nothing."""
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "causal-classification": CausalClassification,
+    "seq2seq-classification": Seq2SeqClassification,
+    "regression": Regression,
+    "sft": SFT,
+}
+"""Tasks by the name that recipes give as ``task.kind``."""
 
 _PLACES = re.compile(r"\{(text|text_pair)\}")
 
 
-def _default_template(fields: dict[str, Any]) -> str:
-    return PLAIN if fields.get("kind") == "sft" else "{text}\nSentiment:"
+def _known(kind: str) -> str:
+    if kind not in TASKS:
+        raise ValueError(f"must be one of {', '.join(TASKS)}, not {kind!r}")
+    return kind
 
 
-def _default_length(fields: dict[str, Any]) -> int:
-    """A prompt with its answer takes more room than a text with a label, and a cut completion teaches no end."""
-    return 1024 if fields.get("kind") == "sft" else 128
+def _of_kind(fields: Mapping[str, Any]) -> type[Task]:
+    return TASKS[fields.get("kind", "classification")]
 
 
 class TaskConfig(BaseModel):
@@ -36,9 +41,13 @@ class TaskConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: TaskKind = Field("classification", description="What the model learns.")
+    kind: Annotated[str, AfterValidator(_known)] = Field(
+        "classification",
+        description="What the model learns.",
+        json_schema_extra=lambda schema: schema.update(enum=list(TASKS)),
+    )
     template: str = Field(
-        default_factory=_default_template,
+        default_factory=lambda fields: _of_kind(fields).default_template,
         description="The prompt: {text} stands for the row's text (for sft its prompt), {text_pair} for the second "
         'text. Default: "{text}\\nSentiment:"; for sft "{text}". Kind classification has none.',
     )
@@ -51,7 +60,7 @@ class TaskConfig(BaseModel):
         False, description="Causal tasks: put the prompt in the tokenizer's chat template as a user turn."
     )
     max_length: int = Field(
-        default_factory=_default_length,
+        default_factory=lambda fields: _of_kind(fields).default_length,
         gt=0,
         description="Longest sequence, in tokens (of an encoder-decoder: the prompt); the text is cut to fit. "
         "Default: 128; for sft 1024.",
@@ -73,7 +82,7 @@ class TaskConfig(BaseModel):
         places = _PLACES.findall(template)
         if places.count("text") != 1:
             raise ValueError(f"the template must contain {{text}} exactly once, but it is {template!r}")
-        if places.count("text_pair") > (0 if info.data.get("kind") == "sft" else 1):
+        if places.count("text_pair") > ("text_pair" in _of_kind(info.data).columns):
             raise ValueError(
                 f"the template may contain {{text_pair}} once, and not at all for sft, but it is {template!r}"
             )
@@ -90,40 +99,23 @@ class TaskConfig(BaseModel):
         return words
 
     @property
+    def type(self) -> type[Task]:
+        """The task, whatever the labels are."""
+        return TASKS[self.kind]
+
+    def for_labels(self, labels: list[str] | None) -> Task:
+        """The task with these settings on data with these labels.
+
+        Raises:
+            UserError: the number of label words is not the number of labels.
+        """
+        return self.type(self, labels)
+
+    @property
     def takes_pair(self) -> bool:
         """Whether the template has a place for a second text."""
         return "{text_pair}" in self.template
 
     def fill(self, texts: Mapping[str, str]) -> str:
-        """Return the template with the row's "text", and "text_pair" where it has one, in their places."""
+        """The template with the row's "text", and "text_pair" where it has one, in their places."""
         return _PLACES.sub(lambda place: texts[place[1]], self.template)
-
-    def for_labels(self, labels: Sequence[str] | None) -> TaskConfig:
-        """Return the settings with `label_words` filled in from the data's label names where none are given.
-
-        Raises:
-            UserError: the number of label words is not the number of labels.
-        """
-        if self.kind not in LABEL_WORD_KINDS or labels is None:
-            return self
-        words = self.label_words or [label.strip() for label in labels]
-        if len(words) != len(labels):
-            raise UserError(
-                f"task.label_words has {len(words)} entries, but the data has {len(labels)} labels: "
-                f"{', '.join(labels)}; give one word for each label."
-            )
-        return self.model_copy(update={"label_words": words})
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measured value, its standard error (nan where n is too small to tell) and the number of examples."""
-
-    value: float
-    se: float
-    n: int
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """Return {"value", "se", "n"}, fit for JSON: what is not finite becomes None."""
-        finite = {"value": self.value, "se": self.se}
-        return {**{key: x if math.isfinite(x) else None for key, x in finite.items()}, "n": self.n}

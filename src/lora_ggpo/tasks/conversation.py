@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.data.messages import Message, restore
 from lora_ggpo.errors import UserError
-from lora_ggpo.models.chat_template import REJECTIONS
+from lora_ggpo.models.chat_template import REJECTIONS, Ending
 
 # These only say which message is meant, or are looked at elsewhere.
 _NOT_SHOWN = {"role", "content", "weight", "tool_call_id"}
@@ -20,17 +20,8 @@ _MARK = "\ue000"  # a private character, which no template holds
 
 
 def conversation(row: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    """The messages of a row as `load_completion` gives it, and further arguments of the chat template."""
+    """The messages of a row as `CompletionReader` makes it, and further arguments of the chat template."""
     return [restore(turn) for turn in row["messages"]], json.loads(row.get("template") or "{}")
-
-
-def learnt_turns(messages: list[Message]) -> list[int]:
-    """Positions of the assistant's messages, without those of weight 0."""
-    return [
-        position
-        for position, message in enumerate(messages)
-        if message["role"] == "assistant" and message.get("weight", 1)
-    ]
 
 
 def render(
@@ -56,7 +47,37 @@ def render(
         raise UserError(f"the tokenizer's chat template rejects the messages: {error}") from error
 
 
-def behind_prompt(
+def learnt_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any], end: Ending
+) -> list[tuple[str, bool]]:
+    """Pieces of a conversation, and whether they are learnt: what each turn of the assistant, unless its weight is 0,
+    adds to the conversation before it.
+
+    Raises:
+        UserError: the turns cannot be told apart, or there is none.
+    """
+    segments: list[tuple[str, bool]] = []
+    done = ""
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant" or not message.get("weight", 1):
+            continue
+        before = render(tokenizer, messages[:position], arguments, add_generation_prompt=True)
+        after = _behind_prompt(tokenizer, messages[: position + 1], arguments, before)
+        if not before.startswith(done):
+            raise UserError(
+                "the tokenizer's chat template changes earlier turns as the conversation grows, so the assistant's "
+                "turns cannot all be learnt in one row; make a row of each, with weight 0 for the assistant's messages "
+                "before it."
+            )
+        reply = end.cut(after)
+        segments += [(before[len(done) :], False), (reply, True)]
+        done = before + reply
+    if not segments:
+        raise UserError("the messages hold no assistant turn, so there is nothing to learn.")
+    return segments
+
+
+def _behind_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any], before: str
 ) -> str:
     """The text of the last message, an assistant's, as a model generates it behind `before`.

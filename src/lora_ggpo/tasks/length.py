@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks.config import TaskConfig
+from lora_ggpo.tasks.base import NO_LOSS
 
-NO_LOSS = -100
-"""The label of a token on which no loss is taken."""
+if TYPE_CHECKING:
+    from lora_ggpo.tasks.config import TaskConfig
 
 
 @dataclass
@@ -54,18 +55,17 @@ class Room:
         Raises:
             UserError: anything was and `task.too_long` is "refuse", or no row is left.
         """
-        prefix = f"{self.name}: " if self.name else ""
         length = f"task.max_length = {self.config.max_length} tokens"
         needed = f"the longest row has {self.longest:,}"
         if self.left_out == self.rows:
             each = "row is longer than" if self.config.too_long == "drop" else "prompt fills"
-            raise UserError(f"{prefix}No row is left: every {each} {length}; raise it ({needed}).")
+            raise UserError(f"No row is left: every {each} {length}; raise it ({needed}).")
         if not self.lost:
             return
         lost = f"{self.lost:,} of {self.learnt:,} tokens to learn are lost; {needed}"
         if self.config.too_long == "refuse":
             raise UserError(
-                f"{prefix}{self.cut + self.left_out:,} of {self.rows:,} rows are longer than {length}: {lost}; "
+                f"{self.cut + self.left_out:,} of {self.rows:,} rows are longer than {length}: {lost}; "
                 "raise it, or set task.too_long to cut or drop."
             )
         why = "they are longer than" if self.config.too_long == "drop" else "their prompt fills"
@@ -74,6 +74,7 @@ class Room:
             f"are left out: {why} {length}": self.left_out,
         }
         said = "; ".join(f"{rows:,} of {self.rows:,} rows {what}" for what, rows in parts.items() if rows)
+        prefix = f"{self.name}: " if self.name else ""
         warnings.warn(f"{prefix}{said}. In all {lost}.", stacklevel=4)
 
 

@@ -10,16 +10,15 @@ import torch
 from datasets import Dataset
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks.encode import packed_dataset
-from lora_ggpo.tasks.evaluate import evaluating
-from lora_ggpo.tasks.length import NO_LOSS
+from lora_ggpo.tasks.base import NO_LOSS, packed_dataset
+from lora_ggpo.tasks.forward import evaluating
 
 
 def pack(rows: Dataset, max_length: int) -> Dataset:
     """Put encoded "sft" rows behind one another, the longest first, each where the least room is left over.
 
     Args:
-        rows: As `encode` makes them, none longer than `max_length`.
+        rows: As the task encodes them, none longer than `max_length`.
         max_length: Tokens of a packed row, at most.
 
     Returns:

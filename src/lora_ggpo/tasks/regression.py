@@ -6,18 +6,96 @@ The model has a head of one output, trained by the mean squared error over the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import reprlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+from datasets import Dataset, Value
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ggpo.tasks.config import Metric
-from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, mean_metric
+from lora_ggpo.data.load import STRING, TextReader
+from lora_ggpo.data.table import Table
+from lora_ggpo.errors import UserError
+from lora_ggpo.models.architecture import HEADED
+from lora_ggpo.tasks.base import Row, Score, Task
+from lora_ggpo.tasks.classification import encode_texts, head_scorer
+from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, Measured, measure_mean
 
 _BLOCK = 1_000_000
+
+
+class TargetReader(TextReader):
+    """Reads texts with "target" (float64): the numbers in column `label`, else in "score", if there is one, or "label".
+
+    Text that says a number is one.
+    """
+
+    value = "target"
+    defaults = ("score", "label")
+    features: ClassVar = {**dict.fromkeys(("id", "text", "text_pair"), STRING), "target": Value("float64")}
+
+    def study(self, table: Table, column: str) -> None:
+        """Check that the targets differ."""
+        targets = self.values(table, column)
+        if min(targets) == max(targets):
+            raise UserError(f"{table.origin}: every row has {targets[0]:g} in column {column!r}; there is no target.")
+        self.known = {str(value) for value in table.values(column)}
+
+    def values(self, table: Table, column: str) -> list[float]:
+        """The number to predict of each row."""
+        return [_target(value, table, column, row) for row, value in enumerate(table.column(column, "label"))]
+
+
+def _target(value: object, table: Table, column: str, row: int) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{table.where(row)}: {reprlib.repr(value)} in column {column!r} is no finite number.")
+    return number
+
+
+class Regression(Task):
+    """A new head on the model gives a number."""
+
+    reader = TargetReader
+    architecture = HEADED
+    columns = frozenset({"text", "text_pair", "label"})
+    metrics = ("pearson", "spearman", "mse")
+    loss = "mse"
+    features: ClassVar = {"labels": Value("float32"), "target": Value("float64")}
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """One output."""
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Row]]:
+        """The texts as the tokenizer joins them, the end of the longer one cut."""
+        return encode_texts(dataset, tokenizer, self.config.max_length, "target")
+
+    def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
+        """Start at the mean of the targets."""
+        start_at_mean(model, rows["labels"][:])
+        return rows
+
+    def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
+        """The output of the head."""
+        return head_scorer(model)
+
+    def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
+        """The correlations and the mean squared error."""
+        return regression_metrics(scores[:, 0], np.asarray(rows["target"], dtype=np.float64))
+
+    def lines(self, scores: Floats, rows: Dataset) -> list[dict[str, Any]]:
+        """The target and what is predicted."""
+        columns = zip(rows["id"], rows["target"], scores[:, 0], strict=True)
+        return [{"id": id_, "target": target, "predicted": round(float(value), 6)} for id_, target, value in columns]
 
 
 def start_at_mean(model: nn.Module, targets: Sequence[float]) -> None:
@@ -30,7 +108,7 @@ def start_at_mean(model: nn.Module, targets: Sequence[float]) -> None:
         nn.init.constant_(heads[-1].bias, float(np.mean(targets)))
 
 
-def regression_metrics(predicted: Floats, targets: Floats) -> dict[str, Metric]:
+def regression_metrics(predicted: Floats, targets: Floats) -> dict[str, Measured]:
     """Pearson's and Spearman's correlation and the mean squared error.
 
     Args:
@@ -45,16 +123,10 @@ def regression_metrics(predicted: Floats, targets: Floats) -> dict[str, Metric]:
     pearson, spearman = _correlations(predicted[None], targets[None])[:, 0]
     pearson_se, spearman_se = _bootstrap(predicted, targets)
     return {
-        "pearson": Metric(float(pearson), pearson_se, n),
-        "spearman": Metric(float(spearman), spearman_se, n),
-        "mse": mean_metric((predicted - targets) ** 2),
+        "pearson": Measured(float(pearson), pearson_se, n),
+        "spearman": Measured(float(spearman), spearman_se, n),
+        "mse": measure_mean((predicted - targets) ** 2),
     }
-
-
-def regression_rows(ids: list[str], targets: list[float], predicted: Floats) -> list[dict[str, Any]]:
-    """What is kept of each prediction."""
-    columns = zip(ids, targets, predicted, strict=True)
-    return [{"id": id_, "target": target, "predicted": round(float(value), 6)} for id_, target, value in columns]
 
 
 def _correlations(one: Floats, other: Floats) -> Floats:

@@ -21,19 +21,17 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from lora_ggpo.data import DataConfig, Splits, load_classification, load_completion, load_regression
+from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError, rejected
 from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.ascent import MGPO, SAM
 from lora_ggpo.methods.optimizers import OPTIMIZERS
 from lora_ggpo.models.adapters import add_adapter, freeze_body, load_adapter
-from lora_ggpo.models.load import check_tokens, load_model
+from lora_ggpo.models.load import check_tokens
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.recipe.recipe import Recipe
-from lora_ggpo.tasks import TaskConfig, collator, encode
-from lora_ggpo.tasks.pack import check_packing, pack
-from lora_ggpo.tasks.regression import start_at_mean
+from lora_ggpo.tasks import Task
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.scorer import Scorer, evaluation_sets
@@ -41,13 +39,6 @@ from lora_ggpo.training.trainer import MakeAscent, RunTrainer, check_checkpointi
 from lora_ggpo.workspace.progress import Reporter
 
 AnyModel = PreTrainedModel | PeftModel
-
-
-def load_splits(task: TaskConfig, data: DataConfig) -> Splits:
-    """The data of a task."""
-    if task.kind == "sft":
-        return load_completion(data)
-    return load_regression(data) if task.kind == "regression" else load_classification(data)
 
 
 def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
@@ -100,18 +91,14 @@ def build_model(
     """
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     task = recipe.task.for_labels(splits.labels)
-    base, tokenizer = load_model(recipe.model, task.kind, splits.labels, recipe.dtype, _quantisation(recipe, args))
+    base, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args))
     if folder:
         keep_day(tokenizer, folder)
-    rows = encode(task.kind, splits.train, tokenizer, task, "train")
-    check_tokens(base, tokenizer, rows["input_ids"])
-    if task.kind == "regression":
-        start_at_mean(base, rows["labels"][:])
-    if task.packing:
-        check_packing(base)
-        rows = pack(rows, task.max_length)
+    encoded = task.encode(splits.train, tokenizer, "train")
+    check_tokens(base, tokenizer, encoded["input_ids"], "train: Row")
+    rows = task.begin(base, encoded)
     _check_steps(recipe, args, len(rows))
-    return _make_trainable(recipe, args, base, rows, collator(task.kind, tokenizer)), tokenizer, rows
+    return _make_trainable(recipe, args, base, rows, task.collator(tokenizer)), tokenizer, rows
 
 
 def _make_trainable(
@@ -130,7 +117,7 @@ def _make_trainable(
 
     base.to(args.device)  # type: ignore[arg-type]
     steps = optimizer_steps(args, len(rows))
-    return add_adapter(base, recipe.adapter_fields, recipe.task.kind, total_steps=steps, batches=batches)
+    return add_adapter(base, recipe.adapter_fields, recipe.task.type.architecture, total_steps=steps, batches=batches)
 
 
 def _check_steps(recipe: Recipe, args: TrainingArguments, rows: int) -> None:
@@ -152,7 +139,7 @@ def _check_steps(recipe: Recipe, args: TrainingArguments, rows: int) -> None:
 
 
 def load_weights(
-    recipe: Recipe, labels: list[str] | None, folder: Path, *, quantised: bool = True
+    recipe: Recipe, task: Task, folder: Path, *, quantised: bool = True
 ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
     """The model that the run in `folder` has trained, and its tokenizer.
 
@@ -161,13 +148,13 @@ def load_weights(
     """
     weights = weights_folder(folder, recipe)
     if recipe.adapter is None:
-        model, tokenizer = load_model(str(weights), recipe.task.kind, labels, recipe.dtype)
+        model, tokenizer = task.load_model(str(weights), recipe.dtype)
         keep_day(tokenizer, folder)
         return model, tokenizer
     if not (weights / "adapter_model.safetensors").is_file():
         raise UserError(f"{weights} has no adapter_model.safetensors file; other weight formats are not read.")
     quantisation = _quantisation(recipe, training_arguments(recipe, folder, recipe.seeds[0])) if quantised else None
-    model, tokenizer = load_model(recipe.model, recipe.task.kind, labels, recipe.dtype, quantisation)
+    model, tokenizer = task.load_model(recipe.model, recipe.dtype, quantisation)
     keep_day(tokenizer, folder)
     return load_adapter(model, weights), tokenizer
 
@@ -203,7 +190,7 @@ def build_trainer(
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=collator(recipe.task.kind, tokenizer),
+            data_collator=recipe.task.type.collator(tokenizer),
             processing_class=tokenizer,
             callbacks=callbacks,
         )
@@ -221,15 +208,14 @@ def _ascent(recipe: Recipe) -> MakeAscent | None:
 
 
 def build_scorer(
-    recipe: Recipe,
     args: TrainingArguments,
     model: AnyModel,
     tokenizer: PreTrainedTokenizerBase,
-    labels: list[str] | None,
+    task: Task,
     reporter: Reporter,
 ) -> Scorer:
     """Scores `model` on the device and in the precision of `args`."""
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     model.to(args.device)  # type: ignore[arg-type]
-    task, batch_size = recipe.task.for_labels(labels), args.per_device_eval_batch_size
+    batch_size = args.per_device_eval_batch_size
     return Scorer(model, tokenizer, task, batch_size=batch_size, autocast=autocast, reporter=reporter)

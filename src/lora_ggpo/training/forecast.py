@@ -38,7 +38,6 @@ from lora_ggpo.training.build import (
     build_model,
     build_scorer,
     build_trainer,
-    load_splits,
     optimizer_steps,
     scored_sets,
     training_arguments,
@@ -131,13 +130,14 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
         memory_errors(recipe, "per_device_train_batch_size"),
     ):
         args = training_arguments(recipe, Path(folder), recipe.seeds[0])
-        return _forecast(recipe, args, load_splits(recipe.task, recipe.data), steps, reporter)
+        return _forecast(recipe, args, recipe.task.type.load(recipe.data), steps, reporter)
 
 
 def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: int, reporter: Reporter) -> Forecast:
     limit, before = available(args.device), in_use(args.device)
     model, tokenizer, rows = build_model(recipe, args, splits)
-    score = build_scorer(recipe, args, model, tokenizer, splits.labels, Reporter(quiet=True))
+    task = recipe.task.for_labels(splits.labels)
+    score = build_scorer(args, model, tokenizer, task, Reporter(quiet=True))
     score.prepare(scored_sets(recipe, splits))
     probe = _Probe(recipe, args, model, tokenizer, rows)
     full = probe.measure(args.per_device_train_batch_size, steps, reporter)

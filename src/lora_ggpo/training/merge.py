@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.models.load import load_model
 from lora_ggpo.models.saving import save_model, save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
+from lora_ggpo.tasks import Task
 from lora_ggpo.training.folder import find_runs
 from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.workspace.files import disk_errors, new_folder
@@ -66,7 +66,7 @@ def merge_run(path: Path, out: Path, base: str | None = None) -> Merged:
     run = runs[0].folder
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; choose a new folder.")
-    model, tokenizer, recipe, labels = load_trained(run, quantised=False, base=base)
+    model, tokenizer, recipe, task = load_trained(run, quantised=False, base=base)
     if not isinstance(model, PeftModel):
         raise UserError(f"{run} is full fine-tuning: its model folder is complete, there is nothing to merge.")
     before = probe_logits(model, tokenizer)
@@ -75,7 +75,7 @@ def merge_run(path: Path, out: Path, base: str | None = None) -> Merged:
         save_model(merged, target)
         save_tokenizer(tokenizer, target)
         del model, merged  # the saved one is loaded beside nothing else
-        after = probe_logits(_saved(target, recipe, labels), tokenizer)
+        after = probe_logits(_saved(target, recipe, task), tokenizer)
         difference, largest = float((after - before).abs().max()), float(before.abs().max())
         _check(difference, largest, recipe.dtype)
     if recipe.quantise is None:
@@ -84,9 +84,9 @@ def merge_run(path: Path, out: Path, base: str | None = None) -> Merged:
     return Merged(difference, largest, (recipe.quantise, float((after - trained).abs().max())))
 
 
-def _saved(folder: Path, recipe: Recipe, labels: list[str] | None) -> PreTrainedModel:
+def _saved(folder: Path, recipe: Recipe, task: Task) -> PreTrainedModel:
     try:
-        return load_model(str(folder), recipe.task.kind, labels, recipe.dtype)[0]
+        return task.load_model(str(folder), recipe.dtype)[0]
     except UserError as error:
         raise UserError(f"The merged model could not be loaded again, so nothing is saved: {error}") from error
 

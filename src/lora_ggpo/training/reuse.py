@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.data import digest
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, load_recipe
-from lora_ggpo.training.build import AnyModel, build_scorer, load_splits, load_weights, training_arguments
+from lora_ggpo.tasks import Task
+from lora_ggpo.training.build import AnyModel, build_scorer, load_weights, training_arguments
 from lora_ggpo.training.folder import finished_metrics, read_run, weights_folder
 from lora_ggpo.training.identity import check_data, check_model, check_weights
 from lora_ggpo.training.memory import memory_errors
@@ -22,8 +23,8 @@ from lora_ggpo.workspace.progress import Reporter
 
 def load_trained(
     folder: Path, *, quantised: bool = True, base: str | None = None
-) -> tuple[AnyModel, PreTrainedTokenizerBase, Recipe, list[str] | None]:
-    """Load the trained model of a finished run, its tokenizer, recipe and labels.
+) -> tuple[AnyModel, PreTrainedTokenizerBase, Recipe, Task]:
+    """Load the trained model of a finished run, its tokenizer, recipe and task.
 
     Args:
         quantised: Quantise the base model as the run did; False loads it in the recipe's dtype, under the same adapter.
@@ -44,8 +45,9 @@ def load_trained(
         recipe = recipe.model_copy(update={"model": base})
     if recipe.adapter is not None:
         check_model(folder, recipe.model, chosen=base is not None)
-    model, tokenizer = load_weights(recipe, data["labels"], folder, quantised=quantised)
-    return model, tokenizer, recipe, data["labels"]
+    task = recipe.task.for_labels(data["labels"])
+    model, tokenizer = load_weights(recipe, task, folder, quantised=quantised)
+    return model, tokenizer, recipe, task
 
 
 def evaluate_run(
@@ -67,17 +69,17 @@ def evaluate_run(
     """
     quiet_libraries()
     reporter = reporter or Reporter()
-    model, tokenizer, recipe, labels = load_trained(folder, base=base)
+    model, tokenizer, recipe, task = load_trained(folder, base=base)
     data = recipe.data if on is None else recipe.data.model_copy(update={"out_of_domain": [on]})
-    splits = load_splits(recipe.task, data)
+    splits = task.load(data)
     if on is None:
         check_data(folder, splits)
-    elif splits.labels != labels:
+    elif splits.labels != task.labels:
         raise UserError(f"The labels of {recipe.data.source} have changed since {folder} was trained on them.")
     args = training_arguments(recipe, folder, recipe.seeds[0])
     sets = evaluation_sets(splits) if on is None else splits.out_of_domain
     with memory_errors(recipe, "per_device_eval_batch_size"):
-        scores = plain(build_scorer(recipe, args, model, tokenizer, labels, reporter).score(sets, None))
+        scores = plain(build_scorer(args, model, tokenizer, task, reporter).score(sets, None))
     kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}.json"
     facts = {"on": on, "data": {name: digest(rows) for name, rows in sets.items()}, "versions": versions()}
     try:

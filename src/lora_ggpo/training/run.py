@@ -24,12 +24,12 @@ from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.models.adapters import count_parameters
 from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
+from lora_ggpo.tasks import Task
 from lora_ggpo.training.build import (
     AnyModel,
     build_model,
     build_scorer,
     build_trainer,
-    load_splits,
     load_weights,
     scored_sets,
     training_arguments,
@@ -67,7 +67,7 @@ def train(recipe: Recipe, reporter: Reporter | None = None) -> list[Run]:
     """
     reporter = reporter or Reporter(quiet=not is_first())
     quiet_libraries()
-    splits = cache(lambda: load_splits(recipe.task, recipe.data))
+    splits = cache(lambda: recipe.task.type.load(recipe.data))
     with recipe.locate_errors():
         return [_run_seed(recipe, seed, splits, reporter) for seed in recipe.seeds]
 
@@ -104,7 +104,7 @@ class _Unfinished:
             self._record_versions()
         weights = weights_folder(self.folder, self.recipe)
         if weights.is_dir():
-            score = self._scorer(*load_weights(self.recipe, self.splits.labels, self.folder))
+            score = self._scorer(*load_weights(self.recipe, self._task, self.folder))
         else:
             with memory_errors(self.recipe, "per_device_train_batch_size"):
                 score = self._train(weights)
@@ -225,14 +225,18 @@ class _Unfinished:
 
     def _is_enough(self, logged: Mapping[str, float]) -> bool:
         """Whether the training loss that was logged is down at the recipe's stop_loss."""
-        loss = next((logged[key] for key in ("train/loss", "train/log_loss", "train/mse") if key in logged), None)
+        loss = logged.get(f"train/{self.recipe.task.type.loss}")
         return self.recipe.stop_loss is not None and loss is not None and loss <= self.recipe.stop_loss
 
     def _scorer(self, model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
-        return build_scorer(self.recipe, self.args, model, tokenizer, self.splits.labels, self.reporter)
+        return build_scorer(self.args, model, tokenizer, self._task, self.reporter)
 
     def _log(self) -> list[dict[str, Any]]:
         return read_json_lines(self.folder / "log.jsonl")
+
+    @property
+    def _task(self) -> Task:
+        return self.recipe.task.for_labels(self.splits.labels)
 
     @property
     def _checkpoints(self) -> Path:

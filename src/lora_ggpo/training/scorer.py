@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import check_tokens
-from lora_ggpo.tasks import Metric, TaskConfig, encode, evaluate, predict, predict_values, prediction_metrics
-from lora_ggpo.tasks.regression import regression_metrics, regression_rows
+from lora_ggpo.tasks import Measured, Task
 from lora_ggpo.workspace.files import write_json_lines
 from lora_ggpo.workspace.progress import Reporter
 
@@ -25,14 +24,13 @@ TRAIN_ROWS = 1000
 
 _LONGEST_NAME = 100
 
-Scores = dict[str, dict[str, Metric]]
+Scores = dict[str, dict[str, Measured]]
 
 
 class Scorer:
     """Scores one model.
 
     Args:
-        config: With the label words filled in (`TaskConfig.for_labels`).
         autocast: Type of the forward passes; None is the model's own.
     """
 
@@ -40,20 +38,20 @@ class Scorer:
         self,
         model: torch.nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        config: TaskConfig,
+        task: Task,
         *,
         batch_size: int,
         autocast: torch.dtype | None,
         reporter: Reporter,
     ) -> None:
-        self._model, self._tokenizer, self._config, self._reporter = model, tokenizer, config, reporter
+        self._model, self._tokenizer, self._task, self._reporter = model, tokenizer, task, reporter
         self._options: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast}
         self.encoded: dict[str, Dataset] = {}
 
-    def encode(self, rows: Dataset, name: str = "") -> Dataset:
+    def encode(self, rows: Dataset, name: str) -> Dataset:
         """Tokenise `rows` of the set `name`."""
-        encoded = encode(self._config.kind, rows, self._tokenizer, self._config, name)
-        check_tokens(self._model, self._tokenizer, encoded["input_ids"])
+        encoded = self._task.encode(rows, self._tokenizer, name)
+        check_tokens(self._model, self._tokenizer, encoded["input_ids"], f"{name}: Row")
         return encoded
 
     def prepare(self, sets: dict[str, Dataset]) -> None:
@@ -68,39 +66,26 @@ class Scorer:
             if other != name:
                 raise UserError(f"The predictions on {other} and {name} would have one file name; rename one of them.")
             if name not in self.encoded:
-                try:
-                    self.encoded[name] = self.encode(rows, name)
-                except UserError as error:
-                    raise UserError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from error
+                self.encoded[name] = self.encode(rows, name)
 
     def quick(self, encoded: Dataset) -> dict[str, float]:
         """Metrics of encoded rows by name, without standard errors or progress."""
-        kind = self._config.kind
-        metrics = evaluate(kind, self._model, encoded, self._tokenizer, self._config, **self._options)
+        metrics = self._task.evaluate(self._model, encoded, self._tokenizer, **self._options)
         return {name: metric.value for name, metric in metrics.items()}
 
     def score(self, sets: dict[str, Dataset], predictions: Path | None) -> Scores:
         """Metrics of each set by name; with `predictions`, a folder, also one file a set with a line for each row."""
         self.prepare(sets)
-        return {name: self._score(name, rows, predictions) for name, rows in sets.items()}
+        return {name: self._score(name, predictions) for name in sets}
 
-    def _score(self, name: str, rows: Dataset, predictions: Path | None) -> dict[str, Metric]:
-        config, encoded = self._config, self.encoded[name]
-        with self._reporter.task(f"evaluate {name}") as task:
-            arguments = (config.kind, self._model, encoded, self._tokenizer, config)
-            options: dict[str, Any] = {**self._options, "progress": task.update}
-            if config.kind == "sft":
-                return evaluate(*arguments, **options)
-            if config.kind == "regression":
-                values = predict_values(self._model, encoded, self._tokenizer, **options)
-                kept = regression_rows(rows["id"][:], rows["target"][:], values)
-                metrics = regression_metrics(values, np.asarray(rows["target"], dtype=np.float64))
-            else:
-                probabilities = predict(*arguments, **options)
-                kept = _predictions(rows, probabilities)
-                metrics = prediction_metrics(probabilities, np.asarray(rows["label"], dtype=np.int64))
-        if predictions is not None:
-            write_json_lines(predictions / f"{file_name(name)}.jsonl", kept)
+    def _score(self, name: str, predictions: Path | None) -> dict[str, Measured]:
+        rows = self.encoded[name]
+        with self._reporter.task(f"evaluate {name}") as shown:
+            scores = self._task.score(self._model, rows, self._tokenizer, **self._options, progress=shown.update)
+            metrics = self._task.measure(scores, rows)
+        lines = self._task.lines(scores, rows) if predictions else []
+        if predictions and lines:
+            write_json_lines(predictions / f"{file_name(name)}.jsonl", lines)
         return metrics
 
 
@@ -135,11 +120,3 @@ def file_name(name: str) -> str:
     """`name`, which may be a path or a hub id, as the name of a file."""
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "set"
     return plain if len(plain) <= _LONGEST_NAME else f"{plain[-_LONGEST_NAME:]}-{sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _predictions(rows: Dataset, probabilities: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-    columns = zip(rows["id"], rows["label"], probabilities, strict=True)
-    return [
-        {"id": id_, "label": label, "predicted": int(row.argmax()), "probabilities": [round(float(p), 6) for p in row]}
-        for id_, label, row in columns
-    ]

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 from lora_ggpo.errors import DivergedError, UserError, rejected
 from lora_ggpo.methods.ascent import MGPO, SAM
-from lora_ggpo.tasks.length import NO_LOSS
+from lora_ggpo.tasks import NO_LOSS
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
 MakeAscent = Callable[[nn.Module, Any], SAM | MGPO]

@@ -1,0 +1,152 @@
+"""Classification: a class for each text or pair of texts, from a new head on the model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset, Value
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_ggpo.data.labels import LabelReader
+from lora_ggpo.models.architecture import HEADED, label_head
+from lora_ggpo.tasks.base import CHUNK, Batch, Row, Score, Task, encoded_row
+from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, Integers, Measured, measure_mean
+
+# A probability below this counts as this much in log_loss: one confident mistake costs at most 34.5.
+_SMALLEST_PROBABILITY = 1e-15
+
+
+class ClassTask(Task):
+    """A task in which a row has one of the data's classes; its scores become probabilities of the classes."""
+
+    reader = LabelReader
+    columns = frozenset({"text", "text_pair", "label", "label_noise"})
+    metrics = ("accuracy", "f1", "mcc", "log_loss")
+    loss = "log_loss"
+    features: ClassVar = {"label": Value("int64")}
+
+    def finish(self, scores: Floats) -> Floats:
+        """Softmax over the classes."""
+        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float64)
+
+    def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
+        """Accuracy, F1, Matthews correlation and log loss."""
+        return classification_metrics(scores, np.asarray(rows["label"], dtype=np.int64))
+
+    def lines(self, scores: Floats, rows: Dataset) -> list[dict[str, Any]]:
+        """The right class, the most probable one, and all probabilities."""
+        return [
+            {
+                "id": id_,
+                "label": label,
+                "predicted": int(row.argmax()),
+                "probabilities": [round(float(p), 6) for p in row],
+            }
+            for id_, label, row in zip(rows["id"], rows["label"], scores, strict=True)
+        ]
+
+
+class Classification(ClassTask):
+    """A new head on the model gives each class a logit."""
+
+    architecture = HEADED
+    features: ClassVar = {**ClassTask.features, "labels": Value("int64")}
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """One output for each label."""
+        return label_head(self.labels)
+
+    def rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Row]]:
+        """The texts as the tokenizer joins them, the end of the longer one cut."""
+        return encode_texts(dataset, tokenizer, self.config.max_length, "label")
+
+    def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
+        """The logits of the head."""
+        return head_scorer(model)
+
+
+def encode_texts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, value: str
+) -> Iterator[list[Row]]:
+    """Rows of a text or two for a model with a head, which is to give the column `value`."""
+    for batch in dataset.iter(CHUNK):
+        second = batch.get("text_pair")
+        encoded = tokenizer(batch["text"], second, truncation=True, max_length=max_length)
+        more = {name: batch[name] for name in ("id", value) if name in batch}
+        if second is not None and "token_type_ids" in encoded:
+            more["token_type_ids"] = encoded["token_type_ids"]
+        yield [
+            encoded_row(ids, batch[value][row], **{name: values[row] for name, values in more.items()})
+            for row, ids in enumerate(encoded["input_ids"])
+        ]
+
+
+def head_scorer(model: nn.Module) -> Score:
+    """The outputs of the model's head."""
+
+    def score(batch: Batch) -> Tensor:
+        logits: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return logits
+
+    return score
+
+
+def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str, Measured]:
+    """Accuracy, macro F1, Matthews correlation and log loss (nats) of predicted class probabilities.
+
+    Args:
+        probabilities: (n, classes), rows sum to 1. The most probable class is the prediction.
+        labels: (n,) indices of the right classes.
+
+    Standard errors: binomial for accuracy; for F1 and the correlation the standard deviation over 1000 bootstrap
+    resamples of the examples (seeded, so the same data give the same figure); s / sqrt(n) for log loss.
+    Macro F1 averages over the classes that occur in the labels or the predictions.
+    """
+    n = len(labels)
+    predicted = probabilities.argmax(axis=1)
+    accuracy = float(accuracy_score(labels, predicted))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="A single label was found")  # the correlation is then 0
+        mcc = float(matthews_corrcoef(labels, predicted))
+    f1_se, mcc_se = _bootstrap_f1_mcc(labels, predicted)
+    return {
+        "accuracy": Measured(accuracy, math.sqrt(accuracy * (1 - accuracy) / n), n),
+        "f1": Measured(float(f1_score(labels, predicted, average="macro", zero_division=0)), f1_se, n),
+        "mcc": Measured(mcc, mcc_se, n),
+        "log_loss": measure_mean(-np.log(np.clip(probabilities[np.arange(n), labels], _SMALLEST_PROBABILITY, 1.0))),
+    }
+
+
+def _bootstrap_f1_mcc(labels: Integers, predicted: Integers) -> tuple[float, float]:
+    """Standard errors of macro F1 and Matthews correlation.
+
+    Both depend on the data through the confusion counts alone, and drawing n examples with replacement draws those
+    counts from a multinomial: that is the bootstrap at a fraction of its cost.
+    """
+    classes = int(max(labels.max(), predicted.max())) + 1
+    cells, counts = np.unique(labels * classes + predicted, return_counts=True)
+    rows, columns = cells // classes, cells % classes
+    draws = np.random.default_rng(SEED).multinomial(len(labels), counts / counts.sum(), size=RESAMPLES)
+    scores = np.array([_f1_mcc(rows, columns, draw, classes) for draw in draws])
+    f1_se, mcc_se = scores.std(axis=0, ddof=1)
+    return float(f1_se), float(mcc_se)
+
+
+def _f1_mcc(rows: Integers, columns: Integers, counts: Integers, classes: int) -> tuple[float, float]:
+    """Macro F1 and Matthews correlation of a confusion table given as its filled cells."""
+    right = np.bincount(rows, weights=counts * (rows == columns), minlength=classes)
+    true = np.bincount(rows, weights=counts, minlength=classes)
+    said = np.bincount(columns, weights=counts, minlength=classes)
+    occurs = true + said > 0
+    f1 = float(np.mean(2 * right[occurs] / (true + said)[occurs]))
+    n = float(counts.sum())
+    spread = (n * n - float(true @ true)) * (n * n - float(said @ said))
+    return f1, (n * float(right.sum()) - float(true @ said)) / math.sqrt(spread) if spread > 0 else 0.0

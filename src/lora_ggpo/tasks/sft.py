@@ -1,0 +1,165 @@
+"""Supervised fine-tuning: completions of prompts, or the assistant's turns of conversations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_ggpo.data.completion import CompletionReader
+from lora_ggpo.data.messages import Message
+from lora_ggpo.errors import UserError
+from lora_ggpo.models.architecture import CAUSAL
+from lora_ggpo.models.chat_template import Ending, end_of_turn
+from lora_ggpo.tasks.base import CHUNK, NO_LOSS, Batch, Row, Score, Task, encoded_row
+from lora_ggpo.tasks.conversation import UnusedFields, conversation, learnt_turns
+from lora_ggpo.tasks.forward import logits_at
+from lora_ggpo.tasks.length import Room
+from lora_ggpo.tasks.metrics import Floats, Integers, Measured
+from lora_ggpo.tasks.pack import check_packing, pack
+from lora_ggpo.tasks.tokens import check_chat_template, continuation, start
+
+Segments = list[tuple[str, bool]]
+"""Pieces of a row's text, and whether they are learnt."""
+
+
+class SFT(Task):
+    """Completions are learnt, prompts are not; the loss is that of a completion's tokens, its end included."""
+
+    reader = CompletionReader
+    architecture = CAUSAL
+    settings = frozenset({"template", "chat_template", "too_long", "packing"})
+    columns = frozenset({"prompt", "completion", "single_turn", "ignore"})
+    metrics = ("loss", "perplexity")
+    loss = "loss"
+    default_template = "{text}"
+    default_length = 1024  # a prompt with its answer takes more room than a text with a label; a cut one teaches no end
+    scores_every_token = True
+    answers = True
+
+    def check(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The tokenizer must have what ends a completion; messages have the chat template alone."""
+        messages = "messages" in dataset.column_names
+        if messages and self.config.template != self.default_template:
+            raise UserError(
+                "task.template is for prompts and completions, but the data has messages (as rows with a system "
+                "prompt, a history or tools are); leave it out, or name those columns in data.ignore."
+            )
+        if messages or self.config.chat_template:
+            check_chat_template(tokenizer)
+        elif tokenizer.eos_token is None:
+            raise UserError("The tokenizer has no end-of-text token, so a completion could not be taught to end.")
+
+    def rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Row]]:
+        """Rows as they stand in one sequence.
+
+        Those whose prompt alone fills `max_length` are dropped, and with `too_long: drop` all that are longer. One
+        warning counts the rows that are left out or cut, and the tokens that are lost.
+        """
+        chat = self.config.chat_template or "messages" in dataset.column_names
+        end, first = (end_of_turn(tokenizer), []) if chat else (None, start(tokenizer))
+        room, unused = Room(self.config, name), UnusedFields(name)
+        for begin in range(0, len(dataset), CHUNK):
+            rows = []
+            for index in range(begin, min(begin + CHUNK, len(dataset))):
+                ids, labels = _join(tokenizer, self._segments(tokenizer, dataset[index], index, end, unused), first)
+                fitted = room.fit(ids, labels)
+                if fitted:
+                    rows.append(encoded_row(*fitted))
+            yield rows
+        unused.report()
+        room.report()
+
+    def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
+        """Pack the rows, if the settings say so."""
+        if not self.config.packing:
+            return rows
+        check_packing(model)
+        return pack(rows, self.config.max_length)
+
+    def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
+        """Summed loss and number of completion tokens of each example, (batch, 2)."""
+
+        def score(batch: Batch) -> Tensor:
+            targets = batch["labels"][:, 1:]
+            learnt = targets != NO_LOSS
+            positions = torch.nonzero(learnt.any(dim=0)).squeeze(1)  # only these need logits over the whole vocabulary
+            logits = logits_at(model, batch["input_ids"], batch["attention_mask"], positions)
+            losses = [  # one example at a time: float32 copies of all logits would be most of the memory
+                F.cross_entropy(row.float(), wanted, ignore_index=NO_LOSS, reduction="none").double().sum()
+                for row, wanted in zip(logits, targets[:, positions], strict=True)
+            ]
+            return torch.stack([torch.stack(losses), learnt.sum(dim=1).double()], dim=1)
+
+        return score
+
+    def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
+        """Loss per completion token, and perplexity."""
+        return completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))
+
+    def user_turn(self, text: str) -> str:
+        """The filled template; the spaces at its end belong to the completion."""
+        return self._filled(text)[0]
+
+    def _filled(self, prompt: str) -> tuple[str, str]:
+        """The template with the prompt, and the spaces at the template's end, which belong to the completion."""
+        spaces = len(self.config.template) - len(self.config.template.rstrip(" "))
+        filled = self.config.fill({"text": prompt})
+        return filled[: len(filled) - spaces], " " * spaces
+
+    def _segments(
+        self, tokenizer: PreTrainedTokenizerBase, row: Row, index: int, end: Ending | None, unused: UnusedFields
+    ) -> Segments:
+        """The pieces of a row; `end` is of a turn in the chat template, None without one."""
+        if end is None:
+            prompt, space = self._filled(row["prompt"])
+            return [(prompt, False), (space + row["completion"] + str(tokenizer.eos_token), True)]
+        try:
+            messages, arguments = conversation(row) if "messages" in row else (self._exchange(row), {})
+            unused.look(tokenizer, messages, arguments)
+            return learnt_turns(tokenizer, messages, arguments, end)
+        except UserError as error:
+            place = f"Row {index} ({row['id']})" if "id" in row else f"Row {index}"  # an id is file:line by default
+            raise UserError(f"{place}: {error}") from error
+
+    def _exchange(self, row: Row) -> list[Message]:
+        return [
+            {"role": "user", "content": self._filled(row["prompt"])[0]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+
+
+def _join(tokenizer: PreTrainedTokenizerBase, segments: Segments, first: list[int]) -> tuple[list[int], list[int]]:
+    """Tokenise segments one behind the other into (input_ids, labels)."""
+    text, ids, labels = "", list(first), [NO_LOSS] * len(first)
+    for segment, learnt in segments:
+        added = continuation(tokenizer, text, segment, ids[len(first) :])
+        text += segment
+        ids += added
+        labels += added if learnt else [NO_LOSS] * len(added)
+    return ids, labels
+
+
+def completion_metrics(losses: Floats, tokens: Integers) -> dict[str, Measured]:
+    """Loss per completion token (nats) and perplexity, over all tokens of all examples.
+
+    Args:
+        losses: (n,) summed loss of each example's completion.
+        tokens: (n,) completion tokens of each example, at least 1.
+
+    Examples, not tokens, are the independent draws: the standard error of the ratio sum(losses) / sum(tokens) is
+    linearised over examples (it is s / sqrt(n) where all completions are equally long), and that of the perplexity
+    exp(loss) follows by the delta method.
+    """
+    n, total = len(losses), float(tokens.sum())
+    loss = float(losses.sum()) / total
+    residuals = losses - loss * tokens
+    se = math.sqrt(n / (n - 1) * float(residuals @ residuals)) / total if n > 1 else math.nan
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"loss": Measured(loss, se, n), "perplexity": Measured(perplexity, perplexity * se, n)}
