@@ -342,7 +342,7 @@ def test_no_adapter_means_full_fine_tuning(encoder):
 @pytest.mark.parametrize(
     ("adapter", "sentence"),
     [
-        ({"target_modules": ["q_proj"]}, "matches no layer .* called classifier, dense, key, query, value"),
+        ({"target_modules": ["q_proj"]}, "matches no layer.* called classifier, dense, key, query, value"),
         (
             {"init_lora_weights": "nonsense", "target_modules": ["query"]},
             r"adapter.init_lora_weights is rejected by peft: .*nonsense",

@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_ggpo.errors import UserError, first_sentence, rejected
-from lora_ggpo.methods.initialise import Batches, adalora_config, initialised, with_init_config
+from lora_ggpo.methods.initialise import Batches, initialise
+from lora_ggpo.methods.optimizers import adalora_config
 from lora_ggpo.models.architecture import Architecture
 from lora_ggpo.models.load import one_sentence
-
-_NO_LAYER = re.compile(r"target modules .* not found|modules were targeted|modules were excluded", re.IGNORECASE)
 
 
 def add_adapter(
@@ -44,17 +43,16 @@ def add_adapter(
         batches: makes batches of training data, for starting values that come from it (EVA, CorDA, LoRA-GA).
 
     Raises:
-        UserError: the model has not what a field names, or peft rejects one.
+        UserError: peft rejects a field, or none of the model's layers is adapted.
     """
     if adapter is None:
         return model.requires_grad_(True)
     fields = dict(adapter)
-    _check_names(model, fields)
     if architecture.new_head:
         fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
     fields["task_type"] = architecture.peft_task
-    adapted = _built(model, fields, total_steps, batches)
-    _check_matches(adapted, fields)
+    adapted = _build(model, fields, total_steps, batches)
+    _warn_of_what_matches_nothing(adapted, fields)
     _warn_of_what_cannot_be_merged(adapted)
     return adapted
 
@@ -91,33 +89,22 @@ def freeze_body(model: PreTrainedModel) -> PreTrainedModel:
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-def _built(
-    model: PreTrainedModel, fields: dict[str, Any], total_steps: int | None, batches: Batches | None
+def _build(
+    model: PreTrainedModel, fields: Mapping[str, Any], total_steps: int | None, batches: Batches | None
 ) -> PeftModel:
-    settings = fields.keys() - {"type"}
+    settings = {name: value for name, value in fields.items() if name != "type"}
     with rejected("adapter", settings):
         try:
-            if fields.get("type", "lora") == "adalora":
-                return peft.get_peft_model(model, adalora_config(_without(fields, "type"), total_steps))
-            return initialised(model, LoraConfig(**with_init_config(_without(fields, "type"))), batches)
+            if fields.get("type") == "adalora":
+                return peft.get_peft_model(model, adalora_config(settings, total_steps))
+            return initialise(model, settings, batches)
         except ValueError as error:
-            if _NO_LAYER.search(str(error)):
-                raise UserError(_no_layer(model, fields)) from error
-            raise
-
-
-def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if key != name}
-
-
-def _no_layer(model: nn.Module, fields: Mapping[str, Any]) -> str:
-    layers = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    narrowed = [n for n in ("exclude_modules", "layers_to_transform", "layers_pattern") if fields.get(n) is not None]
-    beside = f" with adapter.{' and adapter.'.join(narrowed)}" if narrowed else ""
-    return (
-        f"adapter.target_modules {fields.get('target_modules')!r}{beside} matches no layer that can be adapted; "
-        f"the model's linear layers are called {', '.join(sorted(layers))}."
-    )
+            if not re.search(r"not found in the base model|modules were (targeted|excluded)", str(error)):
+                raise
+            layers = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+            raise UserError(
+                f"adapter matches no layer: {error} The model's linear layers are called {', '.join(sorted(layers))}."
+            ) from error
 
 
 def _modules_to_save(model: PreTrainedModel, chosen: list[str] | None) -> list[str]:
@@ -126,89 +113,27 @@ def _modules_to_save(model: PreTrainedModel, chosen: list[str] | None) -> list[s
     peft by itself knows only "classifier" and "score"; other parts of a head (DistilBERT's "pre_classifier", say)
     would stay frozen at their random values.
     """
-    known_to_peft = ("classifier", "score")
+    body = {model.base_model_prefix, "classifier", "score"}
     head = [
-        name
-        for name, part in model.named_children()
-        if name != model.base_model_prefix and name not in known_to_peft and any(True for _ in part.parameters())
+        name for name, part in model.named_children() if name not in body and next(part.parameters(), None) is not None
     ]
-    return [*(chosen or []), *(name for name in head if name not in (chosen or []))]
+    return list(dict.fromkeys([*(chosen or []), *head]))
 
 
-# --- what is known only with the model -----------------------------------------------------------------------------
+# --- what peft does not say ----------------------------------------------------------------------------------------
 
 
-def _check_names(model: PreTrainedModel, fields: Mapping[str, Any]) -> None:
-    """Refuse what the model has not, where peft takes it without a word or with a traceback.
-
-    Raises:
-        UserError: a module to save, a layer to replicate or a token that is not there.
-    """
-    names = [name for name, _ in model.named_modules()]
-    for name in fields.get("modules_to_save") or ():
-        if not _named(name, names):
-            raise UserError(f"adapter.modules_to_save names {name!r}, which the model has not; leave it out.")
-    layers = getattr(model.config, "num_hidden_layers", None)
-    for start, end in fields.get("layer_replication") or ():
-        if not 0 <= start < end or (layers is not None and end > layers):
-            raise UserError(
-                f"adapter.layer_replication has the range [{start}, {end}], which must begin at 0 or above, not be "
-                f"empty, and end at {layers} at most: the model has that many layers."
-            )
-    for part, indices in _token_indices(model, fields.get("trainable_token_indices")):
-        rows = len(part.weight)  # type: ignore[arg-type]
-        if not indices or max(indices) >= rows or len(set(indices)) < len(indices):
-            raise UserError(
-                f"adapter.trainable_token_indices must be different token ids below {rows}, which is how many the "
-                f"embedding has, not {indices}."
-            )
-
-
-def _token_indices(model: PreTrainedModel, given: Any) -> Iterator[tuple[nn.Module, list[int]]]:
-    """The embeddings that tokens are to be trained of, and the tokens."""
-    if isinstance(given, dict):
-        modules = dict(model.named_modules())
-        for name, indices in given.items():
-            found = [modules[full] for full in modules if _named(name, [full])]
-            if not found:
-                raise UserError(f"adapter.trainable_token_indices names {name!r}, which the model has not.")
-            yield from ((part, indices) for part in found)
-    elif given is not None:
-        yield model.get_input_embeddings(), given
-
-
-def _check_matches(model: PeftModel, fields: Mapping[str, Any]) -> None:
-    """Say which entries of a list chose nothing: peft does so only if all of them did.
-
-    Raises:
-        UserError: a module is to be trained in full and adapted as well.
-    """
-    layers = [name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
-    everything = [name for name, _ in model.named_modules()]
-    saved: Iterable[str] = getattr(model.peft_config["default"], "modules_to_save", None) or ()
-    for name in _listed(fields.get("target_modules")):
-        if not _named(name, layers):
-            if any(_named(part, [name]) for part in saved):
-                raise UserError(
-                    f"adapter.target_modules names {name!r}, which is trained in full (adapter.modules_to_save, or the "
-                    "head of the task); leave it out."
-                )
-            warnings.warn(f"adapter.target_modules names {name!r}, which matches no layer.", stacklevel=3)
-    for name in _listed(fields.get("exclude_modules")):
-        if not _named(name, everything):
-            warnings.warn(f"adapter.exclude_modules names {name!r}, which matches no layer.", stacklevel=3)
-    for index in _listed(fields.get("layers_to_transform")):
-        if not any(f".{index}." in name for name in layers):
-            warnings.warn(f"adapter.layers_to_transform has {index}, which matches no layer.", stacklevel=3)
-
-
-def _listed(entries: Any) -> Iterable[Any]:
-    return entries if isinstance(entries, (list, tuple, set)) else ()
-
-
-def _named(name: str, modules: Iterable[str]) -> bool:
-    """Whether one of `modules` is called `name`, which may lack the beginning."""
-    return any(module == name or module.endswith(f".{name}") for module in modules)
+def _warn_of_what_matches_nothing(model: PeftModel, fields: Mapping[str, Any]) -> None:
+    """Name the entries of a list that chose nothing: peft speaks up only if all of them did."""
+    everything = [f".{name}." for name, _ in model.named_modules()]
+    adapted = [f".{name}." for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+    places = {"target_modules": adapted, "layers_to_transform": adapted}
+    for field in ("target_modules", "layers_to_transform", "exclude_modules", "modules_to_save"):
+        entries = fields.get(field)
+        for entry in entries if isinstance(entries, (list, tuple, set)) else ():
+            matches = str.__contains__ if field == "layers_to_transform" else str.endswith
+            if not any(matches(name, f".{entry}.") for name in places.get(field, everything)):
+                warnings.warn(f"adapter.{field} has {entry!r}, which matches no layer.", stacklevel=3)
 
 
 def _warn_of_what_cannot_be_merged(model: PeftModel) -> None:
@@ -218,24 +143,17 @@ def _warn_of_what_cannot_be_merged(model: PeftModel) -> None:
     """
     layers: dict[tuple[Any, ...], BaseTunerLayer] = {}
     adapted: list[BaseTunerLayer] = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
-    for layer in sorted(adapted, key=_size):
+    for layer in sorted(adapted, key=lambda layer: sum(p.numel() for p in layer.get_base_layer().parameters())):
         base = layer.get_base_layer()
         without_bias = getattr(base, "bias", None) is None
         if without_bias and any(getattr(layer, "lora_bias", {}).values()):
             continue  # peft cannot merge it, but `merge` may: it gives the layer a bias where the architecture has one
         if type(getattr(base, "weight", None)) is nn.Parameter:
             layers.setdefault((type(layer), type(base), without_bias), layer)
-    for layer in layers.values():
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for layer in layers.values():
                 copy.deepcopy(layer).merge()
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            warnings.warn(
-                f"This adapter can be trained and used, but not merged: {first_sentence(error)}", stacklevel=3
-            )
-            return
-
-
-def _size(layer: BaseTunerLayer) -> int:
-    return sum(parameter.numel() for parameter in layer.get_base_layer().parameters())
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        warnings.warn(f"This adapter can be trained and used, but not merged: {first_sentence(error)}", stacklevel=3)

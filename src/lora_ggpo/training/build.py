@@ -24,9 +24,8 @@ from transformers.trainer_utils import SaveStrategy
 from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError, rejected
 from lora_ggpo.integrations.callback import GGPOCallback
-from lora_ggpo.methods.adalora import AdaLoraCallback
 from lora_ggpo.methods.ascent import MGPO, SAM
-from lora_ggpo.methods.optimizers import OPTIMIZERS
+from lora_ggpo.methods.optimizers import OPTIMIZERS, AdaLoraCallback
 from lora_ggpo.models.adapters import add_adapter, freeze_body, load_adapter
 from lora_ggpo.models.load import check_tokens
 from lora_ggpo.models.quantise import Quantisation
