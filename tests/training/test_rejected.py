@@ -59,7 +59,6 @@ def test_before_the_first_step(tiny_llama, reviews, use, override, message, tmp_
             "training.gradient_checkpointing_kwargs is rejected by torch: Unexpected keyword arguments: nope.",
         ),
         (["training.log_level=loud"], "training is rejected by transformers: 'loud' is none of its choices"),
-        (["adapter.modules_to_save=[nope]"], "adapter.modules_to_save names 'nope', which the model has not"),
         (
             ["stop_loss=0.1", "validate_every=5"],
             "validate_every is 5, but the run has 4 steps, in which stop_loss is never looked at; lower it.",
