@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainingArguments
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.recipe.fields import AdapterFields, TrainingFields, training_owned
+from lora_ggpo.recipe.fields import AdapterFields, TrainingFields, why_not_set
 from lora_ggpo.recipe.recipe import json_schema, parse_recipe
 
 RECIPE = """\
@@ -135,7 +135,7 @@ def test_what_is_not_finite(values):
 
 def test_the_docs_name_what_is_refused_and_why():
     every = {field.name for field in dataclasses.fields(TrainingArguments)}
-    reasons = {name: training_owned(name) for name in every if training_owned(name)}
+    reasons = {name: reason for name in every if (reason := why_not_set("training", name))}
     page = (DOCS / "recipes.md").read_text(encoding="utf-8")
     table = page.partition("## What a recipe may not set")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+`) \| (.+) \|$", table, re.MULTILINE)

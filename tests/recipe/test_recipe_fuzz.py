@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.recipe.recipe import _SECTIONS, dump_yaml, load_recipe, parse_recipe
+from lora_ggpo.recipe.explain import sections
+from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe, parse_recipe
 
 VALUES = {
     "model": "minilm",
@@ -21,7 +22,7 @@ VALUES = {
     "output": "runs/x",
 }
 TEXT = yaml.safe_dump(VALUES, sort_keys=False)
-PATHS = [(*section, field) for section, model in _SECTIONS.items() for field in model.model_fields]
+PATHS = [(*section, field) for section, model in sections(Recipe).items() for field in model.model_fields]
 PLAIN = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.dates() | st.binary(max_size=3) | st.text(max_size=8)
 )

@@ -1,7 +1,7 @@
 import pytest
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.recipe.source import flatten, parse_source
+from lora_ggpo.recipe.source import parse_source
 
 TEXT = """\
 model: minilm
@@ -65,7 +65,3 @@ def test_overrides(override, path, value):
 def test_bad_text(text, overrides, message):
     with pytest.raises(UserError, match=message):
         parse_source(text, "r.yaml", overrides)
-
-
-def test_flatten():
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {("a", "b"): "1", ("a", "c"): "{}", ("d",): "[1]"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -136,18 +136,14 @@ _TRAINING_OWNED = {
     "logging_strategy": "use logging_steps",
     "save_strategy": "use save_steps",
 }
+_OWNED: dict[str, dict[str, str]] = {"adapter": _ADAPTER_OWNED, "training": _TRAINING_OWNED}
 
 
-def adapter_owned(name: str) -> str | None:
-    """Why ``adapter.name`` is not the recipe's to set, or None."""
-    return _ADAPTER_OWNED.get(name)
-
-
-def training_owned(name: str) -> str | None:
-    """Why ``training.name`` is not the recipe's to set, or None."""
-    if name.startswith(("push_to_hub", "hub_", "trackio_")):
+def why_not_set(section: str, name: str) -> str | None:
+    """Why ``section.name`` is not the recipe's to set; None if it may be set, or is no setting at all."""
+    if section == "training" and name.startswith(("push_to_hub", "hub_", "trackio_")):
         return _HUB
-    return _TRAINING_OWNED.get(name)
+    return _OWNED.get(section, {}).get(name)
 
 
 # --- sections ------------------------------------------------------------------------------------------------------
@@ -159,7 +155,7 @@ _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 def _mirror(
     name: str,
     cls: type,
-    owned: Callable[[str], str | None] = lambda _: None,
+    section: str,
     ranges: Mapping[str, Any] | None = None,
     types: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
@@ -168,7 +164,7 @@ def _mirror(
     """A pydantic model with the fields of dataclass `cls`, so that they are checked and described like our own.
 
     Args:
-        owned: Says which fields are left out.
+        section: Of the recipe, which leaves out the fields that it may not set.
         ranges: Of numbers, by field.
         types: Those that are narrower or wider than the dataclass's.
         defaults: Those that differ from the dataclass's.
@@ -177,7 +173,7 @@ def _mirror(
     hints = typing.get_type_hints(cls) | dict(types or {})
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        if field.init and not owned(field.name):
+        if field.init and not why_not_set(section, field.name):
             default = None if field.default is dataclasses.MISSING else field.default
             hint = _ranged(_describable(hints[field.name]), (ranges or {}).get(field.name))
             shown = (defaults or {}).get(field.name, default)
@@ -222,14 +218,15 @@ else:
     AdapterFields = _mirror(
         "AdapterFields",
         AdaLoraConfig,  # LoraConfig and what AdaLoRA adds
-        adapter_owned,
+        "adapter",
         _ADAPTER_RANGES,
         _ADAPTER_TYPES,
         type=(Literal["lora", "adalora"], Field("lora", description="adalora: r is the average rank in the end.")),
     )
-    GGPOFields = _mirror("GGPOFields", GGPOConfig, types={name: Literal[*names] for name, names in CHOICES.items()})
+    _CHOICES = {name: Literal[*names] for name, names in CHOICES.items()}
+    GGPOFields = _mirror("GGPOFields", GGPOConfig, "ggpo", types=_CHOICES)
     TrainingFields = _mirror(
-        "TrainingFields", TrainingArguments, training_owned, _TRAINING_RANGES, _TRAINING_TYPES, TRAINING_DEFAULTS
+        "TrainingFields", TrainingArguments, "training", _TRAINING_RANGES, _TRAINING_TYPES, TRAINING_DEFAULTS
     )
 
 

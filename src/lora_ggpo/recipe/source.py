@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,10 +169,3 @@ def set_value(values: dict[str, Any], keys: list[str], value: Any, override: str
         if not isinstance(inner, dict):
             raise UserError(f"Override {override!r}: {key} is {inner!r}, which has no settings inside.")
     inner[keys[-1]] = value
-
-
-def flatten(values: Any, path: KeyPath = ()) -> dict[KeyPath, Hashable]:
-    """Every leaf of nested mappings by its path; other values are leaves, shown by `repr`."""
-    if isinstance(values, dict) and values:
-        return {key: leaf for name, value in values.items() for key, leaf in flatten(value, (*path, name)).items()}
-    return {path: repr(values)}

@@ -22,10 +22,10 @@ from typing import Any
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_text
-from lora_ggpo.workspace.folder import KeyPath, differences, refuse_changes
+from lora_ggpo.workspace.folder import differences, refuse_changes
 
 # What a run that was begun may change: where it lies, and what decides its memory and speed alone.
-_FREE: tuple[KeyPath, ...] = (
+_FREE = (
     ("output",),
     ("seeds",),
     ("training", "per_device_eval_batch_size"),

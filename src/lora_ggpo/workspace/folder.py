@@ -17,8 +17,6 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from lora_ggpo.errors import UserError
 from lora_ggpo.workspace.files import disk_errors, new_file_mode, read_json, write_json
 
-KeyPath = tuple[str | int, ...]
-
 _SHOWN = 5
 # What flock says on file systems without it: NFS without its lock service, some that are served by programs.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO, errno.EBADF, errno.EINVAL)
@@ -79,7 +77,7 @@ def refuse_changes(
     here: Mapping[str, Any],
     option: str,
     *,
-    free: Collection[KeyPath] = (),
+    free: Collection[tuple[str, ...]] = (),
 ) -> None:
     """Compare the settings that a folder holds with those of this command.
 
@@ -99,7 +97,7 @@ def refuse_changes(
 
 
 def differences(
-    one: Mapping[str, Any], other: Mapping[str, Any], apart_from: Collection[KeyPath] = ()
+    one: Mapping[str, Any], other: Mapping[str, Any], apart_from: Collection[tuple[str, ...]] = ()
 ) -> Iterator[tuple[str, Any, Any]]:
     """The settings that two nested mappings do not share: dotted name, value in the one, value in the other."""
     left, right = _leaves(one), _leaves(other)
@@ -109,7 +107,7 @@ def differences(
             yield ".".join(map(str, path)), *pair
 
 
-def _leaves(values: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
+def _leaves(values: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     if isinstance(values, Mapping) and values:
         return {key: leaf for name, value in values.items() for key, leaf in _leaves(value, (*path, name)).items()}
     return {path: list(values) if isinstance(values, tuple) else values}  # JSON knows lists alone

@@ -1,0 +1,140 @@
+"""What the settings of a recipe must be to one another: each rule is what breaks it, and the sentence that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from peft import AdaLoraConfig, LoraConfig
+from pydantic import BaseModel
+
+from lora_ggpo.perturbation import GGPOConfig
+from lora_ggpo.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from lora_ggpo.recipe.recipe import Recipe
+
+_ADALORA_ONLY = [n for n in AdaLoraConfig.__dataclass_fields__ if n not in LoraConfig.__dataclass_fields__]
+_IDLE_IN_ADALORA = (
+    *("rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config", "corda_config", "lora_ga_config"),
+    *("use_rslora", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "kasa_config"),
+    "alora_invocation_tokens",
+)
+_OF_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
+_OF_ADAMS = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
+_MOMENTUM_KEPT = ("adamw_torch", "adamw_torch_fused")
+_LEAVES_W0 = (True, False, "gaussian", "eva")
+"""Starting values for which peft neither decomposes nor writes W0."""
+
+
+def broken_rules(recipe: Recipe) -> Iterator[str]:
+    """The rules that `recipe` breaks, each in words that begin with the setting at fault."""
+    for rules in (_of_adapter, _of_task, _of_methods, _of_weights, _of_run):
+        yield from rules(recipe)
+
+
+def _of_adapter(recipe: Recipe) -> Iterator[str]:
+    fields = {"r": LoraConfig().r, "init_r": None, **(recipe.adapter_fields or {})}
+    r, init_r = fields["r"], fields["init_r"]
+    if recipe.adapter and not recipe.adalora:
+        for name in _set(recipe.adapter, _ADALORA_ONLY):
+            yield f"adapter.{name} is a setting of AdaLoRA; set adapter.type to adalora as well"
+    if recipe.adapter and recipe.adalora:
+        if init_r is not None and init_r < r:
+            yield f"adapter.init_r is the rank AdaLoRA starts from: it must be at least adapter.r, {r}, not {init_r}"
+        for name in _changed(recipe.adapter, _IDLE_IN_ADALORA):
+            yield f"adapter.{name} is none of AdaLoRA's settings; leave it out"
+
+
+def _of_task(recipe: Recipe) -> Iterator[str]:
+    task, kind = recipe.task, recipe.task.kind
+    for name in _changed(task, _of_other_tasks(task.type, lambda task: task.settings)):
+        yield f"task sets {name}, which kind {kind} does not look at; leave it out"
+    if task.packing and recipe.training_fields.get("use_cache"):
+        yield "task with packing needs training.use_cache: false: with a cache, examples would see those before them"
+    for name in _changed(recipe.data, _of_other_tasks(task.type, lambda task: task.columns)):
+        yield f"data sets {name}, which task {kind} does not look at; leave it out"
+
+
+def _of_other_tasks(own: type[Task], look_at: Callable[[type[Task]], frozenset[str]]) -> list[str]:
+    """Settings that other tasks look at and `own` does not."""
+    return sorted(frozenset[str]().union(*map(look_at, TASKS.values())) - look_at(own))
+
+
+def _of_methods(recipe: Recipe) -> Iterator[str]:
+    """What decides where the gradient is taken, and the step along it."""
+    ggpo, sam, mgpo, optimizer = recipe.ggpo, recipe.sam, recipe.mgpo, recipe.optimizer
+    has_lora = recipe.adapter is not None and not recipe.adalora
+    if ggpo:
+        try:
+            recipe.ggpo_config(seed=0)
+        except ValueError as error:
+            yield f"ggpo{str(error).removeprefix(GGPOConfig.__name__)}"
+    if ggpo and recipe.adapter is None:
+        yield "ggpo perturbs a LoRA adapter, but adapter is null; set ggpo: null as well, or an adapter"
+    if ggpo and recipe.adalora:
+        yield "ggpo perturbs LoRA layers, which those of AdaLoRA are not; choose adapter.type lora"
+    first, *others = [name for name in ("ggpo", "sam", "mgpo") if getattr(recipe, name)] or [""]
+    for other in others:
+        yield f"{other} and {first} both decide where the gradient is taken; set one of them to null"
+    if sam and sam.space == "weights" and not has_lora:
+        yield "sam with space weights moves the full weights of LoRA layers, and there are none; use space adapter"
+    if mgpo and optimizer and optimizer.kind == "lora-fa":
+        yield "mgpo follows Adam's momentum, which LoRA-FA does not keep; set optimizer: null"
+    if mgpo and recipe.training_fields.get("optim", _MOMENTUM_KEPT[0]) not in _MOMENTUM_KEPT:
+        yield f"mgpo follows the momentum of torch's Adam; set training.optim to {' or '.join(_MOMENTUM_KEPT)}"
+    if optimizer and not has_lora:
+        yield f"optimizer {optimizer.kind} treats A and B of LoRA differently, and there is no LoRA; set it to null"
+    if optimizer and optimizer.kind == "lora-fa":
+        for name in (*_changed(optimizer, ["lr_ratio"]), *_set(recipe.training, _OF_ADAMS)):
+            yield f"optimizer lora-fa has an Adam of its own, which takes no {name}; leave that out"
+
+
+def _of_weights(recipe: Recipe) -> Iterator[str]:
+    """What is trained of the model's own weights, and how they are kept."""
+    quantise, adapter = recipe.quantise, recipe.adapter_fields
+    if recipe.freeze_body and adapter is not None:
+        yield "freeze_body trains the head alone, but there is an adapter; set adapter: null"
+    if recipe.freeze_body and not recipe.task.type.architecture.new_head:
+        headed = " or ".join(kind for kind, task in TASKS.items() if task.architecture.new_head)
+        yield f"freeze_body needs task {headed}: other tasks have no head of their own"
+    if not quantise:
+        return
+    keeps = f"quantise {quantise} keeps the weights as they are"
+    if adapter is None:
+        yield f"quantise {quantise} needs an adapter: quantised weights cannot be trained; set one, or quantise to null"
+        return
+    init = adapter.get("init_lora_weights", True)
+    if init not in _LEAVES_W0:
+        reads = f"adapter.init_lora_weights {init} reads or changes them unquantised"
+        yield f"{keeps}, but {reads}; choose true, gaussian or eva"
+    if quantise == "int8" and adapter.get("use_dora"):
+        yield "quantise int8 hides the scales of the weights from peft's DoRA; use nf4, or adapter.use_dora false"
+    if recipe.sam and recipe.sam.space == "weights":
+        yield f"{keeps}, but sam.space weights moves them; use space adapter"
+
+
+def _of_run(recipe: Recipe) -> Iterator[str]:
+    training = recipe.training_fields
+    if training.get("max_steps", 1) < 1 and training["max_steps"] != -1:  # -1 is transformers' "not set"
+        yield "training.max_steps must be above 0, or there is nothing to train"
+    for name in _OF_WORKERS:
+        if training.get(name) and not training.get("dataloader_num_workers"):
+            yield f"training.{name} is for workers; set training.dataloader_num_workers, or leave it out"
+    if len({seed for seed in recipe.seeds if 0 <= seed < 2**32}) < len(recipe.seeds):
+        yield "seeds must be different whole numbers from 0 to 4294967295"
+    if recipe.stop_loss and not recipe.validate_every:
+        yield "stop_loss is looked at every validate_every steps: set it"
+
+
+def _changed(section: BaseModel, names: Iterable[str]) -> Iterator[str]:
+    """Those of `names` that are not at their defaults: a recorded recipe spells defaults out."""
+    fields, values = type(section).model_fields, dict(section)
+    for name in names:
+        if values[name] != fields[name].get_default(call_default_factory=True, validated_data=values):
+            yield name
+
+
+def _set(section: BaseModel, names: Iterable[str]) -> list[str]:
+    """Those of `names` that the recipe sets."""
+    return [name for name in names if name in section.model_fields_set]
