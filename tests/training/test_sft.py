@@ -76,7 +76,7 @@ def test_packed_runs_have_fewer_steps_an_epoch(run):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task.kind=classification", "task.packing=true"], "task classification has no packing, which is for complet"),
+        (["task.kind=classification", "task.packing=true"], "task sets packing, which kind classification does not look at"),
         (["task.packing=true", "training.use_cache=true"], "task with packing needs training.use_cache: false"),
     ],
 )

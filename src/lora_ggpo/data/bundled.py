@@ -33,10 +33,10 @@ def read_bundled(name: str) -> dict[str, Table]:
     if hashlib.sha256(content).hexdigest() != BUNDLED[name]:
         raise UserError(f"The bundled data {file} is missing or altered; install lora-ggpo again.")
     table = parse_jsonl(Path(f"{name}.jsonl"), content)
-    return {split: _only(table, split) for split in ("train", "validation", "test")}
-
-
-def _only(table: Table, split: str) -> Table:
-    chosen = [row for row, value in enumerate(table.columns["split"]) if value == split]
-    columns = {name: [values[row] for row in chosen] for name, values in table.columns.items() if name != "split"}
-    return Table(table.origin, columns, table.unit, [table.positions[row] for row in chosen], {"label": LABELS})
+    columns, tables = dict(table.columns), {}
+    splits = list(columns.pop("split"))
+    for split in ("train", "validation", "test"):
+        rows = [row for row, value in enumerate(splits) if value == split]
+        kept = {name: [values[row] for row in rows] for name, values in columns.items()}
+        tables[split] = Table(table.origin, kept, table.unit, [table.positions[row] for row in rows], {"label": LABELS})
+    return tables

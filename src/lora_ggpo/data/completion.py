@@ -50,7 +50,6 @@ class CompletionReader(Reader):
     }
 
     def learn(self, tables: Tables) -> Tables:
-        """Check that the columns to ignore are there."""
         unknown = [name for name in self.config.ignore if not any(name in table.columns for table in tables.values())]
         if unknown:
             raise UserError(
@@ -59,7 +58,6 @@ class CompletionReader(Reader):
         return tables
 
     def read(self, table: Table) -> Columns:
-        """The prompts and completions, or conversations; with `single_turn` those of one question and answer."""
         table = table.without(self.config.ignore)
         _refuse_unlearnable(table)
         unused: Counter[str] = Counter()
@@ -70,21 +68,19 @@ class CompletionReader(Reader):
         return _single_turns(columns, table) if self.config.single_turn else columns
 
     def read_other(self, tables: Tables) -> Columns:
-        """As `read`."""
-        return self.read(find_test_table(tables))
+        return self.read(find_test_table(tables, tables))
 
     def read_all(self, tables: Tables) -> dict[str, Columns]:
-        """All tables alike: if one holds conversations, the prompts and completions of the others become such."""
         read = super().read_all(tables)
         if any("messages" in columns for columns in read.values()):
-            for split, columns in read.items():
+            for columns in read.values():  # all alike
                 if "messages" not in columns:
-                    pairs = zip(columns["prompt"], columns["completion"], strict=True)
-                    read[split] = {"id": columns["id"], "messages": [_exchange(*pair) for pair in pairs]}
+                    pairs = zip(columns.pop("prompt"), columns.pop("completion"), strict=True)
+                    columns["messages"] = [_exchange(*pair) for pair in pairs]
         return read
 
     def dataset(self, columns: Columns) -> datasets.Dataset:
-        """The rows; what a message says beside its content, and arguments of the template, are JSON in them."""
+        # Beside its role and content, what a message says is JSON, as are the arguments of the template.
         features, columns = {name: self.features[name] for name in columns}, dict(columns)
         if "messages" in columns:
             columns["messages"] = [[store(turn) for turn in chat] for chat in columns["messages"]]
@@ -252,11 +248,8 @@ def _single_turns(columns: Columns, table: Table) -> Columns:
             "one user and one assistant message of text alone.",
             stacklevel=3,
         )
-    return {
-        "id": [name for name, _ in kept],
-        "prompt": [chat[0]["content"] for _, chat in kept],
-        "completion": [chat[1]["content"] for _, chat in kept],
-    }
+    prompts, completions = ([chat[place]["content"] for _, chat in kept] for place in (0, 1))
+    return {"id": [name for name, _ in kept], "prompt": prompts, "completion": completions}
 
 
 def _is_single(chat: list[Message]) -> bool:
@@ -266,7 +259,7 @@ def _is_single(chat: list[Message]) -> bool:
 
 def _alpaca_prompts(table: Table) -> list[str]:
     instructions = table.texts("instruction", "prompt")
-    inputs = table.values("input") if "input" in table.columns else [None] * len(table)
+    inputs = _values(table, "input") or [None] * len(table)
     return [
         f"{instruction}\n\n{table.checked_text(given, 'input', row)}" if given else instruction
         for row, (instruction, given) in enumerate(zip(instructions, inputs, strict=True))

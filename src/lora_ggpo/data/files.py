@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import json
 import os
@@ -13,22 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 
 from lora_ggpo.data.separated import Records, csv_records, tsv_records, with_header
-from lora_ggpo.data.table import NoValues, Table
+from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError, first_line
 
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
-SPLIT_NAMES |= {"dev": "validation", "test": "test"}
-# MNLI has a second validation split, from other domains than the training rows.
-SPLIT_NAMES |= {"validation_matched": "validation", "test_matched": "test"}
-SPLIT_NAMES |= {"validation_mismatched": "validation_mismatched"}
-SPLIT_NAMES |= {"dev_matched": "validation", "dev_mismatched": "validation_mismatched"}  # in GLUE's own folders
-
-
+SPLIT_NAMES = {
+    "train": "train",
+    "test": "test",
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    # MNLI has a second validation split, from other domains than the training rows; GLUE's own folders call it dev.
+    **dict.fromkeys(("validation_matched", "dev_matched"), "validation"),
+    "test_matched": "test",
+    **dict.fromkeys(("validation_mismatched", "dev_mismatched"), "validation_mismatched"),
+}
 WRAPPERS = ("data", "rows", "examples", "records", "items", "instances")
 """Keys under which a JSON file may hold its rows."""
 
@@ -94,27 +93,22 @@ def has_known_suffix(source: str) -> bool:
     return _reader(Path(source)) is not None
 
 
-def parse_jsonl(path: Path, content: bytes) -> Table:
-    """Return one row for each line's JSON object; blank lines are skipped. A file of one JSON list is recognised."""
-    text = _decoded(path, content)
-    found = re.split(r"\r\n|\n|\r", text)
-    first = next((line for line in found if line.strip()), "")
-    if not _is_json(first) and _is_json(text):
-        return parse_json(path, content)
-    rows, lines = [], []
-    for number, line in enumerate(found, start=1):
-        if line.strip():
-            rows.append(_object(_json(line, f"{path}, line {number}"), f"{path}, line {number}"))
-            lines.append(number)
-    return _from_rows(path, rows, "line", lines)
+def parse_json(path: Path, content: bytes, *, lines: bool = False) -> Table:
+    """Return one row for each object of a JSON list, of the list in `{"data": [...]}`, or of lines that are not blank.
 
-
-def parse_json(path: Path, content: bytes) -> Table:
-    """Return one row for each object of a JSON list, or of the list in `{"data": [...]}`; JSON lines are recognised."""
+    Args:
+        lines: What the name of the file says that it holds; files that clearly hold the other are recognised.
+    """
     text = _decoded(path, content)
-    if text.lstrip().startswith("{") and not _is_json(text) and _is_json(text.lstrip().splitlines()[0]):
-        return parse_jsonl(path, content)
-    values = _json(text, str(path)) if text.strip() else []
+    found = [(number, line) for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1) if line.strip()]
+    if not found:
+        return Table(str(path), {}, "line", [])
+    first, whole = _is_json(found[0][1]), _is_json(text)
+    if (first or not whole) if lines else (first and not whole and text.lstrip().startswith("{")):
+        places = [f"{path}, line {number}" for number, _ in found]
+        rows = [_object(_json(line, place), place) for (_, line), place in zip(found, places, strict=True)]
+        return _from_rows(path, rows, "line", [number for number, _ in found])
+    values = _json(text, str(path))
     if isinstance(values, dict):
         inner = [values[name] for name in WRAPPERS if _are_objects(values.get(name))]
         values = inner[0] if len(inner) == 1 else [values]
@@ -122,6 +116,9 @@ def parse_json(path: Path, content: bytes) -> Table:
         raise UserError(f"{path} must hold a list of objects, but it holds a {type(values).__name__}.")
     rows = [_object(value, f"{path}, row {number}") for number, value in enumerate(values, start=1)]
     return _from_rows(path, rows, "row", range(1, len(rows) + 1))
+
+
+parse_jsonl = partial(parse_json, lines=True)
 
 
 def parse_csv(path: Path, content: bytes, columns: Sequence[str] | None = None) -> Table:
@@ -135,26 +132,14 @@ def parse_tsv(path: Path, content: bytes, columns: Sequence[str] | None = None) 
 
 
 def parse_parquet(path: Path, content: bytes) -> Table:
-    """Return the rows of a parquet file, with the class names if `datasets` wrote it.
-
-    Columns of types that `datasets` does not know (maps) are read as pyarrow does, and names that occur twice are
-    refused when they are asked for.
-    """
+    """Return the rows of a parquet file, with the class names if `datasets` wrote it."""
     try:
-        whole = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
-        whole.validate(full=True)
-        names = whole.column_names
-        once = whole.select([index for index, name in enumerate(names) if names.count(name) == 1])
-        plain = [name for name in once.column_names if _is_known(once.schema.field(name))]
-        table = Table.of_dataset(_dataset(once.select(plain)), str(path))
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        table.validate(full=True)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is not a readable parquet file ({reason}); write it again.") from None
-    columns: dict[str, Any] = {
-        name: NoValues(f"{path} has more than one column named {name!r}; rename one.") for name in names
-    }
-    columns |= {name: table.columns[name] if name in plain else once[name] for name in once.column_names}
-    return dataclasses.replace(table, columns=columns, positions=range(1, whole.num_rows + 1))
+        raise UserError(f"{path} is not a readable parquet file ({first_line(error)}); write it again.") from None
+    _refuse_repeated(path, table.column_names)
+    return Table.of_arrow(table, str(path))
 
 
 READERS: dict[str, Callable[[Path, bytes], Table]] = {
@@ -241,19 +226,3 @@ def _refuse_repeated(path: Path, names: list[str], hint: str = "") -> None:
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise UserError(f"{path} has more than one column named {min(repeated)!r}; rename one{hint}.")
-
-
-def _is_known(field: pyarrow.Field) -> bool:
-    """Whether `datasets` has a type for a column."""
-    try:
-        datasets.Features.from_arrow_schema(pyarrow.schema([field]))
-    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
-        return False
-    return True
-
-
-def _dataset(table: pyarrow.Table) -> datasets.Dataset:
-    try:
-        return datasets.Dataset(datasets.table.InMemoryTable(table))
-    except (ValueError, TypeError, LookupError, AttributeError):  # of another version: the plain columns still serve
-        return datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))

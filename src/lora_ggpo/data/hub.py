@@ -29,4 +29,4 @@ def read_hub(name: str, subset: str | None) -> dict[str, Table]:
     found = {SPLIT_NAMES[str(split)]: (split, data) for split, data in loaded.items() if str(split) in SPLIT_NAMES}
     if not found:
         raise UserError(f"The hub data {shown} has no train, validation or test split, only {', '.join(loaded)}.")
-    return {name: Table.of_dataset(data, f"{shown} {split}") for name, (split, data) in found.items()}
+    return {name: Table.of_arrow(data.data.table, f"{shown} {split}") for name, (split, data) in found.items()}

@@ -27,19 +27,15 @@ class LabelReader(TextReader):
     labels: list[str]
 
     def study(self, table: Table, column: str) -> None:
-        """Find the classes."""
         self.known = self.labels = classes_of(read_label_names(table, column), table, column)
 
     def values(self, table: Table, column: str) -> list[int]:
-        """The index of each row's class."""
         return to_indices(read_label_names(table, column), self.labels, table)
 
     def strata(self, columns: Columns) -> list[int]:
-        """The classes."""
         return columns["label"]
 
     def corrupt(self, train: Columns) -> Columns:
-        """The rows with the labels of a share of them changed."""
         fraction, seed = self.config.label_noise, self.config.noise_seed
         labels, noisy = flip_labels(train["label"], len(self.labels), fraction, seed)
         return {**train, "label": labels, "noisy": noisy}

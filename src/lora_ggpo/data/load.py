@@ -9,7 +9,7 @@ import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -171,7 +171,6 @@ class TextReader(Reader):
         """The value of each row."""
 
     def learn(self, tables: Tables) -> Tables:
-        """Choose the columns; leave out the splits without values."""
         train = next(iter(tables.values()))
         self._column = self.config.label or self._default([train])
         self.study(train, self._column)
@@ -191,15 +190,15 @@ class TextReader(Reader):
         return labelled
 
     def read(self, table: Table) -> Columns:
-        """The texts and values of a table."""
         return self._read(table, self._texts, self._column)
 
     def read_other(self, tables: Tables) -> Columns:
-        """As `read`; another source may have the columns' default names instead."""
-        column = _present(self._column, tables) or self._default(tables.values())
-        texts = {name: _present(given, tables) or name for name, given in self._texts.items()}
-        withheld = lambda table: column in table.columns and self._is_withheld(table, column)  # noqa: E731
-        return self._read(find_test_table(tables, withheld), texts, column)
+        # Another source may have the default names of the columns instead.
+        here = [name for table in tables.values() for name in table.columns]
+        column = self._column if here.count(self._column) == len(tables) else self._default(tables.values())
+        texts = {name: given if here.count(given) == len(tables) else name for name, given in self._texts.items()}
+        usable = {s: t for s, t in tables.items() if column not in t.columns or not self._is_withheld(t, column)}
+        return self._read(find_test_table(usable, tables), texts, column)
 
     @property
     def _texts(self) -> dict[str, str]:
@@ -220,15 +219,15 @@ class TextReader(Reader):
         return values <= _WITHHELD and not values & set(self.known)
 
 
-def find_test_table(tables: Tables, withheld: Callable[[Table], bool] = lambda table: False) -> Table:
+def find_test_table(usable: Tables, tables: Tables) -> Table:
     """The test split; without one, the validation split, or all there is.
 
     Raises:
-        UserError: none has rows that are not `withheld`.
+        UserError: none of the `usable` ones of the `tables` has rows.
     """
     for split in ("test", "validation", ALL, "train"):
-        if split in tables and len(tables[split]) and not withheld(tables[split]):
-            return tables[split]
+        if split in usable and len(usable[split]):
+            return usable[split]
     raise UserError(f"{next(iter(tables.values())).origin} has no labelled rows to test on.")
 
 
@@ -256,10 +255,6 @@ def _main_tables(config: DataConfig) -> dict[str, Table]:
     if not len(tables["train"]):
         raise UserError(f"{tables['train'].origin} has no rows; give data with rows in it.")
     return {split: tables[split] for split in ("train", "validation", "test", *FURTHER_TESTS) if split in tables}
-
-
-def _present(name: str, tables: Tables) -> str | None:
-    return name if all(name in table.columns for table in tables.values()) else None
 
 
 def _take(columns: Columns, rows: Sequence[int]) -> Columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -14,19 +15,6 @@ import datasets
 import pyarrow
 
 from lora_ggpo.errors import UserError
-
-
-class NoValues(Sequence[Any]):
-    """A column that cannot be read: asking for a value raises a UserError with the `reason`."""
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def __len__(self) -> int:
-        raise UserError(self._reason)
-
-    def __getitem__(self, index: Any) -> Any:
-        raise UserError(self._reason)
 
 
 @dataclass(frozen=True)
@@ -42,16 +30,24 @@ class Table:
     """
 
     origin: str
-    columns: Mapping[str, Sequence[Any]]
+    columns: Mapping[str, Sequence[Any] | pyarrow.ChunkedArray]
     unit: str
     positions: Sequence[int]
     label_names: Mapping[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def of_dataset(cls, data: datasets.Dataset, origin: str) -> Self:
-        """Return a view of a dataset, whose columns are read when they are asked for."""
-        names = {key: value.names for key, value in data.features.items() if isinstance(value, datasets.ClassLabel)}
-        return cls(origin, {name: data[name] for name in data.column_names}, "row", range(1, len(data) + 1), names)
+    def of_arrow(cls, table: pyarrow.Table, origin: str) -> Self:
+        """Return a view of an Arrow table, with the class names that `datasets` keeps in its schema."""
+        names = {}
+        for one in table.schema:
+            # The schema may be of another version of datasets, or hold types that it does not know.
+            with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
+                schema = pyarrow.schema([one], table.schema.metadata)
+                feature = datasets.Features.from_arrow_schema(schema)[one.name]
+                if isinstance(feature, datasets.ClassLabel):
+                    names[one.name] = feature.names
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+        return cls(origin, columns, "row", range(1, table.num_rows + 1), names)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -79,16 +75,13 @@ class Table:
         if name not in self.columns:
             near = difflib.get_close_matches(name, self.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
+            like_a_row = any(re.fullmatch(r"[\d.]*", name) or len(name.split()) > 4 for name in self.columns)
+            header = " If the file has no header, name its columns with data.columns." if like_a_row else ""
             raise UserError(
                 f"{self.origin} has no column {name!r}, its columns are {', '.join(self.columns)}{hint} "
-                f"Name the column with data.{setting}.{self._without_header()}"
+                f"Name the column with data.{setting}.{header}"
             )
         return self.values(name)
-
-    def _without_header(self) -> str:
-        """A hint, where the names of the columns look like a row."""
-        like_a_row = any(re.fullmatch(r"[\d.]*", name) or len(name.split()) > 4 for name in self.columns)
-        return " If the file has no header, name its columns with data.columns." if like_a_row else ""
 
     def values(self, name: str) -> list[Any]:
         """Return the values of a column that is there.
@@ -97,13 +90,12 @@ class Table:
             UserError: they have no form in Python, such as a date in the year 100000.
         """
         column = self.columns[name]
-        if isinstance(column, pyarrow.ChunkedArray):
-            return list(column.to_pylist())
+        if not isinstance(column, pyarrow.ChunkedArray):
+            return list(column)
         try:
-            values = list(column[:])  # the slice is what a datasets.Column reads in one go
-        except (pyarrow.ArrowException, OverflowError, ValueError, ImportError) as error:  # images need Pillow
+            return [_as_written(value) for value in column.to_pylist()]
+        except (pyarrow.ArrowException, OverflowError, ValueError, ImportError) as error:  # some dates need a library
             raise UserError(f"{self.origin}: the values of column {name!r} cannot be read ({error}).") from error
-        return [_as_written(value) for value in values] if isinstance(column, datasets.Column) else values
 
     def without(self, names: Sequence[str]) -> Table:
         """Return the table without some of its columns."""
@@ -121,21 +113,16 @@ class Table:
     def checked_text(self, value: object, name: str, row: int) -> str:
         """Return a value of column `name` if it is text that is not blank, or else raise a UserError naming the row."""
         if value is None or value != value:
-            raise UserError(f"{self.where(row)}: column {name!r} has no value; fill it in or remove the row.")
-        if not isinstance(value, str):
-            kind = type(value).__name__
-            raise UserError(
-                f"{self.where(row)}: column {name!r} must hold text, but here it holds {kind} {reprlib.repr(value)}."
-            )
-        if not value.strip():
-            raise UserError(f"{self.where(row)}: column {name!r} is empty; fill it in or remove the row.")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{self.where(row)}: column {name!r} holds half of a surrogate pair, which is no character."
-            ) from None
-        return value
+            problem = "has no value; fill it in or remove the row"
+        elif not isinstance(value, str):
+            problem = f"must hold text, but here it holds {type(value).__name__} {reprlib.repr(value)}"
+        elif not value.strip():
+            problem = "is empty; fill it in or remove the row"
+        elif not _encodable(value):
+            problem = "holds half of a surrogate pair, which is no character"
+        else:
+            return value
+        raise UserError(f"{self.where(row)}: column {name!r} {problem}.")
 
     def ids(self) -> list[str]:
         """Return the "id" column as text if every row has one, else "origin:position"."""

@@ -158,11 +158,13 @@ class Task(ABC):
                 f"task.max_length = {self.config.max_length} is more than the {tokenizer.model_max_length} tokens "
                 "the model can read; lower it."
             )
-        self.check(dataset, tokenizer)
         try:
+            self.check(dataset, tokenizer)
             chunks = [self._dataset(rows) for rows in self.rows(dataset, tokenizer, name) if rows]
         except UserError as error:
-            raise UserError(f"{name}: {error}" if name else str(error)) from error
+            if not name or str(error).startswith("task."):  # a setting of the recipe: its line is named
+                raise
+            raise UserError(f"{name}: {error}") from error
         return concatenate_datasets(chunks)
 
     @classmethod

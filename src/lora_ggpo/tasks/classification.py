@@ -32,16 +32,13 @@ class ClassTask(Task):
     features: ClassVar = {"label": Value("int64")}
 
     def finish(self, scores: Floats) -> Floats:
-        """Softmax over the classes."""
         exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
         return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float64)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
-        """Accuracy, F1, Matthews correlation and log loss."""
         return classification_metrics(scores, np.asarray(rows["label"], dtype=np.int64))
 
     def lines(self, scores: Floats, rows: Dataset) -> list[dict[str, Any]]:
-        """The right class, the most probable one, and all probabilities."""
         return [
             {
                 "id": id_,
@@ -61,15 +58,12 @@ class Classification(ClassTask):
 
     @property
     def head(self) -> dict[str, Any]:
-        """One output for each label."""
         return label_head(self.labels)
 
     def rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Row]]:
-        """The texts as the tokenizer joins them, the end of the longer one cut."""
         return encode_texts(dataset, tokenizer, self.config.max_length, "label")
 
     def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
-        """The logits of the head."""
         return head_scorer(model)
 
 

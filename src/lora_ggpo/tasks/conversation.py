@@ -39,7 +39,7 @@ def render(
     Raises:
         UserError: the template rejects the messages.
     """
-    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    shown = [_without(message, "weight") for message in messages]
     options: dict[str, Any] = {**arguments, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return str(tokenizer.apply_chat_template(shown, **options))
@@ -133,11 +133,9 @@ class UnusedFields:
         for name in arguments.keys() - {"tools"}:
             self._rows[name] += name not in str(tokenizer.chat_template)  # it may well be given as it is by default
         if "tools" in arguments:
-            fewer = {key: value for key, value in arguments.items() if key != "tools"}
-            self._rows["tools"] += _rendered_or_none(tokenizer, messages, fewer) == whole
+            self._rows["tools"] += _gives(whole, tokenizer, messages, _without(arguments, "tools"))
         for name in sorted(fields):
-            bare = [{key: value for key, value in message.items() if key != name} for message in messages]
-            same = _rendered_or_none(tokenizer, bare, arguments) == whole
+            same = _gives(whole, tokenizer, [_without(message, name) for message in messages], arguments)
             if same and name == "tool_calls":
                 raise UserError(
                     "the tokenizer's chat template makes no use of tool_calls, so they would not be learnt; use a "
@@ -156,10 +154,14 @@ class UnusedFields:
             )
 
 
-def _rendered_or_none(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]
-) -> str | None:
+def _without(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _gives(
+    text: str, tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]
+) -> bool:
     try:
-        return render(tokenizer, messages, arguments, add_generation_prompt=False)
+        return render(tokenizer, messages, arguments, add_generation_prompt=False) == text
     except UserError:
-        return None
+        return False

@@ -39,14 +39,12 @@ class TargetReader(TextReader):
     features: ClassVar = {**dict.fromkeys(("id", "text", "text_pair"), STRING), "target": Value("float64")}
 
     def study(self, table: Table, column: str) -> None:
-        """Check that the targets differ."""
         targets = self.values(table, column)
         if min(targets) == max(targets):
             raise UserError(f"{table.origin}: every row has {targets[0]:g} in column {column!r}; there is no target.")
         self.known = {str(value) for value in table.values(column)}
 
     def values(self, table: Table, column: str) -> list[float]:
-        """The number to predict of each row."""
         return [_target(value, table, column, row) for row, value in enumerate(table.column(column, "label"))]
 
 
@@ -72,28 +70,22 @@ class Regression(Task):
 
     @property
     def head(self) -> dict[str, Any]:
-        """One output."""
         return {"num_labels": 1, "problem_type": "regression"}
 
     def rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Row]]:
-        """The texts as the tokenizer joins them, the end of the longer one cut."""
         return encode_texts(dataset, tokenizer, self.config.max_length, "target")
 
     def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
-        """Start at the mean of the targets."""
         start_at_mean(model, rows["labels"][:])
         return rows
 
     def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
-        """The output of the head."""
         return head_scorer(model)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
-        """The correlations and the mean squared error."""
         return regression_metrics(scores[:, 0], np.asarray(rows["target"], dtype=np.float64))
 
     def lines(self, scores: Floats, rows: Dataset) -> list[dict[str, Any]]:
-        """The target and what is predicted."""
         columns = zip(rows["id"], rows["target"], scores[:, 0], strict=True)
         return [{"id": id_, "target": target, "predicted": round(float(value), 6)} for id_, target, value in columns]
 

@@ -44,7 +44,6 @@ class SFT(Task):
     answers = True
 
     def check(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The tokenizer must have what ends a completion; messages have the chat template alone."""
         messages = "messages" in dataset.column_names
         if messages and self.config.template != self.default_template:
             raise UserError(
@@ -77,7 +76,6 @@ class SFT(Task):
         room.report()
 
     def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
-        """Pack the rows, if the settings say so."""
         if not self.config.packing:
             return rows
         check_packing(model)
@@ -100,11 +98,9 @@ class SFT(Task):
         return score
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
-        """Loss per completion token, and perplexity."""
         return completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))
 
     def user_turn(self, text: str) -> str:
-        """The filled template; the spaces at its end belong to the completion."""
         return self._filled(text)[0]
 
     def _filled(self, prompt: str) -> tuple[str, str]:
