@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from lora_ggpo.data import DataConfig, load_classification
-from lora_ggpo.evaluation.generate import AnswerFile, Prompt, Sampling, generate
+from lora_ggpo.evaluation.answers import AnswerFile, Prompt
+from lora_ggpo.evaluation.generate import Sampling, generate
 from lora_ggpo.evaluation.target import Target, load_target
 
 ONE = 1
@@ -38,14 +39,7 @@ def make_prompts(target: Target, count: int) -> list[Prompt]:
 def rate(target: Target, prompts: list[Prompt], new_tokens: int, batch_size: int) -> dict[str, float]:
     """Answers and new tokens a second."""
     began = time.perf_counter()
-    answers = generate(
-        target.model,
-        target.tokenizer,
-        prompts,
-        Sampling(max_new_tokens=new_tokens),
-        AnswerFile(None),
-        batch_size=batch_size,
-    )
+    answers = generate(target, prompts, Sampling(max_new_tokens=new_tokens), AnswerFile(None), batch_size=batch_size)
     seconds = time.perf_counter() - began
     tokens = sum(answer.tokens for answer in answers.values())
     return {"answers_per_second": len(answers) / seconds, "tokens_per_second": tokens / seconds}

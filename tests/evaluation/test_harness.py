@@ -6,7 +6,8 @@ import json
 import pytest
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation.suites import Options, evaluate_suite
+from lora_ggpo.evaluation.suite_run import Options
+from lora_ggpo.evaluation.suites import evaluate_suite
 from lora_ggpo.evaluation.target import load_target
 from lora_ggpo.workspace.progress import Reporter
 
@@ -87,7 +88,7 @@ def test_chats_and_runs_and_a_part_of_the_rows(chat_runs, chat_llama, tasks, tmp
     expected = alone(chat_llama, tasks, "ours-choice", apply_chat_template=True)
     assert base["ours-choice"]["acc"]["value"] == pytest.approx(expected["acc,none"])
     assert load_target(chat_llama).chat
-    monkeypatch.setattr("lora_ggpo.evaluation.suites.run_harness", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("lora_ggpo.evaluation.harness.run_harness", lambda *_: pytest.fail("measured again"))
     assert run(chat_llama, tasks, "ours-choice", tmp_path / "b") == base
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import judge
-from lora_ggpo.evaluation.generate import AnswerFile
+from lora_ggpo.evaluation.answers import AnswerFile
 from lora_ggpo.evaluation.judge import Question, Server, ask_server
 
 MESSAGES = [{"role": "user", "content": "Rate it. ½"}]
@@ -218,7 +218,7 @@ def test_questions_that_the_judge_does_not_take_are_left_out_unless_it_takes_non
 
 def test_ctrl_c_does_not_wait_for_a_server_that_fails(tmp_path):
     script = (
-        "import sys\nfrom lora_ggpo.evaluation.generate import AnswerFile\n"
+        "import sys\nfrom lora_ggpo.evaluation.answers import AnswerFile\n"
         "from lora_ggpo.evaluation.judge import Question, Server, ask_server\n"
         "questions = [Question(str(n), [], bool) for n in range(9)]\n"
         "shown = lambda *_: None\nprint('ready', flush=True)\n"

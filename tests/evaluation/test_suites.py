@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation import humaneval, suites
-from lora_ggpo.evaluation.suites import Options, evaluate_suite
+from lora_ggpo.evaluation import humaneval, suite_run
+from lora_ggpo.evaluation.suite_run import Options
+from lora_ggpo.evaluation.suites import evaluate_suite
 from lora_ggpo.evaluation.target import load_target
 from lora_ggpo.training.merge import merge_run
 from lora_ggpo.workspace.progress import Reporter
@@ -39,13 +40,13 @@ def says(monkeypatch):
     """Puts answers in the model's mouth: a function of the prompt's id and the sample."""
 
     def says(answer):
-        real = suites.generate
+        real = suite_run.generate
 
-        def generate(model, tokenizer, prompts, sampling, kept, **options):
-            found = real(model, tokenizer, prompts, sampling, kept, **options)
+        def generate(target, prompts, sampling, kept, **options):
+            found = real(target, prompts, sampling, kept, **options)
             return {key: replace(one, text=answer(*key)) for key, one in found.items()}
 
-        monkeypatch.setattr(suites, "generate", generate)
+        monkeypatch.setattr(suite_run, "generate", generate)
 
     return says
 
@@ -87,7 +88,7 @@ def test_what_is_there_is_not_generated_again(tiny_llama, maths, here, monkeypat
     assert [row["id"] for row in sorted(first, key=lambda row: row["id"])] == ["0", "1", "2", "3"]
     assert run(tiny_llama, "gsm8k", data=maths)[0]["gsm8k"]["accuracy"]["n"] == 6
     assert lines(folder / "gsm8k" / "answers.jsonl")[:4] == first
-    monkeypatch.setattr(suites, "generate", lambda *args, **_: {key: args[4].answers[key] for key in args[4].answers})
+    monkeypatch.setattr(suite_run, "generate", lambda *args, **_: dict(args[3].answers))
     run(tiny_llama, "gsm8k", data=maths, batch_size=1)
 
 
@@ -125,12 +126,15 @@ def test_a_refused_command_claims_nothing(tiny_llama, maths, here):
     run(tiny_llama, "gsm8k", data=maths, max_new_tokens=4)
 
 
-def test_a_finished_measurement_holds_its_folder(tmp_path):
+def test_a_finished_measurement_holds_its_folder(tiny_llama, maths, here):
     """As after a kill between the harness's measurement and its scores."""
-    suites._claim(tmp_path, {"weights": "a"})
-    (tmp_path / "measured-0.json").write_text("{}")
-    with pytest.raises(UserError, match="weights is a there and b here"):
-        suites._claim(tmp_path, {"weights": "b"})
+    run(tiny_llama, "gsm8k", data=maths, limit=1, output="o")
+    folder = here / "o" / "gsm8k"
+    for name in ("answers.jsonl", "grades.jsonl", "scores.json"):
+        (folder / name).unlink()
+    (folder / "measured-0.json").write_text("{}")
+    with pytest.raises(UserError, match="max_new_tokens is 6 there and 5 here"):
+        run(tiny_llama, "gsm8k", data=maths, limit=1, output="o", max_new_tokens=5)
 
 
 def test_every_seed_of_a_run_has_its_own_results(chat_runs, maths, here):
@@ -243,13 +247,13 @@ def test_humaneval_pass_at_k(tiny_llama, code, says, here):
 
 def test_humaneval_continues_code_or_asks_for_it(tiny_llama, chat_llama, code, here, monkeypatch):
     seen = []
-    real = suites.generate
+    real = suite_run.generate
 
-    def generate(model, tokenizer, prompts, sampling, *rest, **options):
-        seen.append((tokenizer.decode(prompts[0].ids, skip_special_tokens=True), sampling.stop))
-        return real(model, tokenizer, prompts, sampling, *rest, **options)
+    def generate(target, prompts, sampling, *rest, **options):
+        seen.append((target.tokenizer.decode(prompts[0].ids, skip_special_tokens=True), sampling.stop))
+        return real(target, prompts, sampling, *rest, **options)
 
-    monkeypatch.setattr(suites, "generate", generate)
+    monkeypatch.setattr(suite_run, "generate", generate)
     run(tiny_llama, "humaneval")
     run(chat_llama, "humaneval")
     run(tiny_llama, "humaneval", template="Q: {text}\nA: ", output="asked")
@@ -306,13 +310,13 @@ def test_judges_of_one_name_are_told_apart(chat_llama, talks, here):
 def test_the_second_turn_follows_the_first_answer(chat_llama, talks, says, here, monkeypatch):
     says(lambda id_, _: f"answer {id_}")
     seen = {}
-    real = suites.generate
+    real = suite_run.generate
 
-    def generate(model, tokenizer, prompts, *rest, **options):
-        seen.update({one.id: tokenizer.decode(one.ids) for one in prompts})
-        return real(model, tokenizer, prompts, *rest, **options)
+    def generate(target, prompts, *rest, **options):
+        seen.update({one.id: target.tokenizer.decode(one.ids) for one in prompts})
+        return real(target, prompts, *rest, **options)
 
-    monkeypatch.setattr(suites, "generate", generate)
+    monkeypatch.setattr(suite_run, "generate", generate)
     with serving(lambda *_: reply("[[4]]")) as (url, _):
         run(chat_llama, "mt-bench", data=talks, judge=url, judge_model="m")
     assert seen["1:2"].replace(" ", "") == "<user>Write1.\n<assistant>answer1:1</s><user>Again.\n<assistant>"

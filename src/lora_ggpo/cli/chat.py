@@ -19,8 +19,8 @@ def command(
     system: Annotated[str | None, typer.Option(help="System message that each conversation begins with.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the tokens that hold this probability.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     base: Base = None,
 ) -> None:
     """Try a run or a model in the terminal, or on the lines of a pipe."""

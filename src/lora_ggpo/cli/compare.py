@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_ggpo.cli.options import MethodsRecipe, Overrides, path
+from lora_ggpo.cli.options import MethodsRecipe, Output, Overrides
 from lora_ggpo.cli.output import print_table
 from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names
 
@@ -25,9 +25,7 @@ def command(
         list[str] | None, typer.Option(help="Data settings to compare in, such as data.label_noise=0,0.3; repeatable.")
     ] = None,
     metric: Annotated[str | None, typer.Option(help="What is compared and tuned for.")] = None,
-    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs and the report.")] = Path(
-        "runs/compare"
-    ),
+    output: Output = Path("runs/compare"),
     jobs: Jobs = 1,
     ray: Ray = None,
     ray_cpus: RayCpus = 1,

@@ -6,18 +6,13 @@ from typing import Annotated
 
 import typer
 
-from lora_ggpo.cli.options import Base, RunFolder, place
+from lora_ggpo.cli.options import Base, Place, RunFolder, place
 from lora_ggpo.cli.output import print_table
 
 
 def command(
     run: RunFolder,
-    on: Annotated[
-        str | None,
-        typer.Option(
-            parser=place, help="Data to score on instead of the run's own: bundled name, file, folder or hub id."
-        ),
-    ] = None,
+    on: Annotated[Place, typer.Option(parser=place, help="Other data: bundled name, file, folder or hub id.")] = None,
     base: Base = None,
 ) -> None:
     """Score a finished run again, or on other data. What it generates is scored by `lora-ggpo suite`."""

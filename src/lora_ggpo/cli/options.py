@@ -9,6 +9,9 @@ import typer
 
 from lora_ggpo.workspace.paths import expanded
 
+Place = str | None
+"""What may be a path; its option needs `parser=place`."""
+
 
 def place(text: str) -> str:
     """What a user names that may be a path, or not."""
@@ -23,6 +26,11 @@ def path(text: str | Path) -> Path:
     return Path(place(str(text)))
 
 
+def with_line_breaks(text: str) -> str:
+    """`text` with each backslash and n as a line break."""
+    return text.replace("\\n", "\n")
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, such as training.max_steps=50 or 'seeds=[0,1,2]'.")
 ]
@@ -31,7 +39,5 @@ MethodsRecipe = Annotated[
     Path, typer.Argument(parser=path, help="A YAML recipe; methods change its adapter, ggpo and optimizer.")
 ]
 RunFolder = Annotated[Path, typer.Argument(parser=path, help="A run folder: an output folder, or seed-N in it.")]
-Base = Annotated[
-    str | None,
-    typer.Option("--model", parser=place, help="Of a run: where its base model lies now; it must be the same one."),
-]
+Base = Annotated[Place, typer.Option("--model", parser=place, help="Where the run's base model lies now.")]
+Output = Annotated[Path, typer.Option(parser=path, help="Folder of the results.")]

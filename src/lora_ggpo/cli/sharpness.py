@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lora_ggpo.cli.options import Base, path
+from lora_ggpo.cli.options import Base, Output, path
 from lora_ggpo.cli.output import print_table
 from lora_ggpo.errors import UserError
 
@@ -27,9 +27,7 @@ def command(
     eigenvalues: Annotated[int, typer.Option(min=0, help="Top Hessian eigenvalues; 0 leaves the Hessian out.")] = 3,
     products: Annotated[int, typer.Option(min=9, help="Hessian products for eigenvalues, and for the density.")] = 45,
     plane: Annotated[int, typer.Option(min=0, help="Points a side of a two-dimensional slice; 0 draws none.")] = 0,
-    output: Annotated[Path, typer.Option(parser=path, help="Folder of the measurements and figures.")] = Path(
-        "runs/sharpness"
-    ),
+    output: Output = Path("runs/sharpness"),
     base: Base = None,
 ) -> None:
     """Measure how sharp the minima of RUNS are: rise of the loss under noise, at worst, and the Hessian."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_ggpo.cli.options import MethodsRecipe, Overrides, path
+from lora_ggpo.cli.options import MethodsRecipe, Output, Overrides
 from lora_ggpo.cli.output import print_table
 from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names
 
@@ -25,7 +25,7 @@ def command(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method in each setting.")] = 5,
-    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs and the report.")] = Path("runs/study"),
+    output: Output = Path("runs/study"),
     jobs: Jobs = 1,
     ray: Ray = None,
     ray_cpus: RayCpus = 1,

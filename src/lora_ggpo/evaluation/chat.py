@@ -6,15 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-import torch
 from transformers import TextStreamer
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation.generate import Prompt, Sampling, draws, generation_arguments, plain_generation
+from lora_ggpo.evaluation.answers import AnswerFile
+from lora_ggpo.evaluation.generate import Sampling, generate
 from lora_ggpo.evaluation.target import Target
-from lora_ggpo.models.load import check_tokens
-from lora_ggpo.tasks.forward import autocasting, evaluating
-from lora_ggpo.workspace.interrupt import Terminated
+from lora_ggpo.workspace.interrupt import Interrupted, Terminated
 
 HELP = "/reset begins a new conversation, /quit ends."
 
@@ -48,31 +46,21 @@ class Chat:
             self.reset()
         conversation = self._target.conversation([*self._turns, text], self._answers, self._system)
         prompt = self._target.prompt(str(self._count), conversation)
-        check_tokens(self._target.model, self._target.tokenizer, [prompt.ids], "Turn")
         limit = self._target.tokenizer.model_max_length
         if len(prompt.ids) + self._sampling.max_new_tokens > limit:
             raise UserError(f"The conversation is longer than the {limit} tokens that the model can read: /reset.")
-        said = self._generate(prompt)
+        streamer = _Collector(self._target)
+        try:
+            generate(self._target, [prompt], self._sampling, AnswerFile(None), streamer=streamer)
+        except Interrupted as error:
+            if isinstance(error.__cause__, Terminated):
+                raise
+            streamer.end()
+        said = "".join(streamer.parts).strip()
         self._count += 1
         self._turns.append(text)
         self._answers.append(said)
         return said
-
-    def _generate(self, prompt: Prompt) -> str:
-        target, sampling = self._target, self._sampling
-        device = next(target.model.parameters()).device
-        numbers = draws(sampling.seed, (prompt.id, 0), sampling.max_new_tokens)[None].to(device)
-        arguments = generation_arguments(target.model, target.tokenizer, sampling, len(prompt.ids), numbers)
-        ids = torch.tensor([prompt.ids], device=device)
-        streamer = _Collector(target)
-        with plain_generation(target.model) as base, evaluating(target.model), autocasting(device, target.autocast):
-            try:
-                base.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **arguments)
-            except Terminated:
-                raise
-            except KeyboardInterrupt:
-                streamer.end()
-        return "".join(streamer.parts).strip()
 
 
 class _Collector(TextStreamer):

@@ -6,9 +6,13 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
+
 from lora_ggpo.data.sources import ALL, read_source
-from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
+from lora_ggpo.evaluation.suite_run import SuiteRun
+from lora_ggpo.tasks.metrics import measure_mean
+from lora_ggpo.training.scorer import Scores
 
 HUB, SUBSET = "openai/gsm8k", "main"
 STOPS = ("\nQuestion:", "\nQ:")
@@ -33,6 +37,27 @@ class Problem(NamedTuple):
     answer: Fraction
 
 
+def score(run: SuiteRun) -> Scores:
+    """Exact match of the number; several samples of a problem are averaged first."""
+    target, problems = run.target, load_problems(run.options.data)[: run.options.limit]
+    prompts = [target.prompt(one.id, target.conversation([one.question], [])) for one in problems]
+    answers = run.generate(prompts, () if target.chat else STOPS)
+    numbers = [[extract(answers[one.id, sample].text) for sample in range(run.sampling.samples)] for one in problems]
+    run.keep_grades(
+        {
+            "id": problem.id,
+            "sample": sample,
+            "right": number == problem.answer,
+            "number": None if number is None else str(number),
+            "answer": str(problem.answer),
+        }
+        for problem, found in zip(problems, numbers, strict=True)
+        for sample, number in enumerate(found)
+    )
+    shares = [np.mean([number == one.answer for number in of]) for one, of in zip(problems, numbers, strict=True)]
+    return {"gsm8k": {"accuracy": measure_mean(np.array(shares))}}
+
+
 def load_problems(source: str | None) -> list[Problem]:
     """The problems of a file, a folder or a hub id in GSM8K's format: question, and answer with "#### 42" at its end.
 
@@ -50,10 +75,14 @@ def load_problems(source: str | None) -> list[Problem]:
         ("question", "answer"), f'{only}; GSM8K\'s format is a question, and an answer that ends in "#### 42".'
     )
     questions, answers = table.texts("question", "question"), table.texts("answer", "answer")
-    return [
-        Problem(f"{row}", question, _reference(table, row, answer))
-        for row, (question, answer) in enumerate(zip(questions, answers, strict=True))
-    ]
+    problems = []
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        _, mark, end = answer.rpartition("####")
+        value = extract(mark + end) if mark else None
+        if value is None:
+            raise UserError(f'{table.where(row)}: the answer must end in "#### " and a number, as GSM8K\'s do.')
+        problems.append(Problem(f"{row}", question, value))
+    return problems
 
 
 def extract(text: str) -> Fraction | None:
@@ -82,11 +111,3 @@ def _value(number: re.Match[str]) -> Fraction | None:
         return None
     value = Fraction(number["whole"] or 0) + over / under
     return -value if number["sign"] else value
-
-
-def _reference(table: Table, row: int, answer: str) -> Fraction:
-    _, mark, end = answer.rpartition("####")
-    value = extract(mark + end) if mark else None
-    if value is None:
-        raise UserError(f'{table.where(row)}: the answer must end in "#### " and a number, as GSM8K\'s do.')
-    return value

@@ -7,22 +7,63 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from markdown_it import MarkdownIt
 from program_jail import IsolationError, check_isolation, run_isolated
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.evaluation.suite_run import SuiteRun
+from lora_ggpo.tasks import SFT
 from lora_ggpo.tasks.base import Progress
+from lora_ggpo.tasks.metrics import measure_mean
+from lora_ggpo.training.scorer import Scores
 
 Problem = Mapping[str, Any]
 
 STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@")
 """Where a completion of a function's body has ended (the paper's stop sequences)."""
 
-_FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*(\w*)(.*)")
+PASS_AT = (1, 10, 100)
+
+_WRITE = (
+    "Complete this Python function. Answer with the whole function, its imports included, in one block of code.\n\n"
+    "```python\n{prompt}```"
+)
+# Code in four spaces is no block of code here, and what looks like HTML, such as <think>, hides none.
+_MARKDOWN = MarkdownIt().disable(["code", "html_block"])
+
+
+def score(run: SuiteRun) -> Scores:
+    """pass@k, of the answers' programs run in isolation."""
+    check_answers([], [])  # refuses here and not after hours of generation where nothing can be isolated
+    target, samples = run.target, run.sampling.samples
+    problems = load_problems()[: run.options.limit]
+    # What only continues text is given the code to continue; what answers questions is asked.
+    asks = target.chat or target.task.config.template != SFT.default_template
+    texts: list[Any] = [
+        target.conversation([_WRITE.format(prompt=one["prompt"])], []) if asks else one["prompt"] for one in problems
+    ]
+    prompts = [target.prompt(one["task_id"], text) for one, text in zip(problems, texts, strict=True)]
+    answers = run.generate(prompts, () if asks else STOPS)
+    written = [[answers[one["task_id"], sample].text for sample in range(samples)] for one in problems]
+    with run.reporter.task(f"run the code of {target.name}") as shown:
+        passed = check_answers(problems, written, jobs=run.jobs, progress=shown.update)
+    run.keep_grades(
+        {"id": one["task_id"], "sample": sample, "right": right}
+        for one, of in zip(problems, passed, strict=True)
+        for sample, right in enumerate(of)
+    )
+    rates = {
+        f"pass@{k}": measure_mean(np.array([pass_at_k(samples, sum(of), k) for of in passed]))
+        for k in PASS_AT
+        if k <= samples
+    }
+    return {"humaneval": rates}
 
 
 def load_problems() -> list[dict[str, Any]]:
@@ -57,24 +98,9 @@ def program(problem: Problem, answer: str) -> str:
 
 def _code(answer: str, defines: re.Pattern[str]) -> str:
     """The fenced block that defines the function, else the first one of Python or of no language, else all of it."""
-    blocks = list(_blocks(answer))
-    python = [text for language, text in blocks if language.lower().startswith("py") or not language]
-    return next((text for _, text in blocks if defines.search(text)), python[0] if python else answer)
-
-
-def _blocks(answer: str) -> Iterator[tuple[str, str]]:
-    """Language and text of each fenced block of Markdown; one that is not closed goes on to the end."""
-    opening: re.Match[str] | None = None
-    lines: list[str] = []
-    for line in [*answer.splitlines(), None]:
-        fence = _FENCE.fullmatch(line) if line is not None else None
-        if opening is None:
-            opening, lines = fence, []
-        elif line is None or (fence and fence[2].startswith(opening[2]) and not fence[3] + fence[4].strip()):
-            yield opening[3], "".join(f"{one}\n" for one in lines)
-            opening = None
-        else:
-            lines.append(line.removeprefix(opening[1]))
+    fences = [token for token in _MARKDOWN.parse(answer) if token.type == "fence"]
+    python = [one.content for one in fences if one.info.lower().startswith("py") or not one.info]
+    return next((one.content for one in fences if defines.search(one.content)), python[0] if python else answer)
 
 
 def check_answers(

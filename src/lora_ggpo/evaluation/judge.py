@@ -8,13 +8,18 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from lora_ggpo.errors import UserError, first_line
-from lora_ggpo.evaluation.generate import Answer, AnswerFile, Key, Prompt, Sampling, generate
-from lora_ggpo.evaluation.target import Messages, Target
+from lora_ggpo.evaluation.answers import Answer, AnswerFile, Key, Prompt
+from lora_ggpo.evaluation.generate import Sampling, generate
+from lora_ggpo.evaluation.suite_run import Options, SuiteRun
+from lora_ggpo.evaluation.target import Messages, Target, load_target
 from lora_ggpo.tasks.base import Progress
+from lora_ggpo.training.scorer import file_name
+from lora_ggpo.workspace.files import json_digest
 from lora_ggpo.workspace.interrupt import Interrupted
 
 KEY = "OPENAI_API_KEY"
@@ -112,6 +117,41 @@ class Server:
         return kind(f"The judge at {self.url} answers HTTP {code}{said}; check --judge and --judge-model.")
 
 
+def find_server(options: Options) -> Server | None:
+    """The server that the user chose as the judge; None if it is a model.
+
+    Raises:
+        UserError: no judge is given, or half of one.
+    """
+    if not options.judge:
+        raise UserError("mt-bench needs a judge: give --judge URL --judge-model NAME, or a model folder as --judge.")
+    served = options.judge.startswith(("http://", "https://"))
+    if served != bool(options.judge_model):
+        problem = (
+            "needs --judge-model, its name there" if served else "is no http:// address, so leave out --judge-model"
+        )
+        raise UserError(f"--judge {options.judge} {problem}.")
+    return Server(options.judge, options.judge_model) if options.judge_model else None
+
+
+def ask_judge(run: SuiteRun, server: Server | None, questions: Sequence[Question]) -> dict[Key, Answer]:
+    """The judgements of `server`, or of the model that the user chose, kept in a file of that judge alone."""
+    ask: Callable[..., dict[Key, Answer]]
+    if server:
+        name, identity, ask = server.model, [server.url, server.model], partial(ask_server, server, jobs=run.jobs)
+    else:
+        name = str(run.options.judge)
+        target = load_target(name)
+        if not target.chat:
+            raise UserError(f"The judge {name} has no chat template; choose an instruction-tuned model.")
+        identity = [target.fingerprint(), str(target.model.dtype), str(target.autocast)]
+        ask = partial(ask_model, target, batch_size=run.batch_size)
+    kept = AnswerFile(run.folder / f"judgements-{file_name(name)}-{json_digest(identity)[:8]}.jsonl")
+    with run.reporter.task(f"judge {run.target.name}") as shown:
+        shown.begin(len(kept.answers))
+        return ask(questions, kept, progress=shown.update)
+
+
 def ask_server(
     server: Server, questions: Sequence[Question], kept: AnswerFile, *, jobs: int, progress: Progress
 ) -> dict[Key, Answer]:
@@ -168,8 +208,7 @@ def ask_model(
     """
     prompts = [target.prompt(question.id, question.messages) for question in questions]
     sampling = Sampling(max_new_tokens=_MAX_TOKENS)
-    options: dict[str, Any] = {"batch_size": batch_size, "autocast": target.autocast, "progress": progress}
-    return generate(target.model, target.tokenizer, prompts, sampling, kept, **options)
+    return generate(target, prompts, sampling, kept, batch_size=batch_size, progress=progress)
 
 
 async def _judge(server: Server, client: Any, question: Question) -> Answer:

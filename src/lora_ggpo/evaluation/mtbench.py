@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_ggpo.data.files import read_file
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation.judge import Question
+from lora_ggpo.evaluation.answers import Prompt
+from lora_ggpo.evaluation.judge import Question, ask_judge, find_server
+from lora_ggpo.evaluation.suite_run import SuiteRun
 from lora_ggpo.tasks import Measured
 from lora_ggpo.tasks.metrics import measure_mean
+from lora_ggpo.training.scorer import Scores
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose judge sees a reference answer where the question has one."""
@@ -70,6 +73,33 @@ class Problem(NamedTuple):
     reference: list[str] | None
 
 
+def score(run: SuiteRun) -> Scores:
+    """Mean ratings of the judge, by turn and category."""
+    server = find_server(run.options)  # what is wrong with it is said before hours of generation
+    prompts = read_prompts(Path(run.options.judge_prompts)) if run.options.judge_prompts else PROMPTS
+    problems = load_problems(run.options.data)[: run.options.limit]
+    first = {id_: answer.text for (id_, _), answer in run.generate(_turns(run, problems, {})).items()}
+    second = {id_: answer.text for (id_, _), answer in run.generate(_turns(run, problems, first)).items()}
+    answers = {one.id: [first[f"{one.id}:1"], second[f"{one.id}:2"]] for one in problems}
+    asked = [judge_question(one, answers[one.id], turn, prompts) for one in problems for turn in (1, 2)]
+    judgements = ask_judge(run, server, asked)
+    ratings = {question.id: rating(judgements[question.id, 0].text) for question in asked}
+    run.keep_grades({"id": id_, "rating": value} for id_, value in ratings.items())
+    missing = sum(value is None for value in ratings.values())
+    if missing:
+        run.reporter.say(f"{missing} of {len(ratings)} judgements have no rating from 1 to 10 and are left out.")
+    if missing == len(ratings):
+        raise UserError("The judge gave no rating at all; choose another one.")
+    return metrics(problems, [(ratings[f"{one.id}:1"], ratings[f"{one.id}:2"]) for one in problems])
+
+
+def _turns(run: SuiteRun, problems: Sequence[Problem], first: Mapping[str, str]) -> list[Prompt]:
+    """Prompts of the first turn, or with its answers, of the second."""
+    turn, target = 2 if first else 1, run.target
+    texts = [target.conversation(one.turns[:turn], [first[f"{one.id}:1"]] if first else []) for one in problems]
+    return [target.prompt(f"{one.id}:{turn}", text) for one, text in zip(problems, texts, strict=True)]
+
+
 def load_problems(source: str | None) -> list[Problem]:
     """The questions of a file in FastChat's format: question_id, category, turns, and some with reference.
 
@@ -84,17 +114,14 @@ def load_problems(source: str | None) -> list[Problem]:
     table.require(("question_id", "category", "turns"), "; mt-bench takes FastChat's question.jsonl.")
     categories = table.texts("category", "category")
     references = table.columns.get("reference", [None] * len(table))
-    problems = [
-        Problem(
-            table.checked_text(str(name), "question_id", row),
-            category,
-            _two(table, row, "turns", turns),
-            _reference(table, row, reference),
-        )
-        for row, (name, category, turns, reference) in enumerate(
-            zip(table.columns["question_id"], categories, table.columns["turns"], references, strict=True)
-        )
-    ]
+    problems = []
+    for row, category in enumerate(categories):
+        name = table.checked_text(str(table.columns["question_id"][row]), "question_id", row)
+        turns = [table.checked_text(text, "turns", row) for text in _two(table, row, "turns")]
+        # FastChat leaves one of the two reference answers empty where there is none.
+        given = None if references[row] is None else _two(table, row, "reference")
+        reference = given and [table.checked_text(text, "reference", row) if text else "" for text in given]
+        problems.append(Problem(name, category, turns, reference))
     if len({problem.id for problem in problems}) < len(problems):
         raise UserError(f"{table.origin} has the same question_id twice; give each question its own.")
     return problems
@@ -167,16 +194,8 @@ def _means(ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, Measured]:
     return {name: measure_mean(np.asarray(values)) for name, values in columns.items() if values}
 
 
-def _two(table: Table, row: int, column: str, value: object) -> list[str]:
+def _two(table: Table, row: int, column: str) -> list[Any]:
+    value = table.columns[column][row]
     if not isinstance(value, list) or len(value) != 2:
         raise UserError(f"{table.where(row)}: column {column!r} must hold a list of two texts.")
-    return [table.checked_text(text, column, row) for text in value]
-
-
-def _reference(table: Table, row: int, value: object) -> list[str] | None:
-    """FastChat leaves one of the two empty where there is none."""
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(text, str) for text in value):
-        raise UserError(f"{table.where(row)}: column 'reference' must hold a list of two texts.")
-    return [table.checked_text(text, "reference", row) if text.strip() else text for text in value]
+    return value

@@ -12,9 +12,8 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
-from lora_ggpo.evaluation.generate import Prompt
+from lora_ggpo.evaluation.answers import Prompt
 from lora_ggpo.models.chat_template import write_day
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import SFT, Task, TaskConfig
@@ -157,16 +156,11 @@ def _task(template: str) -> Task:
 
 def _trained_on_chats(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the run saw the chat template: the recipe says so, or the data holds conversations."""
-    if recipe.task.chat_template:
-        return True
-    if recipe.task.template != recipe.task.type.default_template or not tokenizer.chat_template:
-        return False
-    return _has_messages(recipe.task.type, recipe.data)
-
-
-def _has_messages(task: type[Task], data: DataConfig) -> bool:
+    task = recipe.task
+    if task.chat_template or task.template != task.type.default_template or not tokenizer.chat_template:
+        return task.chat_template
     try:
-        return "messages" in task.load(data).train.column_names
+        return "messages" in task.type.load(recipe.data).train.column_names
     except UserError as error:
         raise UserError(
             f"{error} (Needed to see how the run was trained: give --chat or --no-chat instead.)"
