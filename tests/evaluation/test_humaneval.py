@@ -63,6 +63,7 @@ def test_an_answer_may_be_the_whole_function_in_a_fenced_block(problems):
         "````python\n{0}\n# ```\n````",
         "```python\n{0}\nif __name__ == '__main__':\n    input()\n```",
         "1. So:\n   ```python\n   {1}   ```",
+        "<think>\n```python\n{0}```\n</think>",
     ],
 )
 def test_the_function_is_found_among_blocks(form, problems):
