@@ -34,10 +34,13 @@ from lora_ggpo.tasks import Task
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.scorer import Scorer, evaluation_sets
-from lora_ggpo.training.trainer import MakeAscent, RunTrainer, check_checkpointing
+from lora_ggpo.training.trainer import MakeAscent, RunTrainer
 from lora_ggpo.workspace.progress import Reporter
 
 AnyModel = PreTrainedModel | PeftModel
+
+VALIDATION_ROWS = 500
+"""Rows of a set that are scored during training, at most."""
 
 
 def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
@@ -178,8 +181,6 @@ def build_trainer(
     if recipe.adalora:
         callbacks.append(AdaLoraCallback())
         args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
-    if args.gradient_checkpointing:
-        check_checkpointing(args)
     with rejected("training", recipe.training.model_fields_set):
         trainer = RunTrainer(
             lengths=list(rows["length"]),

@@ -10,7 +10,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -18,7 +18,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -27,7 +26,6 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from lora_ggpo.data import Splits
 from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.initialise import moves_base
 from lora_ggpo.models.adapters import count_parameters
@@ -35,6 +33,8 @@ from lora_ggpo.models.quantise import stored_bytes
 from lora_ggpo.models.saving import save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.training.build import (
+    VALIDATION_ROWS,
+    AnyModel,
     build_model,
     build_scorer,
     build_trainer,
@@ -43,7 +43,6 @@ from lora_ggpo.training.build import (
     training_arguments,
 )
 from lora_ggpo.training.memory import available, in_use, memory_errors, peak, reset_peak
-from lora_ggpo.training.run import VALIDATION_ROWS
 from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.training.trainer import EpochSampler, RunTrainer
 from lora_ggpo.workspace.libraries import quiet_libraries
@@ -129,28 +128,28 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
         recipe.locate_errors(),
         memory_errors(recipe, "per_device_train_batch_size"),
     ):
-        args = training_arguments(recipe, Path(folder), recipe.seeds[0])
-        return _forecast(recipe, args, recipe.task.type.load(recipe.data), steps, reporter)
+        return _forecast(recipe, Path(folder), steps, reporter)
 
 
-def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: int, reporter: Reporter) -> Forecast:
+def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> Forecast:
+    args = training_arguments(recipe, folder, recipe.seeds[0])
+    splits = recipe.task.type.load(recipe.data)
     limit, before = available(args.device), in_use(args.device)
     model, tokenizer, rows = build_model(recipe, args, splits)
-    task = recipe.task.for_labels(splits.labels)
-    score = build_scorer(args, model, tokenizer, task, Reporter(quiet=True))
-    score.prepare(scored_sets(recipe, splits))
+    score = build_scorer(args, model, tokenizer, recipe.task.for_labels(splits.labels), Reporter(quiet=True))
+    scored = scored_sets(recipe, splits)
+    score.prepare(scored)
     probe = _Probe(recipe, args, model, tokenizer, rows)
     full = probe.measure(args.per_device_train_batch_size, steps, reporter)
-    total = optimizer_steps(args, len(rows))
-    parameters = count_parameters(model)
-    smaller, peaks = probe.other_batch(full.batch), {full.batch: full.peak}
-    peaks[smaller] = probe.measure(smaller, 0, reporter).peak
-    sizes = _sizes(model, tokenizer, Path(str(args.output_dir)) / "tokenizer")
-    validations, validation_rows, scored_rows = _scored(recipe, splits, total)
+    other = probe.measure(full.batch // 2 if full.batch > 1 else 2, 0, reporter)  # half needs no more memory
+    total, (trained, parameters) = optimizer_steps(args, len(rows)), count_parameters(model)
+    weights_size = _weights_size(model, tokenizer, folder / "tokenizer")
+    validations = total // recipe.validate_every if recipe.validate_every else 0
+    validated = [splits.validation, *([splits.train] if recipe.stop_loss else [])]
     row_seconds = _row_seconds(score)
     return Forecast(
-        parameters=parameters[1],
-        trained=parameters[0],
+        parameters=parameters,
+        trained=trained,
         perturbed=full.perturbed,
         memory=_by_parts(full, before),
         step_seconds=full.seconds,
@@ -159,22 +158,21 @@ def _forecast(recipe: Recipe, args: TrainingArguments, splits: Splits, steps: in
         rows=len(rows),
         seeds=len(recipe.seeds),
         validations=validations,
-        validation_seconds=validations * validation_rows * row_seconds,
-        scoring_seconds=scored_rows * row_seconds,
-        weights_size=sizes,
-        checkpoint_size=sizes + full.parts["optimizer state"],
+        validation_seconds=validations * row_seconds * sum(min(len(one), VALIDATION_ROWS) for one in validated),
+        scoring_seconds=row_seconds * sum(map(len, scored.values())),
+        weights_size=weights_size,
+        checkpoint_size=weights_size + full.parts["optimizer state"],
         checkpoints=_checkpoints(recipe, args, total),
         batch=full.batch,
         obtainable=limit,
-        largest_batch=largest_batch(peaks, limit),
+        largest_batch=largest_batch({one.batch: one.peak for one in (full, other)}, limit),
     )
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Measured:
+class _Measured(NamedTuple):
     """One series of steps: `parts` are bytes that are known by count, `tokens` those of the timed steps."""
 
     batch: int
@@ -185,58 +183,49 @@ class _Measured:
     perturbed: int | None
 
 
+@dataclass(frozen=True)
 class _Probe:
     """Takes optimizer steps with batches of any size on one model."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        args: TrainingArguments,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Dataset,
-    ) -> None:
-        self._recipe, self._args, self._model, self._tokenizer, self._rows = recipe, args, model, tokenizer, rows
-        self._lengths: list[int] = list(rows["length"])
-
-    def other_batch(self, batch: int) -> int:
-        """Half of `batch`, which needs no more memory, or twice."""
-        return batch // 2 if batch > 1 else 2
+    recipe: Recipe
+    args: TrainingArguments
+    model: AnyModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
 
     def measure(self, batch: int, steps: int, reporter: Reporter) -> _Measured:
         """Take `WARM_UP` steps on the longest rows and `steps` on rows of all lengths, of `batch` rows at a time."""
-        args = copy.copy(self._args)
-        batch = args.per_device_train_batch_size = min(batch, len(self._lengths))
-        args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, -(-len(self._lengths) // batch))
+        args, lengths = copy.copy(self.args), list(self.rows["length"])
+        batch = args.per_device_train_batch_size = min(batch, len(lengths))
+        args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, -(-len(lengths) // batch))
         args.max_steps = WARM_UP + steps
         args.save_strategy, args.logging_strategy = SaveStrategy.NO, IntervalStrategy.NO
         args.train_sampling_strategy = "sequential"
         size = batch * args.gradient_accumulation_steps
-        chosen = [longest_rows(self._lengths, size)] * WARM_UP + self._typical(size, steps)
-        rows = self._rows.select([row for step in chosen for row in step])
-        trainer = build_trainer(self._recipe, args, self._model, self._tokenizer, rows)
+        chosen = [longest_rows(lengths, size)] * WARM_UP + self._typical(lengths, size, steps)
+        rows = self.rows.select([row for step in chosen for row in step])
+        trainer = build_trainer(self.recipe, args, self.model, self.tokenizer, rows)
         with reporter.task(f"probe with {batch} rows a batch") as shown:
             clock = _Clock(shown)
             trainer.add_callback(clock)
             trainer.train()
         timed = clock.seconds[WARM_UP:]
-        done = chosen[WARM_UP : WARM_UP + len(timed)]
-        tokens = sum(self._lengths[row] for step in done for row in step)
-        ggpo = _ggpo(trainer)
-        measured = _Measured(batch, clock.peak, timed, tokens, _parts(trainer), ggpo and len(ggpo.layers))
+        tokens = sum(lengths[row] for step in chosen[WARM_UP : WARM_UP + len(timed)] for row in step)
+        ggpo = next((one.ggpo for one in trainer.callback_handler.callbacks if isinstance(one, GGPOCallback)), None)
+        parts = _parts(trainer) | ({f"GGPO: {name}": size for name, size in ggpo.memory().items()} if ggpo else {})
         trainer.accelerator.free_memory()
-        self._model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         del trainer
         gc.collect()
-        return measured
+        return _Measured(batch, clock.peak, timed, tokens, parts, len(ggpo.layers) if ggpo else None)
 
-    def _typical(self, size: int, steps: int) -> list[list[int]]:
+    def _typical(self, lengths: list[int], size: int, steps: int) -> list[list[int]]:
         """Rows of `steps` steps of an epoch that stand for equal shares of it by length, the middle ones first."""
-        grouped = self._args.train_sampling_strategy == "group_by_length"
-        order = list(EpochSampler(self._lengths, self._args.seed, size if grouped else None))
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        order = list(EpochSampler(lengths, self.args.seed, size if grouped else None))
         whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
         whole = whole or [[order[index % len(order)] for index in range(size)]]
-        whole.sort(key=lambda step: sum(self._lengths[row] for row in step))
+        whole.sort(key=lambda step: sum(lengths[row] for row in step))
         shares = sorted(((index + 0.5) / steps for index in range(steps)), key=lambda share: abs(share - 0.5))
         return [whole[int(share * len(whole))] for share in shares]
 
@@ -284,18 +273,12 @@ def _parts(trainer: RunTrainer) -> dict[str, int]:
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     optimizer: Any = trainer.optimizer
     state = {id(t): t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor) and t.dim() > 0}
-    parts = {
+    return {
         "frozen weights": frozen + sum(buffer.nbytes for buffer in model.buffers()),
         "trained parameters": trained,
         "gradients": trained,
         "optimizer state": sum(tensor.nbytes for tensor in state.values()),
     }
-    ggpo = _ggpo(trainer)
-    return parts | ({f"GGPO: {name}": size for name, size in ggpo.memory().items()} if ggpo else {})
-
-
-def _ggpo(trainer: RunTrainer) -> Any:
-    return next((one.ggpo for one in trainer.callback_handler.callbacks if isinstance(one, GGPOCallback)), None)
 
 
 def _by_parts(measured: _Measured, before: int | None) -> dict[str, int] | None:
@@ -316,14 +299,14 @@ def largest_batch(peaks: dict[int, int | None], limit: int | None) -> int | None
     Returns:
         0 if not one row is expected to fit; None if it cannot be told.
     """
-    (few, low), (many, high) = sorted(peaks.items())[0], sorted(peaks.items())[-1]
+    (few, low), (many, high) = min(peaks.items()), max(peaks.items())
     if limit is None or low is None or high is None or few == many or high - low < _SMALLEST_DIFFERENCE:
         return None
     slope = (high - low) / (many - few)
     return max(0, math.floor((limit * (1 - LEFT_FREE) - high) / slope + many))
 
 
-def _sizes(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
+def _weights_size(model: AnyModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     """Bytes of a saved adapter, or model, with its tokenizer."""
     save_tokenizer(tokenizer, folder)
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -342,17 +325,6 @@ def _checkpoints(recipe: Recipe, args: TrainingArguments, steps: int) -> int:
     keep = recipe.training_fields["save_total_limit"]
     made = math.ceil(steps / every) if every else 1  # 0 saves as the run ends alone
     return min(made, keep) if keep else made
-
-
-# --- scoring -------------------------------------------------------------------------------------------------------
-
-
-def _scored(recipe: Recipe, splits: Splits, steps: int) -> tuple[int, int, int]:
-    """Validations during training, rows of each, and rows that are scored after it."""
-    count = steps // recipe.validate_every if recipe.validate_every else 0
-    sets = [splits.validation, *([splits.train] if recipe.stop_loss else [])]
-    rows = sum(min(len(one), VALIDATION_ROWS) for one in sets)
-    return count, rows, sum(len(one) for one in scored_sets(recipe, splits).values())
 
 
 def _row_seconds(score: Scorer) -> float:

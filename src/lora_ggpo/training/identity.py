@@ -22,7 +22,7 @@ _MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, settings 
 
 
 def record(folder: Path, model: str, splits: Splits, *, begun: bool) -> None:
-    """Write ``data.json`` and ``model.json``; of a run that is `begun`, check that they say the same still.
+    """Write ``data.json`` and ``model.json``; check that those of a run that is `begun` say the same still.
 
     Raises:
         UserError: the data or the model has changed.
@@ -48,10 +48,11 @@ def check_model(folder: Path, model: str, *, chosen: bool) -> None:
         now = _model(model)
     except UserError as error:
         raise UserError(f"{error}{elsewhere}") from error
-    if "commit" in then and now and "commit" not in now and chosen:
+    of_hub, on_hub = "commit" in then, not now or "commit" in now
+    if of_hub and not on_hub and chosen:
         told = f"{folder} was trained on a model of the hub; whether {model} is the same cannot be told."
         warnings.warn(told, stacklevel=3)
-    elif then and "commit" not in then and (not now or "commit" in now):
+    elif then and on_hub and not of_hub:
         raise UserError(f"Model {model!r} was a folder when {folder} was trained, and is none here.{elsewhere}")
     elif then and now and then != now:
         raise UserError(f"Model {model!r} is not what {folder} was trained on: its files have changed; put them back.")

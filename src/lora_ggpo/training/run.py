@@ -26,6 +26,7 @@ from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.build import (
+    VALIDATION_ROWS,
     AnyModel,
     build_model,
     build_scorer,
@@ -48,7 +49,6 @@ from lora_ggpo.workspace.libraries import quiet_libraries, versions
 from lora_ggpo.workspace.progress import Reporter
 from lora_ggpo.workspace.ranks import is_first, wait_for_all
 
-VALIDATION_ROWS = 500
 _STOPPING = "Stopping after this step; press Ctrl-C again, or send SIGTERM again, to stop at once."
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -58,17 +57,6 @@ class EpochSampler(Sampler[int]):
         if self.group_size is None:
             return iter(torch.randperm(len(self.lengths), generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
-
-
-def check_checkpointing(args: TrainingArguments) -> None:
-    """Try gradient checkpointing on one number: torch looks at its settings in the first forward pass only.
-
-    Raises:
-        UserError: torch does not take them.
-    """
-    settings: Any = args.gradient_checkpointing_kwargs or {}
-    with rejected("training.gradient_checkpointing_kwargs"):
-        checkpoint(torch.sin, torch.zeros(1, requires_grad=True), **{"use_reentrant": True, **settings})
 
 
 def _same_without_optim_args(args: TrainingArguments, model: Any) -> bool:
