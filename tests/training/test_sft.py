@@ -76,7 +76,7 @@ def test_packed_runs_have_fewer_steps_an_epoch(run):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task.kind=classification", "task.packing=true"], "task sets packing, which kind classification does not look at"),
+        (["task.kind=classification", "task.packing=true"], "sets packing, which kind classification does not look at"),
         (["task.packing=true", "training.use_cache=true"], "task with packing needs training.use_cache: false"),
     ],
 )
