@@ -28,9 +28,8 @@ from tests.training.runs import invoke, refused, trained
         ("training.lr_scheduler_kwargs={nope: 1}", "training is rejected by transformers: get_linear_schedule_with"),
         ("adapter.layer_replication=[[0, 9]]", "adapter is rejected by torch: index 2 is out of range"),
         ("data.train_size=4000", "override 'data.train_size=4000': data.train_size is 4000"),
-        ("model=org/name@v1", "override 'model=org/name@v1': Model 'org/name@v1' is no folder here, and no hub id"),
-        ("model=llama3:8b", "Model 'llama3:8b' is no folder here, and no hub id, which is owner/name"),
-        ("model=foo bar", "in letters, digits, -, _ and .."),
+        ("model=org/name@v1", "override 'model=org/name@v1': Model 'org/name@v1' cannot be loaded: Repo id must use"),
+        ("model=llama3:8b", "Model 'llama3:8b' cannot be loaded: Repo id must use alphanumeric chars"),
         ("ggpo={strict: true}", "override 'ggpo={strict: true}': ggpo: GGPO cannot perturb"),
     ],
 )

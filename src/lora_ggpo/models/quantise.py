@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Literal, NamedTuple
 
 import peft
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
-
-from lora_ggpo.errors import UserError
 
 Kind = Literal["nf4", "int8"]
 
@@ -36,14 +33,7 @@ def loading_arguments(quantisation: Quantisation, head: list[str]) -> dict[str, 
     Args:
         head: Modules that are trained in full and so stay as they are; none leaves the choice, which is the output
             embeddings, to transformers.
-
-    Raises:
-        UserError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"quantise {quantisation.kind} needs bitsandbytes; install it with: pip install 'lora-ggpo[quantised]'"
-        )
     bits: dict[str, Any] = {"load_in_8bit": True}
     if quantisation.kind == "nf4":
         bits = {
@@ -56,8 +46,8 @@ def loading_arguments(quantisation: Quantisation, head: list[str]) -> dict[str, 
     return {"quantization_config": config, "device_map": {"": quantisation.device}}
 
 
-def prepared(model: PreTrainedModel, quantisation: Quantisation) -> PreTrainedModel:
-    """`model`, frozen and with all that is not quantised in float32, ready for an adapter.
+def prepare_quantised(model: PreTrainedModel, quantisation: Quantisation) -> PreTrainedModel:
+    """Freeze `model`, with all that is not quantised in float32, so that an adapter can be put on it.
 
     Evaluation needs it as training does: it decides what the model computes.
     """

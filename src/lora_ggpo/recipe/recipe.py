@@ -24,7 +24,7 @@ from pydantic import (
 
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
-from lora_ggpo.models.load import settled
+from lora_ggpo.models.load import settle
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.recipe.explain import explain
 from lora_ggpo.recipe.fields import (
@@ -48,7 +48,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: typing.Annotated[str, AfterValidator(settled)] = Field(
+    model: typing.Annotated[str, AfterValidator(settle)] = Field(
         min_length=1, description="Bundled model (minilm, smollm2), local folder, or hub id."
     )
     task: TaskConfig = Field(description="Task settings, or just the kind of task.")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.data import Splits, digest
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.chat_template import write_day, writes_day
-from lora_ggpo.models.load import locate
+from lora_ggpo.models.load import explain_unreadable, locate
 from lora_ggpo.workspace.files import digests, read_json, write_json
 
 _MODEL_FILES = (".safetensors", ".json", ".txt", ".model")  # weights, settings and tokenizer; the rest is for readers
@@ -153,7 +153,8 @@ def _model(name: str) -> dict[str, str]:
         return {gguf_file: _digest(folder / gguf_file)}
     if folder.is_dir():
         return {file.name: _digest(file) for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES}
-    cached = try_to_load_from_cache(name, "config.json")
+    with explain_unreadable("Model", name):
+        cached = try_to_load_from_cache(name, "config.json")
     return {"commit": Path(cached).parent.name} if isinstance(cached, str) else {}
 
 
