@@ -59,7 +59,7 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def rejected(section: str, settings: Collection[str] | None = None) -> Iterator[None]:
+def explain_rejection(section: str, settings: Collection[str] | None = None) -> Iterator[None]:
     """Say in one sentence what a library does not take in a `section` of the recipe, and in which of its `settings`.
 
     The setting is named if the library names it (None: `section` is the setting). A lack of memory, what the system is

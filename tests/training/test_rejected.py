@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from lora_ggpo.errors import UserError, rejected
+from lora_ggpo.errors import UserError, explain_rejection
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.run import train
@@ -102,6 +102,6 @@ def test_two_test_sets_whose_predictions_would_be_one_file_are_refused(recipe_fi
 def test_what_no_library_is_at_fault_for_passes(error):
     """What this file raises counts as a library's, hence the fourth."""
     expected = UserError if isinstance(error, IndexError) else type(error)
-    with pytest.raises(expected, match=str(error)) as caught, rejected("training"):
+    with pytest.raises(expected, match=str(error)) as caught, explain_rejection("training"):
         raise error
     assert (caught.value is error) == (expected is type(error))

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_ggpo.errors import UserError, first_sentence, rejected
+from lora_ggpo.errors import UserError, explain_rejection, first_sentence
 from lora_ggpo.methods.initialise import Batches, initialise
 from lora_ggpo.methods.optimizers import adalora_config
 from lora_ggpo.models.architecture import Architecture
@@ -93,7 +93,7 @@ def _build(
     model: PreTrainedModel, fields: Mapping[str, Any], total_steps: int | None, batches: Batches | None
 ) -> PeftModel:
     settings = {name: value for name, value in fields.items() if name != "type"}
-    with rejected("adapter", settings):
+    with explain_rejection("adapter", settings):
         try:
             if fields.get("type") == "adalora":
                 return peft.get_peft_model(model, adalora_config(settings, total_steps))

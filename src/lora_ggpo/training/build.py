@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.data import Splits
-from lora_ggpo.errors import UserError, rejected
+from lora_ggpo.errors import UserError, explain_rejection
 from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.ascent import MGPO, SAM
 from lora_ggpo.methods.optimizers import OPTIMIZERS, AdaLoraCallback
@@ -54,7 +54,7 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
     Raises:
         UserError: transformers rejects a value.
     """
-    with rejected("training", recipe.training.model_fields_set):
+    with explain_rejection("training", recipe.training.model_fields_set):
         return TrainingArguments(
             # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
             **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
@@ -181,7 +181,7 @@ def build_trainer(
     if recipe.adalora:
         callbacks.append(AdaLoraCallback())
         args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
-    with rejected("training", recipe.training.model_fields_set):
+    with explain_rejection("training", recipe.training.model_fields_set):
         trainer = RunTrainer(
             lengths=list(rows["length"]),
             settings=recipe.training.model_fields_set,

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.training_args import OptimizerNames
 
-from lora_ggpo.errors import DivergedError, UserError, rejected
+from lora_ggpo.errors import DivergedError, UserError, explain_rejection
 from lora_ggpo.methods.ascent import MGPO, SAM
 from lora_ggpo.tasks import NO_LOSS
 
@@ -133,7 +133,7 @@ class RunTrainer(Trainer):
         except Exception:
             if resume_from_checkpoint or self.state.global_step:
                 raise
-            with rejected("training", self._settings):
+            with explain_rejection("training", self._settings):
                 raise
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
