@@ -17,7 +17,7 @@ from lora_ggpo.evaluation.answers import Answer, AnswerFile, Prompt
 from lora_ggpo.evaluation.generate import Sampling, generate
 from lora_ggpo.evaluation.target import Target
 from lora_ggpo.models.load import load_model
-from lora_ggpo.tasks.tokens import prompt_ids
+from lora_ggpo.tasks.text import prompt_ids
 from lora_ggpo.workspace.interrupt import Interrupted
 
 TEXTS = ["the", "a film about a man who is", "I laughed and", "the story of a war that is not so good and not so bad"]

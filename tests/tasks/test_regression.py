@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from scipy import stats
 
 from lora_ggpo.comparison.plan import make_plan
@@ -17,7 +18,7 @@ from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.recipe.source import read_source
 from lora_ggpo.report.comparison import write_report
 from lora_ggpo.report.study import write_study_report
-from lora_ggpo.tasks.regression import TargetReader, regression_metrics, start_at_mean
+from lora_ggpo.tasks.regression import TargetReader, regression_metrics
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run
@@ -178,7 +179,7 @@ def test_training_starts_at_the_mean_of_the_targets():
     batch = tokenizer(["The first.", "The second."], return_tensors="pt")
     with torch.no_grad():
         before = model(**batch).logits
-        start_at_mean(model, [1.0, 2.0, 6.0])
+        task(kind="regression").begin(model, Dataset.from_dict({"labels": [1.0, 2.0, 6.0]}))
         assert torch.allclose(model(**batch).logits, before + 3.0, atol=1e-6)
 
 

@@ -1,4 +1,7 @@
-"""Real text in, clean splits out: bundled sets, local files, hub datasets."""
+"""Real text in, clean splits out: bundled sets, local files, hub datasets.
+
+Data that cannot be used is a UserError, whose message says where it is wrong and what to do.
+"""
 
 from lora_ggpo.data.bundled import BUNDLED
 from lora_ggpo.data.completion import CompletionReader

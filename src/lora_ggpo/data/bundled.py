@@ -20,11 +20,7 @@ BUNDLED = {  # name -> sha256 of the file's content before compression
 
 
 def read_bundled(name: str) -> dict[str, Table]:
-    """Return the train, validation and test tables of a bundled set: id, text, rating (-4 to 4), label.
-
-    Raises:
-        UserError: the installed file is missing or altered.
-    """
+    """Return the train, validation and test tables of a bundled set: id, text, rating (-4 to 4), label."""
     file = resources.files("lora_ggpo.data") / "bundled" / f"{name}.jsonl.gz"
     try:
         content = gzip.decompress(file.read_bytes())

@@ -42,10 +42,6 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> Table:
 
     Args:
         columns: What the columns of a .csv or .tsv file without a header are called.
-
-    Raises:
-        UserError: the file cannot be read, is of another type, malformed (with the line) or without rows; or `columns`
-            are given for a file of another type.
     """
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist; check the path.")
@@ -67,9 +63,6 @@ def read_folder(folder: Path, columns: Sequence[str] | None = None) -> dict[str,
 
     MNLI's names, and the hub's for files in one part (train-00000-of-00001.parquet), are understood as well. `columns`
     are as `read_file` takes them.
-
-    Raises:
-        UserError: no such file, two for one split, or a file that `read_file` refuses.
     """
     paths: dict[str, Path] = {}
     try:

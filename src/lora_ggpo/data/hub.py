@@ -11,11 +11,7 @@ from lora_ggpo.workspace.libraries import quiet_loading
 
 
 def read_hub(name: str, subset: str | None) -> dict[str, Table]:
-    """Return a hub dataset's tables by split, as `read_folder` does for files; no code of the dataset is run.
-
-    Raises:
-        UserError: the hub or the dataset cannot be reached, or it has none of these splits.
-    """
+    """Return a hub dataset's tables by split, as `read_folder` does for files; no code of the dataset is run."""
     shown = f"{name} ({subset})" if subset else name
     try:
         with quiet_loading():

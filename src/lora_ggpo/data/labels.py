@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import datasets
 
@@ -16,7 +15,8 @@ from lora_ggpo.errors import UserError
 class LabelReader(TextReader):
     """Reads texts with "label", an index into `labels`; train has "noisy" (bool) as well.
 
-    Labels may be names, integers or booleans; without declared names, the classes are the sorted labels of train.
+    Labels may be names, integers or booleans. The classes are as the data declares them, or else the labels of train,
+    sorted as numbers if they are.
     """
 
     value = "label"
@@ -27,10 +27,26 @@ class LabelReader(TextReader):
     labels: list[str]
 
     def study(self, table: Table, column: str) -> None:
-        self.known = self.labels = classes_of(read_label_names(table, column), table, column)
+        names = read_label_names(table, column)
+        if len(set(names)) < 2:
+            raise UserError(
+                f"{table.origin}: every row has the label {names[0]!r} in column {column!r}; "
+                "classification needs at least two classes."
+            )
+        numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
+        found = sorted(set(names), key=lambda name: (int(name) if numbers else 0, name))
+        self.known = self.labels = list(table.label_names.get(column, found))
 
     def values(self, table: Table, column: str) -> list[int]:
-        return to_indices(read_label_names(table, column), self.labels, table)
+        index = {name: position for position, name in enumerate(self.labels)}
+        names = read_label_names(table, column)
+        for row, name in enumerate(names):
+            if name not in index:
+                raise UserError(
+                    f"{table.where(row)}: the label {name!r} is not among the labels of the training data, "
+                    f"{', '.join(self.labels)}."
+                )
+        return [index[name] for name in names]
 
     def strata(self, columns: Columns) -> list[int]:
         return columns["label"]
@@ -42,11 +58,7 @@ class LabelReader(TextReader):
 
 
 def read_label_names(table: Table, column: str) -> list[str]:
-    """Return each row's class name.
-
-    Raises:
-        UserError: no such column, or a label that is missing, a fraction, or outside the classes the data declares.
-    """
+    """Return each row's class name."""
     values = table.column(column, "label")
     names = table.label_names.get(column)
     if names is None:
@@ -58,41 +70,6 @@ def read_label_names(table: Table, column: str) -> list[str]:
                 f"({', '.join(names)})."
             )
     return [names[value] for value in values]
-
-
-def classes_of(names: Sequence[str], table: Table, column: str) -> list[str]:
-    """Return the classes of the training split: as the data declares them, else sorted, as numbers if they are.
-
-    Raises:
-        UserError: fewer than two different labels occur.
-    """
-    found = set(names)
-    if len(found) < 2:
-        raise UserError(
-            f"{table.origin}: every row has the label {names[0]!r} in column {column!r}; "
-            "classification needs at least two classes."
-        )
-    if column in table.label_names:
-        return list(table.label_names[column])
-    if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in found):
-        return sorted(found, key=lambda name: (int(name), name))
-    return sorted(found)
-
-
-def to_indices(names: Sequence[str], classes: Sequence[str], table: Table) -> list[int]:
-    """Return each name's index among the classes.
-
-    Raises:
-        UserError: a name is not among them.
-    """
-    index = {name: position for position, name in enumerate(classes)}
-    for row, name in enumerate(names):
-        if name not in index:
-            raise UserError(
-                f"{table.where(row)}: the label {name!r} is not among the labels of the training data, "
-                f"{', '.join(classes)}."
-            )
-    return [index[name] for name in names]
 
 
 def _class_name(value: object, table: Table, column: str, row: int) -> str:

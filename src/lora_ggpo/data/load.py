@@ -66,9 +66,6 @@ class Reader(ABC):
 
         Missing validation and test splits are taken from train, stratified by class; rows with the same text stay
         together. Then train is cut to `train_size`, and its labels are corrupted.
-
-        Raises:
-            UserError: the source or its content is not usable; the message says where and what to do.
         """
         reader, tables = cls(config), _main_tables(config)
         origin = next(iter(tables.values())).origin
@@ -220,11 +217,7 @@ class TextReader(Reader):
 
 
 def find_test_table(usable: Tables, tables: Tables) -> Table:
-    """The test split; without one, the validation split, or all there is.
-
-    Raises:
-        UserError: none of the `usable` ones of the `tables` has rows.
-    """
+    """The test split; without one, the validation split, or all there is."""
     for split in ("test", "validation", ALL, "train"):
         if split in usable and len(usable[split]):
             return usable[split]

@@ -48,11 +48,7 @@ class MessageReader:
     content: str = "content"
 
     def read(self, value: object, row: int) -> list[Message]:
-        """Return the messages of a row.
-
-        Raises:
-            UserError: they are no messages, or mean something that cannot be learnt.
-        """
+        """Return the messages of a row."""
         if not isinstance(value, list) or not value:
             raise UserError(f"{self.table.where(row)}: column {self.column!r} must hold a list of messages.")
         return [self._message(turn, row) for turn in value]
@@ -186,11 +182,7 @@ def parsed(value: object) -> object:
 
 
 def read_tools(value: object, column: str, table: Table, row: int) -> list[dict[str, Any]]:
-    """Return a row's tools, given as a list or as its JSON, each in OpenAI's form.
-
-    Raises:
-        UserError: they are neither.
-    """
+    """Return a row's tools, given as a list or as its JSON, each in OpenAI's form."""
     tools = parsed(value) if value else []
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):

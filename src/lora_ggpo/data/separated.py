@@ -35,11 +35,7 @@ class _Field(NamedTuple):
 
 
 def csv_records(path: Path, text: str) -> Records:
-    """Records of comma-separated text, quoted as RFC 4180 has it.
-
-    Raises:
-        UserError: a quote that is not closed, or closed within a field.
-    """
+    """Records of comma-separated text, quoted as RFC 4180 has it."""
     # csv refuses fields of more than 131,072 characters, for the whole process: a document may be as long as its file.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -62,9 +58,6 @@ def tsv_records(path: Path, text: str) -> Records:
     files puts them: around every field of a column, or around those fields alone that hold a quote (which is doubled),
     a tab or a line break (Excel: or a comma). Where lines are records without them, a quote that would enclose some of
     these lines whole is part of the text; a warning names its line.
-
-    Raises:
-        UserError: a quoted field holds what looks like the rows of a damaged file.
     """
     plain = _plain(text)
     if '"' not in text or known_header(plain.fields):
@@ -169,9 +162,6 @@ def with_header(path: Path, records: Records, columns: Sequence[str] | None) -> 
     Args:
         columns: Names for a file without a header; None takes the first record, or for a file in the form of CoLA or
             the STS benchmark, which have no header, names in the manner of GLUE's other files.
-
-    Raises:
-        UserError: a record has another number of fields, or two columns have one name.
     """
     known = None if columns else known_header(records.fields)
     header = list(columns or known or records.fields[0])

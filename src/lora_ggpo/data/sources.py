@@ -53,9 +53,6 @@ def read_source(source: str, subset: str | None = None, columns: Sequence[str] |
     The splits are "train", "validation", "test" and those of `FURTHER_TESTS`.
 
     A bundled name comes first, then a local path, then the hub. `columns` are as `read_file` takes them.
-
-    Raises:
-        UserError: there is no such source, or it cannot be read.
     """
     if source in BUNDLED and columns is None:
         return read_bundled(source)

@@ -57,21 +57,13 @@ class Table:
         return f"{self.origin}, {self.unit} {self.positions[row]}"
 
     def require(self, names: Sequence[str], hint: str) -> None:
-        """Check that there are columns of these names.
-
-        Raises:
-            UserError: one is missing; the message ends in `hint`, which begins with its punctuation.
-        """
+        """Check that there are columns of these names."""
         for name in names:
             if name not in self.columns:
                 raise UserError(f"{self.origin} has no column {name!r}{hint}")
 
     def column(self, name: str, setting: str) -> list[Any]:
-        """Return a column's values.
-
-        Raises:
-            UserError: there is no such column; the message lists the columns and names the recipe's `setting`.
-        """
+        """Return a column's values."""
         if name not in self.columns:
             near = difflib.get_close_matches(name, self.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -84,11 +76,7 @@ class Table:
         return self.values(name)
 
     def values(self, name: str) -> list[Any]:
-        """Return the values of a column that is there.
-
-        Raises:
-            UserError: they have no form in Python, such as a date in the year 100000.
-        """
+        """Return the values of a column that is there."""
         column = self.columns[name]
         if not isinstance(column, pyarrow.ChunkedArray):
             return list(column)
@@ -103,11 +91,7 @@ class Table:
         return dataclasses.replace(self, columns=kept)
 
     def texts(self, name: str, setting: str) -> list[str]:
-        """Return a column of text.
-
-        Raises:
-            UserError: no such column, or a value that is missing, empty or not text.
-        """
+        """Return a column of text."""
         return [self.checked_text(value, name, row) for row, value in enumerate(self.column(name, setting))]
 
     def checked_text(self, value: object, name: str, row: int) -> str:

@@ -17,7 +17,7 @@ from lora_ggpo.evaluation.answers import Prompt
 from lora_ggpo.models.chat_template import write_day
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import SFT, Task, TaskConfig
-from lora_ggpo.tasks.tokens import prompt_ids
+from lora_ggpo.tasks.text import prompt_ids
 from lora_ggpo.training.build import training_arguments
 from lora_ggpo.training.folder import find_runs
 from lora_ggpo.training.reuse import load_trained

@@ -1,6 +1,6 @@
 """Tasks: how data is loaded, how text becomes tokens, and how a model is scored on them.
 
-A new task is one file with a subclass of `Task`, and one row of `TASKS`.
+A new task is one file with a subclass of `Task`, and one row of `TASKS`. What does not fit a task is a UserError.
 """
 
 from lora_ggpo.tasks.base import NO_LOSS, Task

@@ -104,11 +104,7 @@ class TaskConfig(BaseModel):
         return TASKS[self.kind]
 
     def for_labels(self, labels: list[str] | None) -> Task:
-        """The task with these settings on data with these labels.
-
-        Raises:
-            UserError: the number of label words is not the number of labels.
-        """
+        """The task with these settings on data with these labels."""
         return self.type(self, labels)
 
     @property

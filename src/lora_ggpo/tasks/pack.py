@@ -40,11 +40,7 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
 
 
 def check_packing(model: torch.nn.Module) -> None:
-    """Check that what stands before an example in a packed row changes nothing in it.
-
-    Raises:
-        UserError: it does, since the model's attention does not look at positions, or takes none.
-    """
+    """Refuse a model in which what stands before an example in a packed row changes something in it."""
     config: Any = model.config
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device).repeat(2, 1) % config.get_text_config().vocab_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -76,7 +76,10 @@ class Regression(Task):
         return encode_texts(dataset, tokenizer, self.config.max_length, "target")
 
     def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
-        start_at_mean(model, rows["labels"][:])
+        # From zero the first hundreds of steps would go into finding the mean, which bends the body as well.
+        outputs = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == 1]
+        if outputs and outputs[-1].bias is not None:
+            nn.init.constant_(outputs[-1].bias, float(np.mean(rows["labels"][:])))
         return rows
 
     def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
@@ -88,16 +91,6 @@ class Regression(Task):
     def lines(self, scores: Floats, rows: Dataset) -> list[dict[str, Any]]:
         columns = zip(rows["id"], rows["target"], scores[:, 0], strict=True)
         return [{"id": id_, "target": target, "predicted": round(float(value), 6)} for id_, target, value in columns]
-
-
-def start_at_mean(model: nn.Module, targets: Sequence[float]) -> None:
-    """Let a new head predict the mean of the training targets, as far as it has a bias.
-
-    From zero the first hundreds of steps would go into finding the mean, which bends the body as well.
-    """
-    heads = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == 1]
-    if heads and heads[-1].bias is not None:
-        nn.init.constant_(heads[-1].bias, float(np.mean(targets)))
 
 
 def regression_metrics(predicted: Floats, targets: Floats) -> dict[str, Measured]:

@@ -20,9 +20,8 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import CAUSAL, ENCODER_DECODER
 from lora_ggpo.tasks.base import CHUNK, NO_LOSS, Batch, Row, Score, encoded_row
 from lora_ggpo.tasks.classification import ClassTask
-from lora_ggpo.tasks.conversation import render
 from lora_ggpo.tasks.forward import logits_at
-from lora_ggpo.tasks.tokens import check_chat_template, continuation, start, tokens
+from lora_ggpo.tasks.text import check_chat_template, continuation, render, start, tokens
 
 if TYPE_CHECKING:
     from lora_ggpo.tasks.config import TaskConfig
@@ -66,11 +65,7 @@ class LabelWords(ClassTask):
         return self.config.max_length
 
     def word_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Tokens of each label word.
-
-        Raises:
-            UserError: those of one begin with those of another, which then could never win.
-        """
+        """Tokens of each label word."""
         ids = [self.word(tokenizer, word) for word in self.words]
         for (i, one), (j, other) in permutations(enumerate(ids), 2):
             if other[: len(one)] == one:

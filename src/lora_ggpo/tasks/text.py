@@ -1,4 +1,4 @@
-"""Conversations in a tokenizer's chat template: what precedes an assistant's turn, and what the turn adds."""
+"""Text becomes tokens, and conversations become text: in the tokenizer's chat template, turn by turn."""
 
 from __future__ import annotations
 
@@ -19,6 +19,54 @@ _NOT_SHOWN = {"role", "content", "weight", "tool_call_id"}
 _MARK = "\ue000"  # a private character, which no template holds
 
 
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> list[int]:
+    """The tokens of `text`."""
+    return list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+
+
+def start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-text token where the tokenizer puts one; chat templates write their own."""
+    first = list(tokenizer("")["input_ids"][:1])
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, context: str, text: str, context_ids: list[int] | None = None
+) -> list[int]:
+    """Tokens of `text` behind `context`, whose own tokens stand, as they do when a model generates.
+
+    The two are tokenised together unless a token would straddle the border; then the text is on its own.
+    """
+    before = tokens(tokenizer, context) if context_ids is None else context_ids
+    joint = tokens(tokenizer, context + text)
+    return joint[len(before) :] if joint[: len(before)] == before else tokens(tokenizer, text)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> list[int]:
+    """Tokens of a prompt as they precede a completion in what the task sft learns.
+
+    Args:
+        prompt: Text as it stands, or messages ({"role", "content"}) that the chat template renders up to where the
+            assistant's next turn begins.
+    """
+    if isinstance(prompt, str):
+        return start(tokenizer) + tokens(tokenizer, prompt)
+    check_chat_template(tokenizer)
+    return tokens(tokenizer, render(tokenizer, prompt, {}, add_generation_prompt=True))
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a UserError if the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "The tokenizer has no chat template, which task.chat_template and messages need (as rows with a system "
+            "prompt, a history or tools are); use prompt and completion columns, or an instruction-tuned model."
+        )
+
+
+# --- conversations -------------------------------------------------------------------------------------------------
+
+
 def conversation(row: Mapping[str, Any]) -> tuple[list[Message], dict[str, Any]]:
     """The messages of a row as `CompletionReader` makes it, and further arguments of the chat template."""
     return [restore(turn) for turn in row["messages"]], json.loads(row.get("template") or "{}")
@@ -35,9 +83,6 @@ def render(
 
     Args:
         arguments: Further ones of the chat template, such as tools.
-
-    Raises:
-        UserError: the template rejects the messages.
     """
     shown = [_without(message, "weight") for message in messages]
     options: dict[str, Any] = {**arguments, "tokenize": False, "add_generation_prompt": add_generation_prompt}
@@ -52,9 +97,6 @@ def learnt_turns(
 ) -> list[tuple[str, bool]]:
     """Pieces of a conversation, and whether they are learnt: what each turn of the assistant, unless its weight is 0,
     adds to the conversation before it.
-
-    Raises:
-        UserError: the turns cannot be told apart, or there is none.
     """
     segments: list[tuple[str, bool]] = []
     done = ""
@@ -85,9 +127,6 @@ def _behind_prompt(
     Args:
         before: The messages ahead of it with the generation prompt. Where that opens what the template leaves out of
             the message, such as "<think>", the message's own content is what follows it.
-
-    Raises:
-        UserError: the generation prompt opens what the content does not begin with.
     """
     whole = render(tokenizer, messages, arguments, add_generation_prompt=False)
     if whole.startswith(before):
@@ -121,11 +160,7 @@ class UnusedFields:
         self._rows: Counter[str] = Counter()
 
     def look(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]) -> None:
-        """Count the unused fields of a row.
-
-        Raises:
-            UserError: its tool calls are among them, so that a turn which calls a tool would be learnt as a silent one.
-        """
+        """Count the unused fields of a row; refuse tool calls that would be learnt as silent turns."""
         fields = {key for message in messages for key in message} - _NOT_SHOWN
         if not fields and not arguments:
             return
