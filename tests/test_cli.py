@@ -44,7 +44,7 @@ def test_schema_is_json():
     [
         (("train", "absent.yaml"), "error: There is no recipe file absent.yaml"),
         (("show", "absent"), "error: There is no run in absent"),
-        (("show", "a" * 300), "aaa is too long a name; give a shorter one."),
+        (("show", "a" * 300), "aaa cannot be read or written: File name too long."),
         (("eval", "absent"), "error: There is no run in absent"),
         (("merge", "absent", "out"), "error: There is no run in absent"),
         (("demo", "--seeds", "0"), "--seeds"),

@@ -96,8 +96,8 @@ def test_a_full_disk_is_one_sentence(tmp_path, error):
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.EROFS, r"a\.txt cannot be written: Read-only file system"),
-        (errno.ENAMETOOLONG, r"a\.txt is too long a name; give a shorter one"),
+        (errno.EROFS, r"a\.txt cannot be read or written: Read-only file system"),
+        (errno.ENAMETOOLONG, r"a\.txt cannot be read or written: File name too long"),
         (errno.EACCES, r"a\.txt cannot be read or written: Permission denied"),
         (errno.EIO, r"a\.txt cannot be read or written: Input/output error"),
         (errno.ENOENT, r"absent cannot be made: No such file or directory; choose another output"),

@@ -52,7 +52,7 @@ def add_adapter(
         fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
     fields["task_type"] = architecture.peft_task
     adapted = _build(model, fields, total_steps, batches)
-    _warn_of_what_matches_nothing(adapted, fields)
+    _warn_of_what_matches_nothing(adapted, adapter)
     _warn_of_what_cannot_be_merged(adapted)
     return adapted
 

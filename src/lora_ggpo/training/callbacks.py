@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from lora_ggpo.workspace.progress import Task
 from lora_ggpo.workspace.ranks import any_of, is_first, wait_for_all
 
 
+@dataclass(eq=False)
 class RunCallback(TrainerCallback):
     """Keeps the log and the checkpoints of a run. Add it after all other callbacks: it logs and seals what they write.
 
-    Args:
+    Attributes:
         log: The log file. Lines past the step that training starts from are dropped: they are about to be made again.
         first_step: That step.
         task: Shows progress.
@@ -37,29 +39,25 @@ class RunCallback(TrainerCallback):
         keep: Number of checkpoints to keep; None is all.
     """
 
-    def __init__(
-        self,
-        log: Path,
-        *,
-        first_step: int,
-        task: Task,
-        stop: StopRequest,
-        validate: Callable[[], dict[str, float]],
-        validate_every: int | None,
-        enough: Callable[[dict[str, float]], bool],
-        keep: int | None,
-    ) -> None:
-        self._log, self._task, self._stop, self._keep = log, task, stop, keep
-        self._validate, self._validate_every, self._enough = validate, validate_every, enough
-        kept = [row for row in read_json_lines(log) if row["step"] <= first_step]
+    log: Path
+    first_step: int
+    task: Task
+    stop: StopRequest
+    validate: Callable[[], dict[str, float]]
+    validate_every: int | None
+    enough: Callable[[dict[str, float]], bool]
+    keep: int | None
+
+    def __post_init__(self) -> None:
+        kept = [row for row in read_json_lines(self.log) if row["step"] <= self.first_step]
         if is_first():
-            write_json_lines(log, kept)
+            write_json_lines(self.log, kept)
         self._seconds = max((row["seconds"] for row in kept), default=0.0)
         self._step_start = 0.0
         self._note = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._task.begin(state.global_step)
+        self.task.begin(state.global_step)
         reset_peak(args.device)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -69,19 +67,19 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self._seconds += time.perf_counter() - self._step_start
-        self._task.update(state.global_step, state.max_steps, self._note)
-        self._stop.made = any_of(self._stop.made)  # a signal may have come to another process
-        if self._stop.made:
+        self.task.update(state.global_step, state.max_steps, self._note)
+        self.stop.made = any_of(self.stop.made)  # a signal may have come to another process
+        if self.stop.made:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
             _check_finite(kwargs["model"], state.global_step)
-        if self._validate_every and state.global_step % self._validate_every == 0:
-            measured = self._validate()
+        if self.validate_every and state.global_step % self.validate_every == 0:
+            measured = self.validate()
             if measured:
                 self._write({"step": state.global_step, "epoch": state.epoch, **measured})
-            control.should_training_stop |= self._enough(measured)
+            control.should_training_stop |= self.enough(measured)
         return control
 
     def on_log(
@@ -103,15 +101,15 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         wait_for_all()  # each process has a file of its own in it
         if is_first():
-            flush_to_disk(self._log)  # a power cut must not take lines that a resumed run does not write again
+            flush_to_disk(self.log)  # a power cut must not take lines that a resumed run does not write again
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            shutil.copyfile(self._log.with_name("recipe.yaml"), checkpoint / "recipe.yaml")  # it says whose it is
-            seal(checkpoint, self._keep)
+            shutil.copyfile(self.log.with_name("recipe.yaml"), checkpoint / "recipe.yaml")  # it says whose it is
+            seal(checkpoint, self.keep)
 
     def _write(self, row: dict[str, Any]) -> None:
         if not is_first():
             return
-        with self._log.open("a", encoding="utf-8") as file:
+        with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "seconds": round(self._seconds, 3)}) + "\n")
 
 

@@ -16,7 +16,10 @@ from typing import Any
 from lora_ggpo.errors import UserError, causes
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ELOOP)
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ELOOP, errno.ENAMETOOLONG),
+)
 # What safetensors and torch.save say instead of raising an OSError with its number.
 _NO_SPACE_WORDS = (
     *("No space left on device", "os error 28", "Disk quota exceeded"),
@@ -183,14 +186,9 @@ def refusal(error: BaseException, place: Path | None = None) -> str | None:
     """
     if is_disk_full(error):
         return f"The disk{f' of {place}' if place else ''} is full; free some space and give the same command again."
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or error.errno not in _REFUSED:
         return None
-    name = error.filename or place or "A file"
-    if error.errno == errno.ENAMETOOLONG:
-        return f"{name} is too long a name; give a shorter one."
-    if error.errno == errno.EROFS:
-        return f"{name} cannot be written: {error.strerror}."
-    return f"{name} cannot be read or written: {error.strerror}." if error.errno in _REFUSED else None
+    return f"{error.filename or place or 'A file'} cannot be read or written: {error.strerror}."
 
 
 def is_disk_full(error: BaseException) -> bool:
