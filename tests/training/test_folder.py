@@ -21,7 +21,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import locate
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.workspace.folder import lock
-from lora_ggpo.workspace.paths import expanded
+from lora_ggpo.workspace.paths import expand_home
 
 RECIPE = """\
 model: {model}
@@ -59,6 +59,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))  # which it makes as it is first imported
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "home"
 
@@ -121,8 +122,8 @@ def test_an_evaluation_may_go_to_the_home_folder(tiny_llama, home):
 
 
 def test_a_folder_that_is_called_so_is_had_by_its_path(home):
-    assert expanded("./~/x") == "./~/x"
-    assert expanded("a~b") == "a~b"
+    assert expand_home("./~/x") == "./~/x"
+    assert expand_home("a~b") == "a~b"
     recipe = parse_recipe(RECIPE.format(model="minilm", data="movie-reviews", output="./~/x"), "r.yaml")
     assert recipe.resolved(0)["output"] == os.path.join(os.getcwd(), "~", "x")
 

@@ -55,7 +55,7 @@ def test_run_folder(finished):
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     recipe_file, run = finished
-    monkeypatch.setattr("lora_ggpo.training.build.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lora_ggpo.training.run.build_model", lambda *_: pytest.fail("a model was loaded"))
     before = (run.folder / "metrics.json").stat().st_mtime_ns
     assert _train(recipe_file).metrics == run.metrics
     assert (run.folder / "metrics.json").stat().st_mtime_ns == before

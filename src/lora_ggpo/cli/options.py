@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lora_ggpo.workspace.paths import expanded
+from lora_ggpo.workspace.paths import expand_home
 
 Place = str | None
 """What may be a path; its option needs `parser=place`."""
@@ -16,7 +16,7 @@ Place = str | None
 def place(text: str) -> str:
     """What a user names that may be a path, or not."""
     try:
-        return expanded(text)
+        return expand_home(text)
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} {error}.") from error
 

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from lora_ggpo.data.sources import OWN_SETS, set_names, settled
+from lora_ggpo.data.sources import OWN_SETS, set_names, settle
 
-_Source = Annotated[str, AfterValidator(settled)]
+_Source = Annotated[str, AfterValidator(settle)]
 
 
 class DataConfig(BaseModel):

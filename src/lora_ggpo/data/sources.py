@@ -13,7 +13,7 @@ from lora_ggpo.data.files import has_known_suffix, read_file, read_folder
 from lora_ggpo.data.hub import read_hub
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
-from lora_ggpo.workspace.paths import absolute, expanded
+from lora_ggpo.workspace.paths import expand_home
 
 ALL = "all"  # the one table of a source that has no splits
 FURTHER_TESTS = ("validation_mismatched",)  # splits that are test sets beside "test"
@@ -21,15 +21,15 @@ OWN_SETS = frozenset({"train", "train-clean", "train-noisy", "validation", "test
 """Names of a run's own sets."""
 
 
-def settled(source: str) -> str:
+def settle(source: str) -> str:
     """`source` as it means the same in any working directory: a local file or folder by its absolute path.
 
     Raises:
         ValueError: it is no path that can be.
     """
-    path = expanded(source)
+    path = expand_home(source)
     local = os.path.exists(path) or has_known_suffix(path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)
-    return absolute(path) if local and source not in BUNDLED else source
+    return os.path.abspath(path) if local and source not in BUNDLED else source
 
 
 def set_names(sources: Sequence[str], taken: Collection[str]) -> dict[str, str]:
@@ -57,7 +57,7 @@ def read_source(source: str, subset: str | None = None, columns: Sequence[str] |
     if source in BUNDLED and columns is None:
         return read_bundled(source)
     try:
-        path = Path(settled(source))
+        path = Path(settle(source))
     except ValueError as error:
         raise UserError(f"The data {source!r} {error}.") from error
     if os.path.isdir(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_ggpo.models.architecture import CAUSAL, Architecture
 from lora_ggpo.models.chat_template import end_of_turn
 from lora_ggpo.models.quantise import Quantisation, loading_arguments, prepare_quantised
 from lora_ggpo.workspace.libraries import quiet_loading
-from lora_ggpo.workspace.paths import absolute, expanded
+from lora_ggpo.workspace.paths import expand_home
 
 # What the libraries raise for a damaged file: it may hold anything, where they expect a certain structure.
 _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SafetensorError)
@@ -90,9 +91,9 @@ def settle(name: str) -> str:
     Raises:
         ValueError: it is no path that can be.
     """
-    path = expanded(name)
+    path = expand_home(name)
     local = Path(path).is_dir() or path.startswith((".", "/")) or path.endswith(".gguf") or path.count("/") > 1
-    return absolute(path) if local and name not in BUNDLED else name
+    return os.path.abspath(path) if local and name not in BUNDLED else name
 
 
 def locate(name: str) -> tuple[str, str | None]:

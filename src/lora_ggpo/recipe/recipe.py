@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,7 +41,7 @@ from lora_ggpo.recipe.fields import (
 from lora_ggpo.recipe.rules import broken_rules
 from lora_ggpo.recipe.source import Source, parse_source, read_source
 from lora_ggpo.tasks import TaskConfig
-from lora_ggpo.workspace.paths import absolute, expanded
+from lora_ggpo.workspace.paths import expand_home
 
 
 class Recipe(BaseModel):
@@ -66,7 +67,7 @@ class Recipe(BaseModel):
     freeze_body: bool = Field(False, description="With adapter: null, train the new classification head alone.")
     training: TrainingFields = Field(TrainingFields(), description="Fields of transformers.TrainingArguments.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")
-    output: typing.Annotated[str, AfterValidator(expanded)] = Field(min_length=1, description="Folder of the runs.")
+    output: typing.Annotated[str, AfterValidator(expand_home)] = Field(min_length=1, description="Folder of the runs.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the model's weights.")
     quantise: Literal["nf4", "int8"] | None = Field(
         None, description="QLoRA: keep the linear layers of the model in 4 (nf4) or 8 bits (int8); null does not."
@@ -135,7 +136,7 @@ class Recipe(BaseModel):
             "ggpo": ggpo and ggpo.to_dict(),
             "training": self.training_fields,
             "seeds": [seed],
-            "output": absolute(self.output),
+            "output": os.path.abspath(self.output),
         }
         others = self.model_dump(exclude=set(own))
         values = {name: own[name] if name in own else others[name] for name in Recipe.model_fields}

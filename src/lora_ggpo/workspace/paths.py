@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def expanded(text: str) -> str:
+def expand_home(text: str) -> str:
     """`text` with ``~`` or ``~user`` at its beginning expanded as a shell does.
 
     Raises:
@@ -19,8 +19,3 @@ def expanded(text: str) -> str:
             f"begins with {text.split('/')[0]}, but there is no such user; a name like that needs ./ first"
         )
     return path
-
-
-def absolute(path: str) -> str:
-    """`path` from the root, links unresolved: their names are the user's."""
-    return os.path.abspath(path)
