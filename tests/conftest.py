@@ -72,23 +72,31 @@ def reviews(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe_file(reviews, tmp_path):
-    """A recipe of 12 quick GGPO steps on MiniLM, 8 to an epoch, with every source of chance in use."""
-    from tests.recipes import write_minilm_recipe
+def recipe_file(tiny_bert, reviews, tmp_path):
+    """A recipe of 12 quick GGPO steps on a tiny BERT, 8 to an epoch, with every source of chance in use."""
+    from tests.recipes import write_guided
 
-    return write_minilm_recipe(tmp_path, reviews)
+    return write_guided(tmp_path, tiny_bert, reviews)
 
 
 @pytest.fixture(scope="session")
-def finished(reviews, tmp_path_factory):
+def finished(tiny_bert, reviews, tmp_path_factory):
     """(recipe file, run): that recipe carried out without interruption."""
     from lora_ggpo.recipe.recipe import load_recipe
     from lora_ggpo.training.run import train
     from lora_ggpo.workspace.progress import Reporter
-    from tests.recipes import write_minilm_recipe
+    from tests.recipes import write_guided
 
-    path = write_minilm_recipe(tmp_path_factory.mktemp("finished"), reviews)
+    path = write_guided(tmp_path_factory.mktemp("finished"), tiny_bert, reviews)
     return path, train(load_recipe(path), Reporter(quiet=True))[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """Folder of a small random BERT; see `tests.tiny`."""
+    from tests import tiny
+
+    return tiny.save_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,10 @@ def recipe_text(model, source, output, **changes):
     return yaml.safe_dump(fields, sort_keys=False)
 
 
-def write_minilm_recipe(folder, reviews):
-    """12 quick steps of GGPO on MiniLM, 8 to an epoch, with every source of chance in use; returns the file."""
+def write_guided(folder, model, reviews):
+    """12 quick steps of GGPO on an encoder, 8 to an epoch, with every source of chance in use; returns the file."""
     text = recipe_text(
-        "minilm",
+        model,
         reviews,
         folder / "runs",
         task={"kind": "classification", "max_length": 24},

@@ -99,7 +99,7 @@ def test_the_version_and_shell_completion():
 def test_show_eval_and_merge(finished, tmp_path):
     _, run = finished
     shown = _run("show", run.folder.parent).stdout
-    assert "minilm" in shown
+    assert "adapter" in shown
     accuracy = f"{run.metrics['evaluation']['test']['accuracy']['value']:.4f}"
     assert accuracy in shown
     assert accuracy in _run("eval", run.folder).stdout
@@ -130,9 +130,16 @@ def test_ctrl_c_saves_and_the_run_goes_on(recipe_file, finished):
     assert [row["step"] for row in steps if "loss" in row] == list(range(1, 61))
 
 
-def test_demo_compares_both_methods(tmp_path, reviews):
-    small = [f"data.source={reviews}", "data.train_size=null", "data.out_of_domain=[]", "training.max_steps=3"]
+def test_demo_compares_both_methods(tmp_path, tiny_bert, reviews):
+    small = [
+        f"model={tiny_bert}",
+        f"data.source={reviews}",
+        "data.train_size=null",
+        "data.out_of_domain=[]",
+        "training.max_steps=3",
+    ]
     small += ["data.validation_fraction=0.16", "data.test_fraction=0.16", "validate_every=3", "task.max_length=16"]
+    small += ["training.max_steps=3", "adapter.r=4"]
     result = _run("demo", "--seeds", 2, "--output", tmp_path / "demo", *small, "training.warmup_steps=0")
     assert result.exit_code == 0, result.stderr
     assert "LoRA-GGPO" in result.stdout

@@ -5,8 +5,16 @@ They stand in for models that are too large for a test: what is tested is that t
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers.models import BPE, Unigram
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from tokenizers.models import BPE, Unigram, WordPiece
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lora_ggpo.data import DataConfig, LabelReader
 
@@ -16,6 +24,23 @@ WORDS = "entailment neutral contradiction not_entailment acceptable unacceptable
 def texts():
     """500 bundled movie reviews and the label words of GLUE."""
     return [*LabelReader.load(DataConfig(source="movie-reviews", train_size=500)).train["text"], *[WORDS] * 20]
+
+
+def save_bert(folder):
+    """An encoder as MiniLM, with 2 layers, and a WordPiece tokenizer."""
+    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=[*specials.values()], show_progress=False)
+    tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    _save_tokenizer(tokenizer, folder, **specials, model_max_length=512)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained(folder)
+    return str(folder)
 
 
 def save_t5(folder):

@@ -1,12 +1,10 @@
-"""A small comparison on MiniLM and real reviews: killed, stopped and resumed."""
+"""A small comparison: killed, stopped and resumed."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -18,15 +16,18 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source, read_source
 from lora_ggpo.workspace.files import write_json
 from lora_ggpo.workspace.progress import Reporter
-from tests.recipes import write_minilm_recipe
+from tests import processes
+from tests.comparison.local import Here, here
+from tests.recipes import write_guided
 
 FILES = ("tuning.jsonl", "runs.jsonl", "curves.jsonl", "facts.json", "table.md", "table.tex", "report.html")
 OVERRIDES = ["training.max_steps=4", "validate_every=2", "data.label_noise=0"]
+OPTIONS = ["--methods", "lora,ggpo", "--seeds", "2", "--trials", "2"]
 
 
-def command(recipe_file, output, *more):
-    base = [sys.executable, "-m", "lora_ggpo.cli", "compare", str(recipe_file), *OVERRIDES]
-    return [*base, "--methods", "lora,ggpo", "--seeds", "2", "--trials", "2", "--output", str(output), *more]
+def compare(recipe, output, *more):
+    """The command and its options, for this process or one of its own."""
+    return ["compare", recipe, *OVERRIDES, *OPTIONS, "--output", output, *more]
 
 
 def contents(output):
@@ -34,20 +35,27 @@ def contents(output):
 
 
 def finished_runs(output):
-    return {path: path.stat().st_mtime_ns for path in output.rglob("metrics.json")}
+    """When each run ended that has; folders may come and go meanwhile, which rglob does not bear."""
+    ends = [Path(folder, "metrics.json") for folder, _, files in os.walk(output) if "metrics.json" in files]
+    return {path: path.stat().st_mtime_ns for path in ends}
+
+
+def trains(output):
+    """Whether a run is between its first step and its scores."""
+    return any("log.jsonl" in files and "metrics.json" not in files for _, _, files in os.walk(output))
 
 
 @pytest.fixture(scope="module")
-def compared(reviews, tmp_path_factory):
+def compared(tiny_bert, reviews, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    recipe, output = write_minilm_recipe(folder, reviews), folder / "out"
-    process = subprocess.run(command(recipe, output), capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return recipe, output, process
+    recipe, output = write_guided(folder, tiny_bert, reviews), folder / "out"
+    result = here(*compare(recipe, output))
+    assert result.exit_code == 0, result.output
+    return recipe, output, result
 
 
 def test_results(compared):
-    _, output, process = compared
+    _, output, result = compared
     runs = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
     assert [(run["method"], run["seed"]) for run in runs] == [("lora", 0), ("lora", 1), ("ggpo", 0), ("ggpo", 1)]
     for run in runs:
@@ -61,8 +69,8 @@ def test_results(compared):
         assert all(run["chosen"] == best["values"] for run in runs if run["method"] == method)
     for path in (output / "tuning").rglob("metrics.json"):
         assert set(json.loads(path.read_text())["evaluation"]) == {"validation"}
-    assert "difference" in process.stdout
-    assert "compare: 8/8" in process.stderr
+    assert "difference" in result.stdout
+    assert "compare: 8/8" in result.stderr
 
 
 def test_nothing_runs_twice_and_the_tables_stay(compared):
@@ -70,46 +78,39 @@ def test_nothing_runs_twice_and_the_tables_stay(compared):
     before, runs = contents(output), finished_runs(output)
     (output / "runs" / "ggpo" / "seed-1" / "metrics.json").unlink()  # as if killed before its scores were written
     kept = {path: when for path, when in runs.items() if path.exists()}
-    subprocess.run(command(recipe, output, "--jobs", "2"), check=True, capture_output=True)
+    assert here(*compare(recipe, output, "--jobs", "2")).exit_code == 0
     assert {path: when for path, when in finished_runs(output).items() if path in kept} == kept
     assert contents(output) == before
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_comparisons_go_on(compared, tmp_path):
     recipe, whole, _ = compared
     output = tmp_path / "out"
-    for kill in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command(recipe, output), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        done = len(finished_runs(output)) if output.exists() else 0
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if output.exists() and len(finished_runs(output)) > done:
-                os.kill(process.pid, kill)
-                break
-            time.sleep(0.05)
-        _, errors = process.communicate(timeout=300)
-        if kill == signal.SIGINT:
-            assert process.returncode == 130
-            assert "give the same command again" in errors
-            assert "Traceback" not in errors
-    time.sleep(1.5)  # workers notice within half a second that their parent is gone
+    for kill, jobs in ((signal.SIGKILL, 1), (signal.SIGINT, 2)):
+        done = len(finished_runs(output))
+        process = processes.command(*compare(recipe, output, "--jobs", jobs))
+        process.send_when(lambda done=done: len(finished_runs(output)) > done and trains(output), kill)
+        assert process.wait() == (130 if kill == signal.SIGINT else -kill)
+    assert "give the same command again" in process.stderr
+    assert "Traceback" not in process.stderr
     kept = finished_runs(output)
     assert 0 < len(kept) < 8
-    subprocess.run(command(recipe, output), check=True, capture_output=True)
+    assert here(*compare(recipe, output)).exit_code == 0
     assert {path: when for path, when in finished_runs(output).items() if path in kept} == kept
 
     def scores(folder):
-        lines = (folder / "runs.jsonl").read_text().splitlines()
-        return [(run["method"], run["seed"], run["chosen"], run["evaluation"]) for run in map(json.loads, lines)]
+        runs = map(json.loads, (folder / "runs.jsonl").read_text().splitlines())
+        return {(run["method"], run["seed"]): run["evaluation"]["test"]["log_loss"]["value"] for run in runs}
 
-    assert scores(output) == scores(whole)
+    assert scores(output) == pytest.approx(scores(whole), rel=1e-4)  # processes of two threads and of one
 
 
 def test_another_comparison_in_the_folder_is_refused(compared):
     recipe, output, _ = compared
-    process = subprocess.run(command(recipe, output, "--trials", "3"), capture_output=True, text=True)
-    assert process.returncode == 2
-    assert "holds a comparison with another trials; choose another --output" in process.stderr
+    result = here(*compare(recipe, output, "--trials", "3"))
+    assert result.exit_code == 2
+    assert "holds a comparison with another trials; choose another --output" in result.stderr
 
 
 @pytest.fixture
@@ -151,24 +152,6 @@ def test_a_run_that_diverges_is_a_result(recipe_file, tmp_path):
 
 def test_bad_data_stops_the_comparison(recipe_file, tmp_path):
     plan = make_plan(read_source(recipe_file, ["data.text=body"]), ["lora", "ggpo"], 1, 1, (), None, tmp_path)
-
-    class Here:
-        width = 1
-
-        def submit(self, function, *arguments):
-            from concurrent.futures import Future
-
-            future = Future()
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-            return future
-
-        def stop(self): ...
-
-        def close(self): ...
-
     with pytest.raises(UserError, match="body"):
         run_comparison(plan, Here, "command", Reporter(quiet=True))
 

@@ -1,4 +1,4 @@
-"""A small study on MiniLM and real reviews: grown, and not run twice."""
+"""A small study: grown, and not run twice."""
 
 import json
 
@@ -6,14 +6,15 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
+from tests.comparison.local import here
 
 OVERRIDES = ["training.max_steps=2", "validate_every=1"]
 FILES = ("runs.jsonl", "curves.jsonl", "descent.jsonl", "facts.json", "report.md", "table.tex", "report.html")
 
 
 def study(recipe_file, output, ranks, *more):
-    options = ["--methods", "lora", "--axis", f"adapter.r={ranks}", "--seeds", "1", "--output", str(output), *more]
-    return CliRunner().invoke(app, ["study", str(recipe_file), *OVERRIDES, *options])
+    options = ["--methods", "lora", "--axis", f"adapter.r={ranks}", "--seeds", 1, "--output", output, *more]
+    return here("study", recipe_file, *OVERRIDES, *options)
 
 
 def finished_runs(output):

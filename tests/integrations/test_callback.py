@@ -1,4 +1,4 @@
-"""The callback in a real Trainer on MiniLM."""
+"""The callback in a real Trainer on two layers of MiniLM."""
 
 import copy
 import json
@@ -27,10 +27,19 @@ TEXTS = [
 CONFIG = GGPOConfig(sigma=0.2, beta=0.5, rule="relative", ema=0.5, schedule="cosine")
 
 
+@pytest.fixture(scope="module")
+def short(minilm):
+    """(model, tokenizer): the first two layers of MiniLM, and its head."""
+    model = copy.deepcopy(minilm[0])
+    del model.bert.encoder.layer[2:]
+    model.config.num_hidden_layers = 2
+    return model, minilm[1]
+
+
 @pytest.fixture
-def build(minilm, tmp_path):
-    """Makes a Trainer of 6 steps, of 2 micro-batches each, on a fresh copy of MiniLM; keywords are its arguments."""
-    model, tokenizer = minilm
+def build(short, tmp_path):
+    """Makes a Trainer of 6 steps, of 2 micro-batches each, on a fresh copy of `short`; keywords are its arguments."""
+    model, tokenizer = short
     data = [dict(tokenizer(text), labels=int(i % 2 == 0)) for i, text in enumerate(TEXTS)]
 
     def make(config=CONFIG, folder="run", callbacks=None, **kwargs):
@@ -207,7 +216,7 @@ def test_noise_changes_training_and_sigma_0_does_not(build):
     assert losses[0] != losses[2]
 
 
-def test_callback_detaches_and_stock_peft_loads_what_it_saved(build, minilm, tmp_path):
+def test_callback_detaches_and_stock_peft_loads_what_it_saved(build, short, tmp_path):
     trainer = build(max_steps=3)
     keys = set(trainer.model.state_dict())
     trainer.train()
@@ -215,10 +224,10 @@ def test_callback_detaches_and_stock_peft_loads_what_it_saved(build, minilm, tmp
     assert set(model.state_dict()) == keys
     assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
     GGPO(model).detach()
-    inputs = minilm[1](TEXTS, padding=True, return_tensors="pt")
+    inputs = short[1](TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
-        loaded = PeftModel.from_pretrained(copy.deepcopy(minilm[0]), tmp_path / "run" / "checkpoint-3").eval()
+        loaded = PeftModel.from_pretrained(copy.deepcopy(short[0]), tmp_path / "run" / "checkpoint-3").eval()
         assert torch.equal(loaded(**inputs).logits, logits)
 
 

@@ -23,13 +23,13 @@ from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run, load_trained
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
-from tests.recipes import write_minilm_recipe
+from tests.recipes import write_guided
 
 bnb = pytest.importorskip("bitsandbytes")
 
 QUIET = Reporter(quiet=True)
 CLASSES = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
-SHORT = ("training.max_steps=8", "adapter.lora_dropout=0", "data.label_noise=0", "validate_every=null")
+SHORT = ("model=minilm", "training.max_steps=8", "adapter.lora_dropout=0", "data.label_noise=0", "validate_every=null")
 
 
 def _load(kind, **settings):
@@ -58,7 +58,7 @@ def runs(reviews, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunCallback, "on_train_end", watch)
         for kind in CLASSES:
-            file = write_minilm_recipe(tmp_path_factory.mktemp(kind), reviews)
+            file = write_guided(tmp_path_factory.mktemp(kind), "minilm", reviews)
             recipe = load_recipe(file, [*SHORT, f"quantise={kind}"])
             made[kind] = (train(recipe, QUIET)[0], after[-1])
     return made

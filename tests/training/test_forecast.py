@@ -16,17 +16,19 @@ from lora_ggpo.training import forecast as module
 from lora_ggpo.training.checkpoints import last_whole
 from lora_ggpo.training.forecast import forecast, largest_batch, longest_rows
 from lora_ggpo.training.reuse import load_trained
+from lora_ggpo.training.run import train
 from lora_ggpo.training.trainer import RunTrainer
 from lora_ggpo.workspace.progress import Reporter
+from tests.recipes import write_guided
 
 QUIET = Reporter(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def planned(finished):
-    """(forecast of the recipe of `finished`, that run)"""
-    recipe_file, run = finished
-    return forecast(load_recipe(recipe_file), 3, QUIET), run
+def planned(reviews, tmp_path_factory):
+    """(forecast of a recipe for MiniLM, whose sizes are those of a real model; a run of it)"""
+    file = write_guided(tmp_path_factory.mktemp("planned"), "minilm", reviews)
+    return forecast(load_recipe(file), 3, QUIET), train(load_recipe(file), QUIET)[0]
 
 
 def _size(folder):
@@ -79,7 +81,7 @@ def test_full_fine_tuning_on_few_rows_leaves_nothing_on_disk(recipe_file, monkey
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = sorted(recipe_file.parent.rglob("*"))
-    small = ["adapter=null", "ggpo=null", "training.per_device_train_batch_size=48", "task.max_length=8"]
+    small = ["model=minilm", "adapter=null", "ggpo=null", "task.max_length=8"]
     recipe = load_recipe(recipe_file, [*small, "training.gradient_accumulation_steps=8", "training.max_steps=-1"])
     monkeypatch.setattr(module, "PROBE_SECONDS", 0.0)  # ends after one step that is timed
     found = forecast(recipe, 50, QUIET)

@@ -1,0 +1,37 @@
+"""Comparisons carried out in this process, without workers that import the libraries again."""
+
+import sys
+from concurrent.futures import Future
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_ggpo.cli import app
+from lora_ggpo.comparison import pool
+
+
+class Here:
+    """A pool that carries calls out as they are submitted."""
+
+    width = 1
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def stop(self): ...
+
+    def close(self): ...
+
+
+def here(*arguments):
+    """`lora-ggpo` with these arguments."""
+    command = [str(argument) for argument in arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "LocalPool", lambda jobs: Here())
+        patch.setattr(sys, "argv", ["lora-ggpo", *command])
+        return CliRunner().invoke(app, command)
