@@ -211,7 +211,7 @@ def test_folders_that_are_no_runs(tmp_path):
 
 def test_a_recipe_is_no_run(finished, tmp_path):
     recipe_file, run = finished
-    with pytest.raises(UserError, match=r"recipe\.yaml is a recipe and no run; give the folder"):
+    with pytest.raises(UserError, match=r"recipe\.yaml is a recipe, not a run; give the folder"):
         find_runs(recipe_file.parent)
     shutil.copy(recipe_file, tmp_path)
     (tmp_path / "seed-0").symlink_to(run.folder)

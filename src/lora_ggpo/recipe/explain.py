@@ -60,7 +60,7 @@ def explain(model: type[BaseModel], source: Source, error: ValidationError) -> s
     if unknown:
         return _explain_unknown(sections(model), source, unknown["loc"])
     path = _written(source, errors[0]["loc"])
-    # Of the members of a union, the one that the value is of has more to say than that it is none of the others.
+    # pydantic lists an error for each member of a union; a check of the member that fits says the most.
     first = next((e for e in errors if e["type"] == "value_error" and e["loc"][: len(path)] == path), errors[0])
     if first["type"] == "missing":
         return f"{source.where(path)}: {_dotted(first['loc'])} is missing; add it."
@@ -71,7 +71,7 @@ def explain(model: type[BaseModel], source: Source, error: ValidationError) -> s
         field, _, rest = message.partition(" ")
         within = _written(source, tuple(field.split(".")), path)
         if len(within) > len(path):
-            path, message = within, rest  # a check of a whole section names the field first: point at it
+            path, message = within, rest  # a rule names the setting first: point at it
         elif path and field == path[-1]:
             message = rest
     return f"{source.where(path)}: {_dotted(path)}{' ' if path else ''}{message}{_shown(first)}."
@@ -107,7 +107,7 @@ def _dotted(path: Iterable[Any]) -> str:
 
 
 def _written(source: Source, loc: KeyPath, path: KeyPath = ()) -> KeyPath:
-    """`path`, and the part of pydantic's location that is there: it also names union members and validators."""
+    """`path` and what of pydantic's location is in the recipe: it also names union members and validators."""
     for part in loc:
         if part in _keys(source.values, path):
             path = (*path, part)

@@ -29,7 +29,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "train_sampling_strategy": "group_by_length",
     "dataloader_pin_memory": False,
 }
-"""What a run uses where the recipe's ``training`` says nothing; everything else is transformers' own default."""
+"""Our defaults for ``training``; all others are transformers' own."""
 
 # --- ranges --------------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ _AboveZero = Annotated[float, Gt(0), BeforeValidator(_number)]
 _Index = Annotated[int, Ge(0), BeforeValidator(_number)]
 _SHARE, _INNER_SHARE = Interval(ge=0, lt=1), Interval(gt=0, lt=1)
 
-# Values outside these the libraries take without a word, or answer with a traceback.
+# Outside these ranges the libraries say nothing, or raise an error that explains nothing.
 _ADAPTER_RANGES: dict[str, Any] = {
     **dict.fromkeys(("r", "init_r", "deltaT", "qalora_group_size"), Ge(1)),
     **dict.fromkeys(("tinit", "tfinal", "orth_reg_weight"), Ge(0)),
@@ -140,7 +140,7 @@ _OWNED: dict[str, dict[str, str]] = {"adapter": _ADAPTER_OWNED, "training": _TRA
 
 
 def why_not_set(section: str, name: str) -> str | None:
-    """Why ``section.name`` is not the recipe's to set; None if it may be set, or is no setting at all."""
+    """Why a recipe may not set ``section.name``; None if it may, or if there is no such setting."""
     if section == "training" and name.startswith(("push_to_hub", "hub_", "trackio_")):
         return _HUB
     return _OWNED.get(section, {}).get(name)

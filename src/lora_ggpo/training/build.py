@@ -1,4 +1,4 @@
-"""What a recipe asks for, made: its data, transformers' arguments, the model, the trainer and the scorer."""
+"""Build what a recipe asks for: transformers' arguments, the model, the trainer and the scorer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
 
 
 def optimizer_steps(args: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of a run over `rows` training rows, in as many processes as there are."""
+    """Optimizer steps of a run over `rows` training rows, shared by all its processes."""
     if args.max_steps > 0:
         return args.max_steps
     batches = rows / (args.per_device_train_batch_size * args.world_size)
@@ -123,7 +123,7 @@ def _make_trainable(
 
 
 def _check_steps(recipe: Recipe, args: TrainingArguments, rows: int) -> None:
-    """Refuse a run that would take no step, or never look at what ends it."""
+    """Refuse a run that would take no step, or would never look at its stop_loss."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
         of = f"{args.world_size} processes x {args.per_device_train_batch_size}" if args.world_size > 1 else str(batch)
@@ -174,7 +174,7 @@ def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | Non
 def build_trainer(
     recipe: Recipe, args: TrainingArguments, model: AnyModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
 ) -> RunTrainer:
-    """The Trainer that trains `model` on encoded `rows` by the recipe's method; it keeps no log of its own."""
+    """The Trainer that trains `model` on encoded `rows` by the recipe's method. It keeps no log."""
     ggpo, optimizer = recipe.ggpo_config(args.seed), recipe.optimizer
     callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
     args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
@@ -214,7 +214,7 @@ def build_scorer(
     task: Task,
     reporter: Reporter,
 ) -> Scorer:
-    """Scores `model` on the device and in the precision of `args`."""
+    """What scores `model`, on the device and in the precision of `args`."""
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     model.to(args.device)  # type: ignore[arg-type]
     batch_size = args.per_device_eval_batch_size

@@ -68,7 +68,7 @@ class RunCallback(TrainerCallback):
     ) -> TrainerControl:
         self._seconds += time.perf_counter() - self._step_start
         self.task.update(state.global_step, state.max_steps, self._note)
-        self.stop.made = any_of(self.stop.made)  # a signal may have come to another process
+        self.stop.made = any_of(self.stop.made)  # another process may have got the signal
         if self.stop.made:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
@@ -99,11 +99,11 @@ class RunCallback(TrainerCallback):
         self._write({"step": state.global_step, **logs, "peak_memory_bytes": peak(args.device)})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        wait_for_all()  # each process has a file of its own in it
+        wait_for_all()  # each process writes a file of its own into it
         if is_first():
             flush_to_disk(self.log)  # a power cut must not take lines that a resumed run does not write again
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            shutil.copyfile(self.log.with_name("recipe.yaml"), checkpoint / "recipe.yaml")  # it says whose it is
+            shutil.copyfile(self.log.with_name("recipe.yaml"), checkpoint / "recipe.yaml")  # says whose it is
             seal(checkpoint, self.keep)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ class RunCallback(TrainerCallback):
 
 
 def _check_finite(model: nn.Module, step: int) -> None:
-    """Keep lost weights out of checkpoints and adapters: without clipping, nobody looks at the gradient's norm."""
+    """Keep weights that are not finite out of checkpoints: without clipping, nobody looks at the gradient's norm."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise NonFiniteLossError(f"The weights of {name} are not finite after step {step}")

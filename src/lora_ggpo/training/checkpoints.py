@@ -32,7 +32,7 @@ def seal(checkpoint: Path, keep: int | None) -> None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the files are those that were sealed, with the same content: sizes would not tell after a power cut."""
+    """Whether the files hold what was sealed. Their content is compared: after a power cut a size proves nothing."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         return bool(sealed == digests(_files(checkpoint), checkpoint))
@@ -52,7 +52,7 @@ def last_whole(folder: Path) -> Path | None:
 
 
 def remove_broken(folder: Path) -> Path | None:
-    """Delete checkpoints that are not whole, which would count when older ones are deleted; return the newest left."""
+    """Delete broken checkpoints, which would count when older ones are deleted; return the newest one left."""
     whole = []
     for checkpoint in _checkpoints(folder):
         if is_whole(checkpoint):
@@ -64,7 +64,7 @@ def remove_broken(folder: Path) -> Path | None:
 
 @contextmanager
 def expect_tensors(checkpoint: Path | None) -> Iterator[None]:
-    """Say in one sentence that `checkpoint` cannot be read: somebody made it, and its seal, by other means.
+    """Say in one sentence that `checkpoint` cannot be read, for somebody else made it and its seal.
 
     torch loads with ``weights_only``, which raises UnpicklingError where a pickle would run code.
     """

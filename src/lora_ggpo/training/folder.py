@@ -24,7 +24,7 @@ from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_text
 from lora_ggpo.workspace.folder import differences, refuse_changes
 
-# What a run that was begun may change: where it lies, and what decides its memory and speed alone.
+# What may change in a run that was begun: its place, and what affects nothing but its memory and speed.
 _FREE = (
     ("output",),
     ("seeds",),
@@ -58,7 +58,7 @@ def read_run(folder: Path) -> Run:
     if not file.is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.yaml; give a folder that `lora-ggpo train` made.")
     if not folder.absolute().name.startswith("seed-") and not (folder / "versions.json").is_file():
-        raise UserError(f"{file} is a recipe and no run; give the folder that `lora-ggpo train` made.")
+        raise UserError(f"{file} is a recipe, not a run; give the folder that `lora-ggpo train` made.")
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     if metrics is not None and not (isinstance(metrics, dict) and {"evaluation", "training"} <= metrics.keys()):
         raise UserError(f"{folder / 'metrics.json'} is damaged: it holds no metrics.")
@@ -79,10 +79,10 @@ def finished_metrics(run: Run) -> dict[str, Any]:
 def find_runs(path: Path) -> list[Run]:
     """The runs at `path`: itself, or the seeds below it, in the order of the seeds.
 
-    A seed's folder without files is none: a run that was killed as it began leaves it.
+    An empty folder of a seed, which a run killed as it began leaves behind, is passed over.
 
     Raises:
-        UserError: there is none, or the seeds are of different recipes, whose mean would be of none of them.
+        UserError: there is none, or the seeds are of different recipes, so that a mean over them says nothing.
     """
     seeds = {
         int(number): folder
@@ -103,14 +103,14 @@ def find_runs(path: Path) -> list[Run]:
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether there is anything that a correction of recipe or data would spoil."""
+    """Whether the folder holds results that another recipe or other data would spoil."""
     names = ("adapter", "model", "metrics.json")
     logged = read_json_lines(folder / "log.jsonl")
     return bool(logged) or any((folder / n).exists() for n in names) or any(folder.glob("checkpoints/checkpoint-*"))
 
 
 def claim_run(folder: Path, resolved: dict[str, Any], *, begun: bool) -> None:
-    """Write the recipe into `folder`, or check that the one that was begun there is the same.
+    """Write the recipe into `folder`; check that a run begun there has the same.
 
     Raises:
         UserError: it is not.

@@ -55,12 +55,12 @@ PROBE_SECONDS = 45.0
 """Time after which no further step is begun, once one has been timed."""
 
 SCORED_ROWS = 64
-"""Rows that the time of scoring is taken from."""
+"""Rows that are scored to find how long scoring takes."""
 
 LEFT_FREE = 0.1
-"""Share of the memory that a batch is not expected to fill: allocators cannot use all of it."""
+"""Share of the memory that is left free: allocators cannot use all of it."""
 
-_SMALLEST_DIFFERENCE = 2**20  # bytes; what two peaks differ by without any cause
+_SMALLEST_DIFFERENCE = 2**20  # bytes; peaks may differ by as much by chance
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Forecast:
 
     @property
     def training_seconds(self) -> float:
-        """Of all optimizer steps: the timed ones stand for equal shares of them."""
+        """Of all optimizer steps; each timed one stands for an equal share of them."""
         return statistics.mean(self.step_seconds) * self.steps
 
 
@@ -173,7 +173,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
 
 
 class _Measured(NamedTuple):
-    """One series of steps: `parts` are bytes that are known by count, `tokens` those of the timed steps."""
+    """One series of steps: `parts` are the bytes that can be counted, `tokens` are those of the timed steps."""
 
     batch: int
     peak: int | None
@@ -220,7 +220,7 @@ class _Probe:
         return _Measured(batch, clock.peak, timed, tokens, parts, len(ggpo.layers) if ggpo else None)
 
     def _typical(self, lengths: list[int], size: int, steps: int) -> list[list[int]]:
-        """Rows of `steps` steps of an epoch that stand for equal shares of it by length, the middle ones first."""
+        """Rows of `steps` steps, one from each equal share of an epoch ordered by length; middle lengths come first."""
         grouped = self.args.train_sampling_strategy == "group_by_length"
         order = list(EpochSampler(lengths, self.args.seed, size if grouped else None))
         whole = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
@@ -231,13 +231,13 @@ class _Probe:
 
 
 def longest_rows(lengths: list[int], size: int) -> list[int]:
-    """The `size` longest rows; where there are fewer, some of them again."""
+    """The `size` longest rows; where there are fewer, they are repeated."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[index % len(order)] for index in range(size)]
 
 
 class _Clock(TrainerCallback):
-    """Times optimizer steps, with the loading of their rows; ends the training when it has taken long enough."""
+    """Times optimizer steps and the loading of their rows; ends the training when it has taken long enough."""
 
     def __init__(self, task: Task) -> None:
         self._task, self._last, self._deadline = task, 0.0, 0.0
@@ -267,7 +267,7 @@ class _Clock(TrainerCallback):
 
 
 def _parts(trainer: RunTrainer) -> dict[str, int]:
-    """Bytes of what a training step needs and can be counted; the gradient of a parameter has its type."""
+    """Bytes that can be counted of what a training step needs; a gradient has the type of its parameter."""
     model: Any = trainer.model
     frozen = sum(stored_bytes(p) for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -282,7 +282,7 @@ def _parts(trainer: RunTrainer) -> dict[str, int]:
 
 
 def _by_parts(measured: _Measured, before: int | None) -> dict[str, int] | None:
-    """The peak by parts; `before` is what was held before the model was loaded."""
+    """The peak by parts; `before` is what was in use before the model was loaded."""
     if measured.peak is None or before is None:
         return None
     known = {**measured.parts, "Python, libraries and data": before}
@@ -318,12 +318,12 @@ def _weights_size(model: AnyModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def _checkpoints(recipe: Recipe, args: TrainingArguments, steps: int) -> int:
-    """Checkpoints that are there as a run ends."""
+    """Checkpoints that are left when a run ends."""
     if recipe.adalora:
         return 0
     every = args.save_steps if args.save_steps >= 1 else math.ceil(steps * args.save_steps)
     keep = recipe.training_fields["save_total_limit"]
-    made = math.ceil(steps / every) if every else 1  # 0 saves as the run ends alone
+    made = math.ceil(steps / every) if every else 1  # 0 saves at the end of the run alone
     return min(made, keep) if keep else made
 
 

@@ -1,4 +1,4 @@
-"""Whether the data, the base model and the day of a run are still those that it was begun with."""
+"""Whether a run still has the data, the base model and the day that it was begun with."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_data(folder: Path, splits: Splits) -> None:
 
 
 def weight_digests(weights: Path) -> dict[str, str]:
-    """Of what decides the trained model in the folder `weights`; its other files are for readers, and for a hub."""
+    """Digests of the files that decide the trained model; the others in the folder are for readers and for a hub."""
     return digests(sorted(path for path in weights.iterdir() if path.suffix in (".safetensors", ".json")), weights)
 
 
@@ -88,7 +88,7 @@ def check_weights(weights: Path, metrics: dict[str, Any]) -> None:
 
 
 def keep_day(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Let a chat template that writes the present day write the one on which the run in `folder` was begun."""
+    """Make a chat template that writes today's date write the day on which the run in `folder` was begun."""
     if not writes_day(tokenizer):
         return
     day = recorded_day(folder)
@@ -113,7 +113,7 @@ def recorded_day(folder: Path) -> date | None:
 
 
 def same_model(folder: Path, other: Path) -> bool:
-    """Whether two runs train one base model, as far as they have written it down."""
+    """Whether two runs train the same base model, as far as their folders tell."""
     one, another = _written(folder / "model.json"), _written(other / "model.json")
     known = one and another and ("commit" in one) == ("commit" in another)  # a commit cannot be told from files
     return not known or one == another
@@ -163,7 +163,7 @@ def _digest(file: Path) -> str:
     return _digest_once(file, stat.st_size, stat.st_mtime_ns)
 
 
-# The runs of several seeds ask for the same large files again and again.
+# Each seed asks for the same large files.
 @lru_cache(maxsize=256)
 def _digest_once(file: Path, size: int, changed: int) -> str:
     return digests([file], file.parent)[file.name]

@@ -1,4 +1,4 @@
-"""Memory of a device: of its tensors on a CUDA device, elsewhere, on Linux, of the process; and the lack of it."""
+"""How much memory is used and free: on a CUDA device by tensors, elsewhere (on Linux) by the process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def in_use(device: torch.device) -> int | None:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that this process could hold, with those it holds now; None where the system does not tell."""
+    """Bytes that this process can have, those in use included; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free, own = _kilobytes(_MACHINE, "MemAvailable"), _kilobytes(_STATUS, "VmRSS")
@@ -53,7 +53,7 @@ def available(device: torch.device) -> int | None:
 
 @contextmanager
 def memory_errors(recipe: Recipe, batch_size: str) -> Iterator[None]:
-    """Turn a lack of memory into one sentence.
+    """Turn a lack of memory into one sentence that says what to lower.
 
     Args:
         batch_size: The setting of ``training`` that decides how many rows are computed at once.
@@ -80,7 +80,7 @@ def _kilobytes(file: Path, name: str) -> int | None:
 
 
 def _release_freed_memory() -> None:
-    """Hand back what earlier work in this process has freed: it would count as resident."""
+    """Hand back to the system what earlier work has freed; it would count as in use."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # another C library

@@ -1,4 +1,4 @@
-"""Fold a run's adapter into its model, save the plain model, and make sure that what was saved computes the same."""
+"""Fold a run's adapter into its model, save the plain model, and check that what was saved computes the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-
 """Allowed difference of merged and unmerged logits, relative to the largest logit: rounding of the merged weights."""
 
 _BIAS_SETTINGS = ("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "bias")
-"""What configurations call the choice whether some of their linear layers have a bias."""
+"""Names, in models' configurations, of the choice whether linear layers have a bias."""
 
 _PROBES = ["The film was a delight from start to finish.", "A dull, overlong mess.", "Two plus two is"]
 
@@ -74,7 +74,7 @@ def merge_run(path: Path, out: Path, base: str | None = None) -> Merged:
     with disk_errors(out), new_folder(out) as target:
         save_model(merged, target)
         save_tokenizer(tokenizer, target)
-        del model, merged  # the saved one is loaded beside nothing else
+        del model, merged  # makes room for the saved one
         after = probe_logits(_saved(target, recipe, task), tokenizer)
         difference, largest = float((after - before).abs().max()), float(before.abs().max())
         _check(difference, largest, recipe.dtype)
@@ -139,7 +139,7 @@ def _untie(base: PreTrainedModel, layers: list[LoraLayer]) -> None:
 
 
 def _tie_again(merged: PreTrainedModel) -> None:
-    """Make one of the input and output embeddings where an adapter changed both alike."""
+    """Tie the input and output embeddings again where an adapter changed both alike."""
     source: Any = merged.get_input_embeddings()
     target: Any = merged.get_output_embeddings()
     if target is None or source.weight.shape != target.weight.shape:
@@ -151,7 +151,7 @@ def _tie_again(merged: PreTrainedModel) -> None:
 
 
 def _separate(merged: PreTrainedModel) -> None:
-    """Copy what layers share without the model's class knowing: replicated layers, which are saved one by one."""
+    """Give replicated layers weights of their own: the model's class does not know that they share them."""
     known: dict[str, str] = getattr(merged, "all_tied_weights_keys", None) or {}
     seen: set[int] = set()
     for prefix, module in merged.named_modules():
@@ -207,4 +207,4 @@ def probe_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> 
     with torch.no_grad():
         logits = model.eval()(**inputs).logits.float().cpu()
     mask = mask.cpu()
-    return logits * mask[..., None] if logits.dim() == 3 else logits  # what stands on padding does not matter
+    return logits * mask[..., None] if logits.dim() == 3 else logits  # padding does not matter

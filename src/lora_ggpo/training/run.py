@@ -90,7 +90,7 @@ def _run_seed(recipe: Recipe, seed: int, splits: Callable[[], Splits], reporter:
 
 @dataclass(frozen=True)
 class _Unfinished:
-    """One run that is not finished, in its claimed folder."""
+    """A run that is not finished, in the folder claimed for it."""
 
     recipe: Recipe
     args: TrainingArguments
@@ -143,7 +143,7 @@ class _Unfinished:
         return score
 
     def _checkpoint(self) -> Path | None:
-        """What to go on from, after all that is broken has been deleted."""
+        """The checkpoint to go on from; broken ones are deleted first."""
         found = remove_broken(self._checkpoints) if is_first() else None
         wait_for_all()
         checkpoint = found if is_first() else last_whole(self._checkpoints)
@@ -158,7 +158,7 @@ class _Unfinished:
         return step >= state["max_steps"] or any(self._is_enough(row) for row in self._log() if row["step"] == step)
 
     def _fit(self, trainer: RunTrainer, score: Scorer, checkpoint: Path | None) -> StopRequest:
-        """Train; go on behind the last step even if a stop was asked for in it: what is trained is to be saved."""
+        """Train. A stop asked for in the last step is left for later: what is trained is saved first."""
         if checkpoint:
             self.reporter.say(f"{self.folder}: going on from step {step_of(checkpoint)}.")
         asked = partial(self.reporter.say, _STOPPING)
@@ -199,7 +199,7 @@ class _Unfinished:
             raise
 
     def _save(self, model: Any, tokenizer: PreTrainedTokenizerBase, weights: Path, start: Path | None) -> None:
-        """Write training.json and the trained weights; with `start`, as a difference to what is kept there."""
+        """Write training.json and the trained weights, with `start` as their difference to what is kept there."""
         write_json(self.folder / "training.json", _training_summary(self._log(), model, self.args))
         with new_folder(weights) as target:
             if start:
@@ -224,7 +224,7 @@ class _Unfinished:
         return validate
 
     def _is_enough(self, logged: Mapping[str, float]) -> bool:
-        """Whether the training loss that was logged is down at the recipe's stop_loss."""
+        """Whether the logged training loss has reached the recipe's stop_loss."""
         loss = logged.get(f"train/{self.recipe.task.type.loss}")
         return self.recipe.stop_loss is not None and loss is not None and loss <= self.recipe.stop_loss
 

@@ -26,7 +26,7 @@ _EPOCH_STRIDE = 1_000_003
 
 
 class NonFiniteLossError(DivergedError):
-    """The loss stopped being a finite number."""
+    """The loss is no longer a finite number."""
 
 
 class EpochSampler(Sampler[int]):
@@ -144,7 +144,7 @@ class RunTrainer(Trainer):
         return items.float().mean()
 
     def _items(self, batch: dict[str, Tensor]) -> Tensor:
-        """Number of labels that the model's loss on `batch` is the mean of."""
+        """How many labels the model's loss on `batch` is the mean of."""
         labels = batch["labels"]
         if labels.dim() == 1:
             return torch.tensor(len(labels))
@@ -161,7 +161,7 @@ class RunTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As Trainer's, such that the losses of an optimizer step's micro-batches sum to its mean."""
+        """As Trainer's; the losses of an optimizer step's micro-batches sum to the mean over the step."""
         share = 1.0 if num_items_in_batch is None else self._items(inputs) / num_items_in_batch
         if self.label_smoother and self._encodes_and_decodes():  # which takes the labels from the model
             base = self.accelerator.unwrap_model(model)

@@ -1,4 +1,4 @@
-"""Writing a run folder so that every file in it is whole, and saying so in one sentence when that fails."""
+"""Files that are written whole or not at all, and what a file system refuses, in one sentence."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def numbered_json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def mend_json_lines(path: Path) -> None:
-    """Let the next line follow what `read_json_lines` reads: cut the line that a crash has cut, or end the last one."""
+    """Make the file ready for its next line: drop a last line that a crash cut short, or end one that has no end."""
     with path.open("r+b") as file:
         last = file.read().rpartition(b"\n")[2]
         if last and _object(last) is None:
@@ -164,7 +164,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses in work on `folder`, a full disk for one, into one sentence."""
+    """Turn what the file system refuses in work on `folder`, such as a full disk, into one sentence."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""One folder, one piece of work: the folder is made, locked and checked against what it holds before work begins.
+"""Before work begins in a folder it is made, locked, and compared with what it already holds.
 
 A run, a comparison, a set of measurements and an evaluation each write down in their folder what decides their
 results. A second command finds the same there and goes on, or is told which settings differ.
@@ -115,10 +115,10 @@ def _leaves(values: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], An
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep `folder`, which exists, for this process while in the block.
+    """Keep other processes out of `folder`, which must exist.
 
-    Where the file system has no locks, a file stands for one. That of a process which is gone counts no more, if it
-    ran on this machine.
+    Where the file system has no locks, a file takes their place. One left by a process that has ended on this machine
+    is ignored.
 
     Raises:
         UserError: another process holds it.
@@ -127,7 +127,7 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it goes with the process at the latest
+        with suppress(OSError):  # the system releases it when the process ends
             taken.release()
 
 

@@ -23,11 +23,11 @@ class Terminated(KeyboardInterrupt):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A clean stop that was asked for; its message says how to go on."""
+    """A clean stop on request; the message says how to go on."""
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """128 and the signal that `error` came from, as shells count."""
+    """128 plus the number of the signal behind `error`, as in shells."""
     terminated = any(isinstance(one, Terminated) for one in causes(error))
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 

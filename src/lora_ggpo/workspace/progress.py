@@ -1,4 +1,4 @@
-"""Progress with time left: a bar on a terminal, a plain line now and then anywhere else. All of it on stderr."""
+"""Progress and time left on stderr: a bar on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ import os
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes; alone it always is."""
+    """Whether this process is the one that writes; a single process always is."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def wait_for_all() -> None:
-    """Go on when all processes have come here."""
+    """Wait until every process has arrived here."""
     if _many():
         from accelerate import PartialState
 
@@ -22,7 +22,7 @@ def wait_for_all() -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` is set in any process; all must ask."""
+    """Whether `flag` is set in any process; every process must call this."""
     if not _many():
         return flag
     import torch
