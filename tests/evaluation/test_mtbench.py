@@ -65,30 +65,33 @@ def test_a_file_of_another_kind_or_none(write):
         load_problems(None)
 
 
+OURS = read_prompts()
+
+
 def test_what_the_judge_is_asked(write):
     writing, math_, roleplay = load_problems(str(write(ROWS)))
-    question = judge_question(writing, [" First {question_2}. ", "Second."], 1)
+    question = judge_question(writing, [" First {question_2}. ", "Second."], 1, OURS)
     system, user = (message["content"] for message in question.messages)
     assert question.id == "81:1"
     assert "[[rating]]" in system
     assert "reference" not in system
     assert user.index("Write.") < user.index("First {question_2}.\n")  # an answer's braces stay as they are
     assert "Second." not in user
-    second = judge_question(writing, ["First.", "Second."], 2).messages
+    second = judge_question(writing, ["First.", "Second."], 2, OURS).messages
     places = [second[1]["content"].index(text) for text in ("Write.", "First.", "Again {answer_1}.", "Second.")]
     assert places == sorted(places)
     assert "second question" in second[0]["content"]
     for turn, texts in ((1, ["4"]), (2, ["4", "7"])):
-        system, user = (one["content"] for one in judge_question(math_, ["5", "8"], turn).messages)
+        system, user = (one["content"] for one in judge_question(math_, ["5", "8"], turn, OURS).messages)
         assert "reference answer" in system
         assert all(f"{text}\n" in user for text in texts)
-    assert "reference" not in judge_question(roleplay, ["a", "b"], 1).messages[1]["content"]  # as FastChat does
+    assert "reference" not in judge_question(roleplay, ["a", "b"], 1, OURS).messages[1]["content"]  # as FastChat does
 
 
 def test_every_place_of_the_prompts_is_filled(write):
     for problem in load_problems(str(write([{**row, "turns": ["x", "y"]} for row in ROWS]))):
         for turn in (1, 2):
-            assert "{" not in judge_question(problem, ["a", "b"], turn).messages[1]["content"]
+            assert "{" not in judge_question(problem, ["a", "b"], turn, OURS).messages[1]["content"]
 
 
 def test_prompts_of_a_file(write):

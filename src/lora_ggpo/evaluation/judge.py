@@ -16,7 +16,7 @@ from lora_ggpo.errors import UserError, first_line
 from lora_ggpo.evaluation.answers import Answer, AnswerFile, Key, Prompt
 from lora_ggpo.evaluation.generate import Sampling, generate
 from lora_ggpo.evaluation.suite_run import Options, SuiteRun
-from lora_ggpo.evaluation.target import Messages, Target, load_target
+from lora_ggpo.evaluation.target import Messages, load_target
 from lora_ggpo.tasks.base import Progress
 from lora_ggpo.training.scorer import file_name
 from lora_ggpo.workspace.files import json_digest
@@ -127,10 +127,8 @@ def find_server(options: Options) -> Server | None:
         raise UserError("mt-bench needs a judge: give --judge URL --judge-model NAME, or a model folder as --judge.")
     served = options.judge.startswith(("http://", "https://"))
     if served != bool(options.judge_model):
-        problem = (
-            "needs --judge-model, its name there" if served else "is no http:// address, so leave out --judge-model"
-        )
-        raise UserError(f"--judge {options.judge} {problem}.")
+        missing, needless = "needs --judge-model, its name there", "is no http:// address, so leave out --judge-model"
+        raise UserError(f"--judge {options.judge} {missing if served else needless}.")
     return Server(options.judge, options.judge_model) if options.judge_model else None
 
 
@@ -138,18 +136,21 @@ def ask_judge(run: SuiteRun, server: Server | None, questions: Sequence[Question
     """The judgements of `server`, or of the model that the user chose, kept in a file of that judge alone."""
     ask: Callable[..., dict[Key, Answer]]
     if server:
-        name, identity, ask = server.model, [server.url, server.model], partial(ask_server, server, jobs=run.jobs)
+        name, identity = server.model, [server.url, server.model]
+        ask = partial(ask_server, server, questions, jobs=run.jobs)
     else:
         name = str(run.options.judge)
         target = load_target(name)
         if not target.chat:
             raise UserError(f"The judge {name} has no chat template; choose an instruction-tuned model.")
         identity = [target.fingerprint(), str(target.model.dtype), str(target.autocast)]
-        ask = partial(ask_model, target, batch_size=run.batch_size)
+        prompts = [target.prompt(question.id, question.messages) for question in questions]
+        sampling = Sampling(max_new_tokens=_MAX_TOKENS)  # greedy, so to ask again would change nothing
+        ask = partial(generate, target, prompts, sampling, batch_size=run.batch_size)
     kept = AnswerFile(run.folder / f"judgements-{file_name(name)}-{json_digest(identity)[:8]}.jsonl")
     with run.reporter.task(f"judge {run.target.name}") as shown:
         shown.begin(len(kept.answers))
-        return ask(questions, kept, progress=shown.update)
+        return ask(kept, progress=shown.update)
 
 
 def ask_server(
@@ -196,19 +197,6 @@ def ask_server(
     if failures:
         raise failures[0]
     return {key: kept.answers.get(key) or refused[key] for key in ((question.id, 0) for question in questions)}
-
-
-def ask_model(
-    target: Target, questions: Sequence[Question], kept: AnswerFile, *, batch_size: int, progress: Progress
-) -> dict[Key, Answer]:
-    """As `ask_server`, with a model as the judge; it answers greedily, so it is asked once.
-
-    Raises:
-        UserError: as `generate`.
-    """
-    prompts = [target.prompt(question.id, question.messages) for question in questions]
-    sampling = Sampling(max_new_tokens=_MAX_TOKENS)
-    return generate(target, prompts, sampling, kept, batch_size=batch_size, progress=progress)
 
 
 async def _judge(server: Server, client: Any, question: Question) -> Answer:

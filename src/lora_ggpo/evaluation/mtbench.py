@@ -19,31 +19,14 @@ from lora_ggpo.tasks import Measured
 from lora_ggpo.tasks.metrics import measure_mean
 from lora_ggpo.training.scorer import Scores
 
+OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
+PROMPTS = tuple(f"single{kind}-v1{turn}" for turn in ("", "-multi-turn") for kind in ("", "-math"))
+"""FastChat's names of the prompts that are needed."""
+
 WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose judge sees a reference answer where the question has one."""
 
 Rating = float | None
-
-_TASK = (
-    "You are an impartial judge of the answers of an AI assistant. Judge {what}. {how} Do not let the length of an "
-    "answer influence you. Begin with a short explanation, then rate the answer on a scale of 1 to 10 in exactly this "
-    'form: "[[rating]]", for example: "Rating: [[5]]".'
-)
-_HOW = "Consider how helpful, relevant, accurate, deep, creative and detailed it is."
-_HOW_REFERENCE = (
-    "Compare it with the reference answer, find its mistakes and correct them, and consider how correct it is."
-)
-_FIRST = "[Question]\n{question_1}\n\n%s[Begin of the assistant's answer]\n{answer_1}\n[End of the assistant's answer]"
-_FIRST_REFERENCE = "[Begin of the reference answer]\n{ref_answer_1}\n[End of the reference answer]\n\n"
-_SECOND = (
-    "%s[Begin of the conversation]\n\n### User:\n{question_1}\n\n### Assistant:\n{answer_1}\n\n"
-    "### User:\n{question_2}\n\n### Assistant:\n{answer_2}\n\n[End of the conversation]"
-)
-_SECOND_REFERENCE = (
-    "[Begin of the reference answers]\n\n### User:\n{question_1}\n\n### Reference answer:\n{ref_answer_1}\n\n"
-    "### User:\n{question_2}\n\n### Reference answer:\n{ref_answer_2}\n\n[End of the reference answers]\n\n"
-)
-_WHAT = {1: "the answer to the user's question", 2: "the answer to the user's second question"}
 
 
 class JudgePrompt(NamedTuple):
@@ -51,17 +34,6 @@ class JudgePrompt(NamedTuple):
 
     system: str
     template: str
-
-
-PROMPTS: dict[str, JudgePrompt] = {
-    "single-v1": JudgePrompt(_TASK.format(what=_WHAT[1], how=_HOW), _FIRST % ""),
-    "single-math-v1": JudgePrompt(_TASK.format(what=_WHAT[1], how=_HOW_REFERENCE), _FIRST % _FIRST_REFERENCE),
-    "single-v1-multi-turn": JudgePrompt(_TASK.format(what=_WHAT[2], how=_HOW), _SECOND % ""),
-    "single-math-v1-multi-turn": JudgePrompt(
-        _TASK.format(what=_WHAT[2], how=_HOW_REFERENCE), _SECOND % _SECOND_REFERENCE
-    ),
-}
-"""The prompts by FastChat's names, in our words; `read_prompts` reads FastChat's own."""
 
 
 class Problem(NamedTuple):
@@ -76,7 +48,7 @@ class Problem(NamedTuple):
 def score(run: SuiteRun) -> Scores:
     """Mean ratings of the judge, by turn and category."""
     server = find_server(run.options)  # what is wrong with it is said before hours of generation
-    prompts = read_prompts(Path(run.options.judge_prompts)) if run.options.judge_prompts else PROMPTS
+    prompts = read_prompts(Path(run.options.judge_prompts or OUR_PROMPTS))
     problems = load_problems(run.options.data)[: run.options.limit]
     first = {id_: answer.text for (id_, _), answer in run.generate(_turns(run, problems, {})).items()}
     second = {id_: answer.text for (id_, _), answer in run.generate(_turns(run, problems, first)).items()}
@@ -127,8 +99,8 @@ def load_problems(source: str | None) -> list[Problem]:
     return problems
 
 
-def read_prompts(path: Path) -> dict[str, JudgePrompt]:
-    """The judge's prompts of a file in the format of FastChat's judge_prompts.jsonl.
+def read_prompts(path: Path = OUR_PROMPTS) -> dict[str, JudgePrompt]:
+    """The judge's prompts of a file in the format of FastChat's judge_prompts.jsonl; by default ours.
 
     Raises:
         UserError: the file cannot be read, holds what is not text, or lacks one of `PROMPTS`.
@@ -136,23 +108,17 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
     table = read_file(path)
     columns = ("name", "system_prompt", "prompt_template")
     table.require(columns, "; give FastChat's judge_prompts.jsonl.")
-    rows = zip(*(table.values(column) for column in columns), strict=True)
-    prompts = {
-        str(name): JudgePrompt(
-            table.checked_text(system, "system_prompt", row) if system else "",
-            table.checked_text(template, "prompt_template", row),
-        )
-        for row, (name, system, template) in enumerate(rows)
-    }
-    missing = PROMPTS.keys() - prompts.keys()
+    prompts = {}
+    for row, (name, system, template) in enumerate(zip(*(table.values(column) for column in columns), strict=True)):
+        system = table.checked_text(system, "system_prompt", row) if system else ""
+        prompts[str(name)] = JudgePrompt(system, table.checked_text(template, "prompt_template", row))
+    missing = next((name for name in PROMPTS if name not in prompts), None)
     if missing:
-        raise UserError(f"{path} has no prompt {min(missing)}; give FastChat's judge_prompts.jsonl.")
+        raise UserError(f"{path} has no prompt {missing}; give FastChat's judge_prompts.jsonl.")
     return prompts
 
 
-def judge_question(
-    problem: Problem, answers: Sequence[str], turn: int, prompts: Mapping[str, JudgePrompt] = PROMPTS
-) -> Question:
+def judge_question(problem: Problem, answers: Sequence[str], turn: int, prompts: Mapping[str, JudgePrompt]) -> Question:
     """Ask for the rating of turn 1 or 2 of the `answers` to `problem`."""
     reference = problem.reference if problem.category in WITH_REFERENCE else None
     name = f"single{'-math' if reference else ''}-v1{'-multi-turn' if turn == 2 else ''}"
