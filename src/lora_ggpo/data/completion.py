@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import datasets
 
 from lora_ggpo.data.load import STRING, Columns, Reader, Tables, find_test_table
-from lora_ggpo.data.messages import Message, MessageReader, checked_json, parsed, read_tools, store
+from lora_ggpo.data.messages import Message, MessageReader, parse_json, read_tools, require_json, store
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
@@ -197,7 +197,7 @@ def _system(context: Mapping[str, Any], chat: list[Message], table: Table, row: 
     column = next((name for name in SYSTEM if name in context), None)
     if column is None:
         return []
-    text = table.checked_text(context[column], column, row)
+    text = table.require_text(context[column], column, row)
     if chat[0]["role"] != "system":
         return [{"role": "system", "content": text}]
     if chat[0]["content"] != text:
@@ -209,23 +209,23 @@ def _system(context: Mapping[str, Any], chat: list[Message], table: Table, row: 
 
 
 def _earlier(history: object, table: Table, row: int) -> Iterator[Message]:
-    pairs = parsed(history)
+    pairs = parse_json(history)
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise UserError(
             f"{table.where(row)}: column {HISTORY!r} must hold earlier turns as a list of [prompt, answer]; if it "
             f"means something else, set data.ignore: [{HISTORY}]."
         )
     for pair in pairs:
-        yield from _exchange(*(table.checked_text(text, HISTORY, row) for text in pair))
+        yield from _exchange(*(table.require_text(text, HISTORY, row) for text in pair))
 
 
 def _arguments(context: Mapping[str, Any], table: Table, row: int) -> dict[str, Any]:
-    arguments = parsed(context.get(TEMPLATE, {}))
+    arguments = parse_json(context.get(TEMPLATE, {}))
     if not isinstance(arguments, dict):
         raise UserError(f"{table.where(row)}: column {TEMPLATE!r} must hold an object of arguments, or its JSON.")
     tools = read_tools(context.get(TOOLS), TOOLS, table, row)
     arguments |= {"tools": tools} if tools else {}
-    return checked_json(arguments, f"{TOOLS} or {TEMPLATE}", table, row)
+    return require_json(arguments, f"{TOOLS} or {TEMPLATE}", table, row)
 
 
 # --- prompts and completions ---------------------------------------------------------------------------------------
@@ -261,6 +261,6 @@ def _alpaca_prompts(table: Table) -> list[str]:
     instructions = table.texts("instruction", "prompt")
     inputs = _values(table, "input") or [None] * len(table)
     return [
-        f"{instruction}\n\n{table.checked_text(given, 'input', row)}" if given else instruction
+        f"{instruction}\n\n{table.require_text(given, 'input', row)}" if given else instruction
         for row, (instruction, given) in enumerate(zip(instructions, inputs, strict=True))
     ]

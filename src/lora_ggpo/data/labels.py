@@ -88,4 +88,4 @@ def _class_name(value: object, table: Table, column: str, row: int) -> str:
         if value.bit_length() > 63:
             raise UserError(f"{table.where(row)}: the label in column {column!r} is too large for an integer.")
         return str(value)
-    return table.checked_text(value, column, row).strip()
+    return table.require_text(value, column, row).strip()

@@ -19,7 +19,7 @@ import numpy as np
 from lora_ggpo.data.bundled import BUNDLED
 from lora_ggpo.data.config import DataConfig
 from lora_ggpo.data.sampling import carve, stratified_order
-from lora_ggpo.data.sources import ALL, FURTHER_TESTS, read_source
+from lora_ggpo.data.sources import ALL, FURTHER_TESTS, read_tables
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
@@ -74,7 +74,7 @@ class Reader(ABC):
         parts = reader._three_splits(read)
         train = reader.corrupt(reader._cut(parts["train"], origin))
         for source, name in config.set_names.items():
-            further[name] = reader.read_other(read_source(source, None, config.columns))
+            further[name] = reader.read_other(read_tables(source, None, config.columns))
         train, validation, test = (reader.dataset(part) for part in (train, parts["validation"], parts["test"]))
         return Splits(
             train, validation, test, reader.labels, {name: reader.dataset(part) for name, part in further.items()}
@@ -131,9 +131,9 @@ class Reader(ABC):
         if size is None:
             return dict(train)
         if size > len(strata):
+            rows = len(strata)
             raise UserError(
-                f"data.train_size is {size}, but {origin} gives {len(strata)} rows to train on; ask for at most "
-                f"{len(strata)}."
+                f"data.train_size is {size}, but {origin} gives {rows} rows to train on; ask for at most {rows}."
             )
         if size < len(set(strata)):
             raise UserError(
@@ -236,7 +236,7 @@ def _main_tables(config: DataConfig) -> dict[str, Table]:
     """The tables of the source, the one to train on first."""
     if config.subset is not None and config.source in BUNDLED:
         raise UserError(f"data.subset is for hub data, but {config.source} is bundled; leave it out.")
-    tables = read_source(config.source, config.subset, config.columns)
+    tables = read_tables(config.source, config.subset, config.columns)
     if config.test_split is not None:
         if config.test_split not in tables:
             raise UserError(f"{config.source} has no validation split to test on; leave out data.test_split.")

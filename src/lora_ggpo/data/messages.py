@@ -50,7 +50,7 @@ class MessageReader:
     def read(self, value: object, row: int) -> list[Message]:
         """Return the messages of a row."""
         if not isinstance(value, list) or not value:
-            raise UserError(f"{self.table.where(row)}: column {self.column!r} must hold a list of messages.")
+            raise self._wrong(f"column {self.column!r} must hold a list of messages", row)
         return [self._message(turn, row) for turn in value]
 
     def _message(self, turn: object, row: int) -> Message:
@@ -58,32 +58,29 @@ class MessageReader:
         calls = self._calls(given, row)
         if not isinstance(turn, dict) or self.role not in turn or not (calls or self.content in turn):
             raise self._wrong(f'each message in {self.column!r} must have "{self.role}" and "{self.content}"', row)
-        role = self._role(given.get(self.role), row)
+        named = given.get(self.role)
+        role = ALIASES.get(named, named) if isinstance(named, str) else named
+        if not isinstance(role, str) or role not in ROLES:
+            raise self._wrong(f"the role {named!r} in {self.column!r} is none of {', '.join(ROLES)}", row)
         message: Message = {"role": role}
         if self.content in given or not calls:
             message["content"] = self._content(given, row, empty=bool(calls) or role == "tool")
         if calls:
             message["tool_calls"] = calls
         message |= {key: given[key] for key in PASSED_ON if key in given and key != "tool_calls"}
-        message = checked_json(message, self.column, self.table, row)
+        message = require_json(message, self.column, self.table, row)
         if not self._learnt(given, role, row):
             message["weight"] = 0
         for key in given.keys() - {self.role, self.content, "function_call", *PASSED_ON, *LEARNT, *PARTS}:
             self.unused[f"{key!r} of messages in {self.column!r}"] += 1
         return message
 
-    def _role(self, given: object, row: int) -> str:
-        role = ALIASES.get(given, given) if isinstance(given, str) else given
-        if role not in ROLES:
-            raise self._wrong(f"the role {given!r} in {self.column!r} is none of {', '.join(ROLES)}", row)
-        return str(role)
-
     def _content(self, given: Message, row: int, *, empty: bool) -> str:
         name = f"{self.column}.{self.content}"
         value = given.get(self.content)
         if isinstance(value, list):
             value = self._joined(value, name, row)
-        return "" if empty and value == "" else self.table.checked_text(value, name, row)
+        return "" if empty and value == "" else self.table.require_text(value, name, row)
 
     def _joined(self, parts: list[object], name: str, row: int) -> str:
         """The text of OpenAI's list of content parts."""
@@ -97,24 +94,23 @@ class MessageReader:
         return "".join(texts)
 
     def _learnt(self, given: Message, role: str, row: int) -> bool:
-        if any(given.get(key) for key in PARTS):
+        part = next((key for key in PARTS if given.get(key)), None)
+        if part:
             raise self._wrong(
-                f"a message in {self.column!r} is to be learnt in parts ({next(k for k in PARTS if given.get(k))}), "
-                "which is not done here; split the row, or give the whole message a weight",
+                f"a message in {self.column!r} is to be learnt in parts ({part}), which is not done here; split the "
+                "row, or give the whole message a weight",
                 row,
             )
-        flags = [(key, given[key]) for key in LEARNT if key in given]
-        for key, value in flags:
+        flags = {key: given[key] for key in LEARNT if key in given}
+        for key, value in flags.items():
             if not isinstance(value, int | float) or value not in (0, 1):
                 raise self._wrong(
                     f"{key!r} of a message in {self.column!r} must be 0 or 1, or false or true, not {value!r}", row
                 )
-        if role != "assistant":
-            self.unused[f"the weight of messages in {self.column!r} that are not the assistant's"] += any(
-                value for _, value in flags
-            )
-            return True
-        return all(value for _, value in flags)
+        if role == "assistant":
+            return all(flags.values())
+        self.unused[f"the weight of messages in {self.column!r} that are not the assistant's"] += any(flags.values())
+        return True
 
     def _calls(self, given: Message, row: int) -> list[Message]:
         """The tool calls of a message in OpenAI's form, their arguments as objects."""
@@ -122,7 +118,7 @@ class MessageReader:
         if given.get("function_call"):  # OpenAI's older form of a single one
             calls = [given["function_call"]]
         if given.get(self.role) == "function_call":  # LLaMA-Factory's: JSON of one or several in the content
-            found = parsed(given.pop(self.content, None))
+            found = parse_json(given.pop(self.content, None))
             calls = found if isinstance(found, list) else [found]
         if not isinstance(calls, list):
             raise self._wrong(f"'tool_calls' in {self.column!r} must be a list", row)
@@ -131,7 +127,7 @@ class MessageReader:
     def _call(self, call: object, row: int) -> Message:
         call = {key: value for key, value in call.items() if value is not None} if isinstance(call, dict) else {}
         function = call.get("function", {key: call[key] for key in ("name", "arguments") if key in call})
-        arguments = parsed(function.get("arguments") or {}) if isinstance(function, dict) else None
+        arguments = parse_json(function.get("arguments") or {}) if isinstance(function, dict) else None
         if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
             raise self._wrong(
                 f'a tool call in {self.column!r} must have a "name", and "arguments" that are a JSON object', row
@@ -164,7 +160,7 @@ def restore(stored: Mapping[str, str | None]) -> Message:
     return {key: value for key, value in message.items() if key != "content" or value is not None}
 
 
-def checked_json(value: dict[str, Any], name: str, table: Table, row: int) -> dict[str, Any]:
+def require_json(value: dict[str, Any], name: str, table: Table, row: int) -> dict[str, Any]:
     """Return `value` if it has a form in JSON, as all that reaches a chat template must, or else raise a UserError."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -173,7 +169,7 @@ def checked_json(value: dict[str, Any], name: str, table: Table, row: int) -> di
     return value
 
 
-def parsed(value: object) -> object:
+def parse_json(value: object) -> object:
     """Return what `value` is the JSON of, or `value` itself; None for text that is no JSON."""
     try:
         return json.loads(value) if isinstance(value, str) else value
@@ -183,7 +179,7 @@ def parsed(value: object) -> object:
 
 def read_tools(value: object, column: str, table: Table, row: int) -> list[dict[str, Any]]:
     """Return a row's tools, given as a list or as its JSON, each in OpenAI's form."""
-    tools = parsed(value) if value else []
+    tools = parse_json(value) if value else []
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
         raise UserError(
@@ -198,5 +194,5 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
         tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
     function = tool.get("function")
     if isinstance(function, dict) and isinstance(function.get("parameters"), str):
-        tool = {**tool, "function": {**function, "parameters": parsed(function["parameters"])}}
+        tool = {**tool, "function": {**function, "parameters": parse_json(function["parameters"])}}
     return tool

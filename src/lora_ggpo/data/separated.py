@@ -79,10 +79,11 @@ def tsv_records(path: Path, text: str) -> Records:
     if ragged is None:
         return enclosed if any(_as_written(quoted, needing) for needing in _CONVENTIONS) else plain
     if len(rows) > 2:
+        there, first = count_fields(plain.fields[ragged]), count_fields(plain.fields[0])
         raise UserError(
             f"{path}, line {rows[0]}: a quote opens here and closes on line {rows[-1]}, with what looks like rows in "
-            f"between, but without quotes line {plain.lines[ragged]} has {counted(plain.fields[ragged])} and the first "
-            f"{counted(plain.fields[0])}; correct that line, or save the file with every field in quotes."
+            f"between, but without quotes line {plain.lines[ragged]} has {there} and the first {first}; correct that "
+            "line, or save the file with every field in quotes."
         )
     return enclosed
 
@@ -170,7 +171,7 @@ def with_header(path: Path, records: Records, columns: Sequence[str] | None) -> 
     for fields, line in zip(*records, strict=True):
         if len(fields) != len(header):
             there = f"data.columns names {len(header)}" if columns else f"the header has {len(header)}"
-            raise UserError(f"{path}, line {line}: {counted(fields)}, but {there}.")
+            raise UserError(f"{path}, line {line}: {count_fields(fields)}, but {there}.")
     own = records.fields[0] == header
     return header, Records(records.fields[own:], records.lines[own:])
 
@@ -192,6 +193,6 @@ def _is_stsb(fields: list[str]) -> bool:
     return len(fields) >= 7 and fields[0].startswith("main-") and re.fullmatch(r"[0-5](\.\d+)?", fields[4]) is not None
 
 
-def counted(fields: Sequence[object]) -> str:
+def count_fields(fields: Sequence[object]) -> str:
     """``1 field``, ``2 fields``."""
     return f"{len(fields)} field{'s' * (len(fields) != 1)}"

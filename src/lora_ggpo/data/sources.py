@@ -47,7 +47,7 @@ def set_names(sources: Sequence[str], taken: Collection[str]) -> dict[str, str]:
     return {source: source for source in sources}
 
 
-def read_source(source: str, subset: str | None = None, columns: Sequence[str] | None = None) -> dict[str, Table]:
+def read_tables(source: str, subset: str | None = None, columns: Sequence[str] | None = None) -> dict[str, Table]:
     """Return the tables of a bundled set, file, folder or hub dataset by split, or the one table as "all".
 
     The splits are "train", "validation", "test" and those of `FURTHER_TESTS`.

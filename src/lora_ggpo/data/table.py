@@ -92,9 +92,9 @@ class Table:
 
     def texts(self, name: str, setting: str) -> list[str]:
         """Return a column of text."""
-        return [self.checked_text(value, name, row) for row, value in enumerate(self.column(name, setting))]
+        return [self.require_text(value, name, row) for row, value in enumerate(self.column(name, setting))]
 
-    def checked_text(self, value: object, name: str, row: int) -> str:
+    def require_text(self, value: object, name: str, row: int) -> str:
         """Return a value of column `name` if it is text that is not blank, or else raise a UserError naming the row."""
         if value is None or value != value:
             problem = "has no value; fill it in or remove the row"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_ggpo.data.sources import ALL, read_source
+from lora_ggpo.data.sources import ALL, read_tables
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.suite_run import SuiteRun
 from lora_ggpo.tasks.metrics import measure_mean
@@ -68,7 +68,7 @@ def load_problems(source: str | None) -> list[Problem]:
         UserError: the source cannot be read, or a row (named by file and line) is not in that format.
     """
     source = source or HUB
-    tables = read_source(source, SUBSET if source == HUB else None)
+    tables = read_tables(source, SUBSET if source == HUB else None)
     table = next(tables[split] for split in ("test", ALL, "validation", "train") if split in tables)
     only = f", only {', '.join(table.columns)}"
     table.require(

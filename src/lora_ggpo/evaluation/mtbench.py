@@ -88,11 +88,11 @@ def load_problems(source: str | None) -> list[Problem]:
     references = table.columns.get("reference", [None] * len(table))
     problems = []
     for row, category in enumerate(categories):
-        name = table.checked_text(str(table.columns["question_id"][row]), "question_id", row)
-        turns = [table.checked_text(text, "turns", row) for text in _two(table, row, "turns")]
+        name = table.require_text(str(table.columns["question_id"][row]), "question_id", row)
+        turns = [table.require_text(text, "turns", row) for text in _two(table, row, "turns")]
         # FastChat leaves one of the two reference answers empty where there is none.
         given = None if references[row] is None else _two(table, row, "reference")
-        reference = given and [table.checked_text(text, "reference", row) if text else "" for text in given]
+        reference = given and [table.require_text(text, "reference", row) if text else "" for text in given]
         problems.append(Problem(name, category, turns, reference))
     if len({problem.id for problem in problems}) < len(problems):
         raise UserError(f"{table.origin} has the same question_id twice; give each question its own.")
@@ -110,8 +110,8 @@ def read_prompts(path: Path = OUR_PROMPTS) -> dict[str, JudgePrompt]:
     table.require(columns, "; give FastChat's judge_prompts.jsonl.")
     prompts = {}
     for row, (name, system, template) in enumerate(zip(*(table.values(column) for column in columns), strict=True)):
-        system = table.checked_text(system, "system_prompt", row) if system else ""
-        prompts[str(name)] = JudgePrompt(system, table.checked_text(template, "prompt_template", row))
+        system = table.require_text(system, "system_prompt", row) if system else ""
+        prompts[str(name)] = JudgePrompt(system, table.require_text(template, "prompt_template", row))
     missing = next((name for name in PROMPTS if name not in prompts), None)
     if missing:
         raise UserError(f"{path} has no prompt {missing}; give FastChat's judge_prompts.jsonl.")

@@ -125,11 +125,7 @@ class Task(ABC):
 
     @classmethod
     def load(cls, data: DataConfig) -> Splits:
-        """Load the data of the task.
-
-        Raises:
-            UserError: the source or its content is not usable; the message says where and what to do.
-        """
+        """Load the data of the task."""
         return cls.reader.load(data)
 
     def load_model(
@@ -147,9 +143,6 @@ class Task(ABC):
         Args:
             dataset: Columns as the task's reader makes them.
             name: Of the set, which warnings and errors about its rows begin with.
-
-        Raises:
-            UserError: no rows or none left, a missing column, or a row, template or tokenizer that does not fit.
         """
         if len(dataset) == 0:
             raise UserError("The data has no rows.")
@@ -201,11 +194,8 @@ class Task(ABC):
         Raises:
             DivergedError: values that are not finite.
         """
-        device, collate, score = (
-            next(model.parameters()).device,
-            self.collator(tokenizer),
-            self.scorer(model, tokenizer),
-        )
+        collate, score = self.collator(tokenizer), self.scorer(model, tokenizer)
+        device = next(model.parameters()).device
         order = np.argsort(-np.asarray(rows["length"]), kind="stable")
         parts: list[Floats] = []
         with evaluating(model):

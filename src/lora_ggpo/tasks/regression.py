@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Value
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -131,13 +130,10 @@ def _bootstrap(predicted: Floats, targets: Floats) -> tuple[float, float]:
     """Standard errors of the two correlations; nan where resamples do not vary."""
     n, rng = len(targets), np.random.default_rng(SEED)
     sizes = [len(part) for part in np.array_split(np.arange(RESAMPLES), max(1, RESAMPLES * n // _BLOCK))]
-    found = np.concatenate([_resampled(predicted, targets, rng.integers(n, size=(size, n))) for size in sizes], axis=1)
+    chosen = (rng.integers(n, size=(size, n)) for size in sizes)
+    found = np.concatenate([_correlations(predicted[rows], targets[rows]) for rows in chosen], axis=1)
     kept = found[:, np.isfinite(found).all(axis=0)]
     if kept.shape[1] < RESAMPLES / 2:
         return math.nan, math.nan
     pearson, spearman = kept.std(axis=1, ddof=1)
     return float(pearson), float(spearman)
-
-
-def _resampled(predicted: Floats, targets: Floats, rows: NDArray[np.int64]) -> Floats:
-    return _correlations(predicted[rows], targets[rows])
