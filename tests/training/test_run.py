@@ -152,17 +152,17 @@ print(json.dumps(model(**batch).logits.tolist()))
 """
     command = [sys.executable, "-c", code, str(run.folder / "adapter")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    model, tokenizer, _, labels = load_trained(run.folder)
+    model, tokenizer, _, task = load_trained(run.folder)
     batch = tokenizer(["A delight.", "A dull mess."], padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), logits, rtol=1e-5, atol=1e-6)
-    assert labels == ["negative", "positive"]
+    assert task.labels == ["negative", "positive"]
 
 
 def test_a_mistake_before_the_first_step_can_be_corrected(recipe_file, tmp_path):
     few = ["training.max_steps=2", f"output={tmp_path / 'out'}"]
-    with pytest.raises(UserError, match="nope"):
+    with pytest.raises(UserError, match="adapter matches no layer"):
         train(load_recipe(recipe_file, [*few, "adapter.target_modules=[nope]"]), QUIET)
     (run,) = train(load_recipe(recipe_file, few), QUIET)
     assert run.metrics["training"]["steps"] == 2
