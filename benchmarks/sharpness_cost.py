@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from lora_ggpo.sharpness.point import Point, load_point
-from lora_ggpo.sharpness.sharpness import Hessian
 from lora_ggpo.training.memory import peak, reset_peak
 from lora_ggpo.training.recipe import load_recipe
-from lora_ggpo.training.run import train, versions
+from lora_ggpo.training.run import train
+from lora_ggpo.workspace.libraries import versions
 from lora_ggpo.workspace.progress import Reporter
 
 RECIPES = {"MiniLM": "movie-reviews-lora.yaml", "SmolLM2-135M": "smollm2-movie-reviews.yaml"}
@@ -38,9 +38,8 @@ ROWS = 32
 def part(point: Point, name: str) -> Callable[[], object]:
     """The computation of that name."""
     if name == "Hessian product":
-        hessian = Hessian(point)
-        vector = hessian.signs(torch.Generator().manual_seed(0))
-        return lambda: hessian(vector)
+        vector = point.signs(torch.Generator().manual_seed(0))
+        return lambda: point.hessian_product(vector)
     compute = point.loss if name == "loss" else point.gradient
     return lambda: compute(point.parameters)
 

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
+from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import checkpoints
 from tests import processes
 
@@ -48,9 +50,15 @@ def test_schema_is_json():
         (("eval", "absent"), "error: There is no run in absent"),
         (("merge", "absent", "out"), "error: There is no run in absent"),
         (("demo", "--seeds", "0"), "--seeds"),
-        (("demo", "seeds=[0,1]", "x=1"), "error: override 'seeds=[0,1]': seeds of the demo are given as --seeds"),
-        (("demo", "output=here", "x=1"), "error: override 'output=here': output of the demo is given as --output"),
-        (("demo", "score_test=false", "x=1"), "error: override 'score_test=false': score_test is always true"),
+        (("demo", "seeds=[0,1]", "x=1"), "error: override 'seeds=[0,1]': seeds is decided by the command; use --seeds"),
+        (
+            ("demo", "output=here", "x=1"),
+            "override 'output=here': output is decided by the command; use --output",
+        ),
+        (
+            ("demo", "score_test=false", "x=1"),
+            "error: override 'score_test=false': score_test is decided by the",
+        ),
         (("demo", "ggpo=null", "x=1"), "error: override 'ggpo=null': ggpo null leaves the demo nothing to compare"),
         (("trian",), "No such command 'trian'"),
     ],
@@ -139,19 +147,20 @@ def test_demo_compares_both_methods(tmp_path, tiny_bert, reviews):
         "training.max_steps=3",
     ]
     small += ["data.validation_fraction=0.16", "data.test_fraction=0.16", "validate_every=3", "task.max_length=16"]
-    small += ["training.max_steps=3", "adapter.r=4"]
-    result = _run("demo", "--seeds", 2, "--output", tmp_path / "demo", *small, "training.warmup_steps=0")
+    small += ["training.max_steps=3", "adapter.r=4", "training.warmup_steps=0", "ggpo.sigma=0.05"]
+    result = _run("demo", "--seeds", 1, "--output", tmp_path / "demo", *small)
     assert result.exit_code == 0, result.stderr
-    assert "LoRA-GGPO" in result.stdout
-    assert "On 2 seeds: " in result.stdout
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    for quantity in ("test accuracy", "test log-loss", "train accuracy, wrong labels", "seconds per step"):
-        values = results["quantities"][quantity]
-        difference = [b - a for a, b in zip(values["LoRA"]["values"], values["LoRA-GGPO"]["values"], strict=True)]
-        assert values["difference"]["mean"] == pytest.approx(sum(difference) / 2)
-    assert "| test accuracy |" in (tmp_path / "demo" / "results.md").read_text()
-    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
-    digests = {(tmp_path / "demo" / method / "seed-0" / "data.json").read_text() for method in ("lora", "lora-ggpo")}
+    output = tmp_path / "demo"
+    assert re.search(r"LoRA-GGPO +\d", result.stdout)
+    assert "\ntest: " in result.stdout
+    runs = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
+    assert [(run["method"], run["seed"]) for run in runs] == [("lora", 0), ("ggpo", 0)]
+    assert [run["chosen"] for run in runs] == [{"training.learning_rate": 1e-3}] * 2
+    assert (output / "figures" / "curves.png").stat().st_size > 10_000
+    recipes = {name: load_recipe(output / "runs" / name / "seed-0" / "recipe.yaml") for name in ("lora", "ggpo")}
+    assert recipes["lora"].ggpo is None
+    assert recipes["ggpo"].ggpo_config(0).sigma == 0.05
+    digests = {(output / "runs" / name / "seed-0" / "data.json").read_text() for name in recipes}
     assert len(digests) == 1
 
 

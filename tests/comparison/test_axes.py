@@ -36,7 +36,7 @@ def test_names_are_as_short_as_they_can_be():
         (["adapter.r=4,"], "is not of the form"),
         (["adapter.r=4", "adapter.r=8"], "--axis adapter.r is given twice"),
         (["seeds=1,2"], "--axis seeds is no setting that can vary; use --seeds"),
-        (["score_test=true,false"], "behind the recipe"),
+        (["score_test=true,false"], "can vary; leave it out"),
         (["data.source=[a"], "is not a YAML value"),
     ],
 )
@@ -86,4 +86,4 @@ def test_what_a_method_leaves_open(method, key):
 
 
 def test_the_recipe_leaves_everything_open():
-    refuse_fixed(Method(RECIPE, "the recipe", ""), ["ggpo.rule", "adapter.use_dora"], "--axis")
+    refuse_fixed(Method(RECIPE, "the recipe", "", plain=False), ["ggpo.rule", "adapter.use_dora"], "--axis")

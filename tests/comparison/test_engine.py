@@ -10,7 +10,7 @@ import pytest
 
 from lora_ggpo.comparison import engine
 from lora_ggpo.comparison.engine import run_comparison
-from lora_ggpo.comparison.plan import make_plan
+from lora_ggpo.comparison.grid import plan_comparison
 from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source, read_source
@@ -110,17 +110,17 @@ def test_another_comparison_in_the_folder_is_refused(compared):
     recipe, output, _ = compared
     result = here(*compare(recipe, output, "--trials", "3"))
     assert result.exit_code == 2
-    assert "holds a comparison with another trials; choose another --output" in result.stderr
+    assert "holds a comparison with other settings: trials is 2 there and 3 here; choose another" in result.stderr
 
 
 @pytest.fixture
 def undone(recipe_file, tmp_path):
     """A plan with a folder where nothing of it has run, and all of it counts as done."""
-    plan = make_plan(read_source(recipe_file, OVERRIDES), ["lora", "ggpo"], 1, 1, (), None, tmp_path / "out")
-    for job in plan.final({("", method.name): plan.candidates(method)[0] for method in plan.methods}):
-        job.run_folder.mkdir(parents=True)
-        write_json(job.run_folder / FAILURE, {"message": "none"})
-    return plan
+    grid = plan_comparison(read_source(recipe_file, OVERRIDES), ["lora", "ggpo"], 1, 1, (), None, tmp_path / "out")
+    for job in grid.final():
+        job.folder.mkdir(parents=True)
+        write_json(job.folder / FAILURE, {"message": "none"})
+    return grid
 
 
 def test_a_grown_comparison_tells_all_machines_and_versions_that_made_it(undone, monkeypatch):
@@ -136,24 +136,24 @@ def test_a_grown_comparison_tells_all_machines_and_versions_that_made_it(undone,
 
 
 def test_facts_hold_any_recipe_as_json_gives_it_back():
-    value = {1: float("inf"), "day": date(2026, 1, 2), "all": {3}, "of": [True, None, 0.5, ("a",)]}
-    plain = engine._plain(value)
-    assert plain == {"1": "inf", "day": "2026-01-02", "all": [3], "of": [True, None, 0.5, ["a"]]}
+    value = {1: float("inf"), "day": date(2026, 1, 2), "of": [True, None, 0.5, ("a",)]}
+    plain = engine._as_json(value)
+    assert plain == {"1": "inf", "day": "2026-01-02", "of": [True, None, 0.5, ["a"]]}
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
 
 def test_a_run_that_diverges_is_a_result(recipe_file, tmp_path):
     source = read_source(recipe_file, [*OVERRIDES, "training.learning_rate=1e30", "training.max_grad_norm=0"])
-    plan = make_plan(source, ["lora", "ggpo"], 1, 1, (), None, tmp_path)
-    job = plan.final({("", method.name): plan.candidates(method)[0] for method in plan.methods})[0]
-    carry_out("r.yaml", job.recipe.resolved(0), job.run_folder)
-    assert "The loss is " in json.loads((job.run_folder / FAILURE).read_text())["message"]
+    grid = plan_comparison(source, ["lora", "ggpo"], 1, 1, (), None, tmp_path)
+    job = grid.final()[0]
+    carry_out("r.yaml", job.recipe.resolved(0), job.folder)
+    assert "The loss is " in json.loads((job.folder / FAILURE).read_text())["message"]
 
 
 def test_bad_data_stops_the_comparison(recipe_file, tmp_path):
-    plan = make_plan(read_source(recipe_file, ["data.text=body"]), ["lora", "ggpo"], 1, 1, (), None, tmp_path)
+    grid = plan_comparison(read_source(recipe_file, ["data.text=body"]), ["lora", "ggpo"], 1, 1, (), None, tmp_path)
     with pytest.raises(UserError, match="body"):
-        run_comparison(plan, Here, "command", Reporter(quiet=True))
+        run_comparison(grid, Here, "command", Reporter(quiet=True))
 
 
 def test_a_comparison_goes_on_with_the_data_that_it_was_begun_with(reviews, tmp_path, monkeypatch):
@@ -165,10 +165,11 @@ def test_a_comparison_goes_on_with_the_data_that_it_was_begun_with(reviews, tmp_
 
     def claim(name):
         monkeypatch.chdir(tmp_path / name)
-        plan = make_plan(parse_source(text, "r.yaml"), ["lora", "ggpo"], 1, 1, [], None, tmp_path)
-        engine._claim(plan, "compare")
+        grid = plan_comparison(parse_source(text, "r.yaml"), ["lora", "ggpo"], 1, 1, [], None, tmp_path)
+        with engine._claim(grid, "compare"):
+            pass
 
     claim("here")
     claim("here")
-    with pytest.raises(UserError, match="holds a comparison with another place of its files"):
+    with pytest.raises(UserError, match="holds a comparison with other settings: place of its files is "):
         claim("there")

@@ -44,7 +44,10 @@ def test_a_study_grows_and_runs_nothing_twice(recipe_file, tmp_path):
     assert {name: (output / name).read_bytes() for name in FILES} == before
     refused = study(recipe_file, output, "2,8,4", "data.label_noise=0")
     assert refused.exit_code == 2
-    assert "holds a study with another recipe; choose another --output" in refused.stderr
+    assert (
+        "holds a study with other settings: recipe.data.label_noise is 0.25 there and 0 here; choose another"
+        in refused.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_ggpo.comparison.plan import make_plan
+from lora_ggpo.comparison.grid import plan_comparison
 from lora_ggpo.methods.table import METHODS
 from lora_ggpo.recipe.source import read_source
 from lora_ggpo.training.folder import read_run
@@ -17,23 +17,23 @@ OVERRIDES = ["training.max_steps=3", "validate_every=null", "data.label_noise=0"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_of_each_method(name, recipe_file, tmp_path):
-    plan = make_plan(read_source(recipe_file, OVERRIDES), ["lora", name], 1, 1, (), None, tmp_path)
-    method = plan.methods[1]
-    (job,) = (job for job in plan.final({("", name): plan.candidates(method)[0]}))
+    grid = plan_comparison(read_source(recipe_file, OVERRIDES), ["lora", name], 1, 1, (), None, tmp_path)
+    _, job = grid.final()
     train(job.recipe, Reporter(quiet=True))
-    run = read_run(job.run_folder)
+    run = read_run(job.folder)
     assert run.metrics["training"]["steps"] == 3
     trained = run.metrics["evaluation"]["test"]["log_loss"]["value"]
-    again = evaluate_run(job.run_folder, reporter=Reporter(quiet=True))["test"]["log_loss"]["value"]
+    again = evaluate_run(job.folder, reporter=Reporter(quiet=True))["test"]["log_loss"]["value"]
     assert again == pytest.approx(trained, rel=1e-4)
 
 
 def test_sam_and_mgpo_change_the_run(recipe_file, tmp_path):
-    plan = make_plan(read_source(recipe_file, OVERRIDES), ["lora", "mgpo", "lora-sam", "sam"], 1, 1, (), None, tmp_path)
+    names = ["lora", "mgpo", "lora-sam", "sam"]
+    grid = plan_comparison(read_source(recipe_file, OVERRIDES), names, 1, 1, (), None, tmp_path)
     losses = {}
-    for job in plan.final({("", method.name): {"training.learning_rate": 5e-3} for method in plan.methods}):
+    for job in grid.final({("", method.name): {"training.learning_rate": 5e-3} for method in grid.methods}):
         train(job.recipe, Reporter(quiet=True))
-        losses[job.method.name] = [row["loss"] for row in read_run(job.run_folder).log if "loss" in row]
+        losses[job.method.name] = [row["loss"] for row in read_run(job.folder).log if "loss" in row]
     assert losses["mgpo"][0] == losses["lora"][0]  # without a past there is no momentum
     assert losses["lora-sam"][0] == losses["lora"][0]  # the loss at the weights themselves is logged
     assert len({run[-1] for run in losses.values()}) == 4

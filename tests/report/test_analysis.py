@@ -3,8 +3,9 @@ import math
 import pytest
 from scipy import stats
 
+from lora_ggpo.comparison.results import read_results
 from lora_ggpo.errors import UserError
-from lora_ggpo.report.analysis import analyse, rank_methods, read_results
+from lora_ggpo.report.analysis import analyse, rank_methods
 from lora_ggpo.statistics.intervals import detectable_difference
 from tests.report.grids import curve, run, write_full_grid, write_results
 
@@ -125,8 +126,9 @@ def test_sets_that_are_compared(tmp_path):
     settings = analyse(read_results(write_full_grid(tmp_path)))
     assert [setting.name for setting in settings] == ["label_noise=0", "label_noise=0.25"]
     assert [setting.sets for setting in settings] == [("test", "amazon-reviews")] * 2
+    assert [setting.trained for setting in settings] == [("train-noisy",)] * 2
     assert set(settings[0].methods[0].scores) == {
-        (name, metric) for name in ("test", "amazon-reviews") for metric in ("accuracy", "log_loss")
+        (name, metric) for name in ("test", "amazon-reviews", "train-noisy") for metric in ("accuracy", "log_loss")
     }
 
 

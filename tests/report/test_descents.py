@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_ggpo.report.analysis import read_results
+from lora_ggpo.comparison.results import read_results
 from lora_ggpo.report.descents import STEP, study_results
 from tests.report.grids import HUMP, curve, run, write_results, write_study
 

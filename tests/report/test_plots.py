@@ -12,16 +12,14 @@ from lora_ggpo.report.plots import (
     Line,
     Tradeoff,
     curve,
-    draw_bands,
-    draw_curves,
     draw_forest,
     draw_heat_maps,
     draw_learning_curves,
+    draw_lines,
     draw_planes,
     draw_tradeoffs,
     inline_svg,
     render,
-    save_comparison_plot,
     save_training_plot,
 )
 from lora_ggpo.statistics.intervals import Interval
@@ -41,14 +39,11 @@ def test_curve():
 def test_figures_are_drawn(tmp_path):
     save_training_plot(LOG, tmp_path / "a.png")
     save_training_plot([], tmp_path / "b.png")
-    save_comparison_plot(
-        {"x": [LOG, LOG], "y": [LOG]}, {"x": {"test": [0.8, 0.9]}, "y": {"test": [0.7]}}, tmp_path / "c.png"
-    )
-    for name in "abc":
+    for name in "ab":
         pixels = imread(tmp_path / f"{name}.png")
         assert pixels.shape[0] > 300
         assert np.ptp(pixels) > 0.9
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
 
 
 HOSTILE = "a $x_$ <b> & \\frac"
@@ -110,21 +105,21 @@ def test_memory_that_was_not_measured_has_no_panel():
     assert len(_tradeoffs().axes) == 2 * len(_tradeoffs(memory=None).axes)
 
 
-def test_curves_show_means_and_bands_on_the_axes_asked_for():
-    curves = {"lora": ([0.1, 1.0], np.array([[1.0, 2.0], [3.0, 4.0]])), "ggpo": ([0.1, 1.0], np.ones((1, 2)))}
-    figure = draw_curves({"one": curves, "two": curves}, "sigma", "rise", log_x=True)
+def test_lines_show_means_on_the_axes_asked_for():
+    lines = {"lora": Line([0.1, 1.0], np.array([[1.0, 2.0], [3.0, 4.0]])), "ggpo": Line([0.1, 1.0], np.ones((1, 2)))}
+    figure = draw_lines({"one": lines, "two": lines}, "sigma", "rise", log_x=True, log_y=True)
     first = figure.axes[0]
-    assert first.get_xscale() == "log"
-    assert first.lines[0].get_ydata().tolist() == [2.0, 3.0]
-    band = first.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (1.0, 4.0)
+    assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
+    assert first.get_ylim() == pytest.approx((4e-6, 8))
+    assert (first.get_xlabel(), first.get_ylabel()) == ("sigma", "rise")
+    assert list(first.lines[0].get_ydata()) == [2.0, 3.0]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["lora", "ggpo"]
 
 
 def test_a_label_has_one_style_in_all_panels_and_one_place_in_the_legend():
     names = [f"method {i}" for i in range(20)]  # more than there are styles
     line = Line((1, 2), np.ones((2, 2)))
-    figure = draw_bands({"a": dict.fromkeys(names[1:], line), "b": dict.fromkeys(names, line)}, "r", columns=2)
+    figure = draw_lines({"a": dict.fromkeys(names[1:], line), "b": dict.fromkeys(names, line)}, "r", columns=2)
     styles = [{one.get_label(): (one.get_color(), one.get_linestyle()) for one in axes.lines} for axes in figure.axes]
     assert [len(of_panel) for of_panel in styles] == [19, 20]
     assert styles[0].items() <= styles[1].items()
@@ -152,7 +147,7 @@ def test_bands_are_t_intervals_on_the_axis_asked_for():
         "LoRA": Line((1, 16, 256), values, dashed=(16,), dotted=(1, 256)),
         "one seed": Line((1, 16), values[:1, :2]),
     }
-    figure = draw_bands({"loss": lines, "error": {}}, "r", columns=1, ticks=(1, 16, 256))
+    figure = draw_lines({"loss": lines, "error": {}}, "r", columns=1, ticks=(1, 16, 256))
     panel = figure.axes[0]
     (band,) = panel.collections
     low, high = stats.t.interval(0.95, 2, loc=values.mean(axis=0), scale=stats.sem(values))
@@ -162,7 +157,7 @@ def test_bands_are_t_intervals_on_the_axis_asked_for():
         assert (at.min(), at.max()) == pytest.approx((bottom, top))
     assert panel.get_xscale() == "log"
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "16", "256"]
-    near = draw_bands({"loss": lines}, "train size", columns=1, ticks=(0, 256))
+    near = draw_lines({"loss": lines}, "train size", columns=1, ticks=(0, 256))
     assert near.axes[0].get_xscale() == "linear"
 
 

@@ -72,10 +72,9 @@ def test_a_spectrum_reaches_as_far_as_the_widest(tmp_path):
     for seed, top in enumerate((1.0, 5.0)):
         _point(tmp_path, "lora", seed, 0.1, spectrum={"eigenvalue": [0.0, top], "density": [1.0, 0.5]})
     points = [json.loads(file.read_text()) for file in sorted((tmp_path / "points").iterdir())]
-    curves = sharpness._stacked({"lora": dict(enumerate(points))}, "spectra", "weights", "eigenvalue", "density")
-    places, values = curves["lora"]
-    assert places == [0.0, 1.0, 5.0]
-    assert values.tolist() == [[1.0, 0.5, 0.0], [1.0, 0.9, 0.5]]
+    curves = sharpness._stack({"lora": dict(enumerate(points))}, "spectra", "weights", "eigenvalue", "density")
+    assert curves["lora"].places == [0.0, 1.0, 5.0]
+    assert curves["lora"].values.tolist() == [[1.0, 0.5, 0.0], [1.0, 0.9, 0.5]]
 
 
 def test_large_values_keep_their_digits(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from lora_ggpo.comparison.results import read_results
 from lora_ggpo.errors import UserError
-from lora_ggpo.report.analysis import read_results
 from lora_ggpo.report.descents import study_results
 from lora_ggpo.report.plots import render
 from lora_ggpo.report.study import write_study_report
@@ -124,7 +124,7 @@ def test_page_is_whole_and_asks_nothing_of_the_network(report):
     asks_nothing_of_the_network(text)
     page = Page(text)
     words = " ".join(" ".join(page.words).split())
-    for said in ("Study of r, label_noise, training steps", "over r, LoRA double descent", "at most 1 %", "Holm"):
+    for said in ("Study of r, label_noise, training steps", "r, LoRA double descent", "at most 1 %", "Holm"):
         assert said in words
     assert [tag for tag, _ in page.tags].count("svg") == len(FIGURES)
 

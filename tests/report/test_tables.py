@@ -1,11 +1,10 @@
 from rich.console import Console
 
 from lora_ggpo.report.tables import (
+    TextTable,
     escape_latex,
     escape_markdown,
     format_interval,
-    latex_table,
-    markdown_table,
     metrics_table,
     sparkline,
 )
@@ -45,11 +44,12 @@ def test_a_set_that_lacks_a_metric():
 
 
 def test_markdown():
-    assert markdown_table(["", "x"], [["a", "1"]]) == "|  | x |\n| --- | ---: |\n| a | 1 |\n"
+    table = TextTable("of_x", ("", "x"), (("a", "1"),))
+    assert table.markdown("###") == "### of\\_x\n\n|  | x |\n| --- | ---: |\n| a | 1 |\n\n"
 
 
 def test_markdown_columns_of_words_are_on_the_left():
-    assert markdown_table(["a", "b"], [], words=(1,)) == "| a | b |\n| ---: | --- |\n"
+    assert TextTable("", ("a", "b", "verdict"), ()).words == (0, 2)
 
 
 def test_markdown_escapes():
@@ -57,7 +57,7 @@ def test_markdown_escapes():
 
 
 def test_latex():
-    assert latex_table(["method", "x, %"], [["a_b", "1 ± 2"]], "50 % of {it}", words=(0,)) == (
+    assert TextTable("50 % of {it}", ("method", "x, %"), (("a_b", "1 ± 2"),)).latex() == (
         "\\begin{table}\n\\centering\n\\caption{50 \\% of \\{it\\}}\n\\begin{tabular}{lr}\n\\toprule\n"
         "method & x, \\% \\\\\n\\midrule\na\\_b & 1 \\ensuremath{\\pm} 2 \\\\\n\\bottomrule\n"
         "\\end{tabular}\n\\end{table}\n"

@@ -14,7 +14,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.report.sharpness import write_sharpness_report
 from lora_ggpo.sharpness import measure as module
-from lora_ggpo.sharpness.measure import Settings, identity, measure_runs, named_runs
+from lora_ggpo.sharpness.measure import Settings, identity, label_runs, measure_runs
 from lora_ggpo.sharpness.point import load_point
 from lora_ggpo.training.folder import read_run
 from lora_ggpo.training.reuse import load_trained
@@ -95,10 +95,10 @@ def test_runs_are_named_by_the_shortest_ends_that_differ(finished, tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "seed-0").symlink_to(source)
     (tmp_path / "best").symlink_to(source)
-    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/ggpo"])) == ["lora", "ggpo"]
-    assert list(named_runs([tmp_path / "a/lora", tmp_path / "b/lora"])) == ["a/lora", "b/lora"]
+    assert list(label_runs([tmp_path / "a/lora", tmp_path / "b/ggpo"])) == ["lora", "ggpo"]
+    assert list(label_runs([tmp_path / "a/lora", tmp_path / "b/lora"])) == ["a/lora", "b/lora"]
     with pytest.raises(UserError, match="given twice"):
-        named_runs([tmp_path / "a/lora", tmp_path / "a/lora"])
+        label_runs([tmp_path / "a/lora", tmp_path / "a/lora"])
 
 
 def test_runs_of_different_models_are_refused_before_one_is_measured(finished, tmp_path):
@@ -111,10 +111,10 @@ def test_runs_of_different_models_are_refused_before_one_is_measured(finished, t
 
 def test_a_run_folder_of_any_name_goes_by_it(finished, tmp_path, monkeypatch):
     best = shutil.copytree(finished[1].folder, tmp_path / "best")
-    runs = named_runs([best, finished[1].folder])
+    runs = label_runs([best, finished[1].folder])
     assert {label: list(seeds) for label, seeds in runs.items()} == {"best": [0], finished[1].folder.parent.name: [0]}
     monkeypatch.chdir(best)
-    assert list(named_runs([Path()])) == ["best"]
+    assert list(label_runs([Path()])) == ["best"]
 
 
 def test_a_run_that_was_trained_anew_is_measured_anew(finished, tmp_path):
@@ -164,7 +164,7 @@ def test_measuring_and_reporting_two_runs(finished, plain, tmp_path, monkeypatch
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured twice"))
     measure_runs(paths, FEW, tmp_path, QUIET)
     assert (tmp_path / "sharpness.md").read_text() == text
-    with pytest.raises(UserError, match="another rows"):
+    with pytest.raises(UserError, match=r"with other settings: settings\.rows is 6 there and 8 here"):
         measure_runs(paths, Settings(rows=8), tmp_path, QUIET)
 
 

@@ -11,11 +11,10 @@ from scipy import stats
 
 from lora_ggpo.statistics.descent import (
     FITTED_LOSS,
+    average_windows,
     double_descent,
     interpolation_threshold,
-    phases,
     spread,
-    windowed,
 )
 
 X = np.linspace(0, 1, 9)
@@ -152,29 +151,24 @@ def test_a_double_descent_within_the_noise_is_found_seldom():
     assert _share_found(truth, 5, _independent, np.random.default_rng(0)) < 0.1
 
 
-def test_phases_of_a_loss_that_falls_rises_and_settles():
+def test_a_loss_that_falls_rises_and_settles_in_windows():
     steps = np.arange(1, 401)
     truth = np.interp(steps, [1, 100, 200, 300, 400], [2.0, 0.5, 1.0, 0.3, 0.3])
-    losses = truth + np.random.default_rng(0).normal(0, 0.1, size=(5, 400))
-    found = phases(steps, losses)
-    assert found.losses.shape == (5, 20)
-    start, end = found.rises
-    assert start == pytest.approx(100, abs=20)
-    assert end == pytest.approx(200, abs=20)
-    assert found.descent.score == pytest.approx(0.4, abs=0.05)  # from 0.55 in steps 101 to 120 to 0.95
-    assert found.descent.p < 0.01
-
-
-def test_phases_of_a_loss_that_only_falls():
-    assert phases(range(1, 9), np.array([np.linspace(2, 1, 8)] * 2)).rises is None
+    places, losses = average_windows(steps, truth + np.random.default_rng(0).normal(0, 0.1, size=(5, 400)))
+    assert losses.shape == (5, 20)
+    found = double_descent(losses)
+    _, start, end, _ = found.positions
+    assert (places[start], places[end]) == pytest.approx((100, 200), abs=20)
+    assert found.score == pytest.approx(0.4, abs=0.05)  # from 0.55 in steps 101 to 120 to 0.95
+    assert found.p < 0.01
 
 
 def test_windows_are_means_of_neighbours():
-    steps, values = windowed(range(1, 41), np.arange(40.0)[None])
+    steps, values = average_windows(range(1, 41), np.arange(40.0)[None])
     assert steps == tuple(np.arange(1.5, 41, 2))
     assert values.tolist() == [np.arange(0.5, 40, 2).tolist()]
-    assert windowed([3, 7], np.array([[1.0, 2.0]]))[0] == (3, 7)
-    assert windowed([], np.empty((2, 0)))[1].shape == (2, 0)
+    assert average_windows([3, 7], np.array([[1.0, 2.0]]))[0] == (3, 7)
+    assert average_windows([], np.empty((2, 0)))[1].shape == (2, 0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import List, Value
 
-from lora_ggpo.comparison.plan import make_plan
+from lora_ggpo.comparison.grid import plan_comparison
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import HEADED
 from lora_ggpo.recipe.recipe import json_schema, load_recipe
@@ -75,7 +75,7 @@ def test_a_task_that_is_one_class_and_one_row_is_trained_scored_and_compared(rec
     assert {name: set(metrics) for name, metrics in scores.items()} == {name: {"off"} for name in SETS}
     again = evaluate_run(run.folder, reporter=Reporter(quiet=True))
     assert again["test"]["off"]["value"] == pytest.approx(scores["test"]["off"]["value"], rel=1e-6)
-    assert make_plan(read_source(recipe), ["lora", "ggpo"], 1, 1, [], None, tmp_path).metric == "off"
+    assert plan_comparison(read_source(recipe), ["lora", "ggpo"], 1, 1, [], None, tmp_path).metric == "off"
 
 
 @pytest.mark.parametrize(

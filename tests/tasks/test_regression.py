@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from scipy import stats
 
-from lora_ggpo.comparison.plan import make_plan
+from lora_ggpo.comparison.grid import plan_comparison
 from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import HEADED
@@ -248,12 +248,12 @@ def test_a_run_is_planned(recipe):
 
 def test_trials_are_chosen_by_pearson_unless_told(recipe, tmp_path):
     arguments = (["lora", "ggpo"], 1, 1, [])
-    assert make_plan(read_source(recipe), *arguments, None, tmp_path).metric == "pearson"
-    assert make_plan(read_source(recipe), *arguments, "mse", tmp_path).metric == "mse"
+    assert plan_comparison(read_source(recipe), *arguments, None, tmp_path).metric == "pearson"
+    assert plan_comparison(read_source(recipe), *arguments, "mse", tmp_path).metric == "mse"
     with pytest.raises(
         UserError, match=r"accuracy is not measured for task regression; choose one of pearson, spearman"
     ):
-        make_plan(read_source(recipe), *arguments, "accuracy", tmp_path)
+        plan_comparison(read_source(recipe), *arguments, "accuracy", tmp_path)
 
 
 def _runs(setting=""):

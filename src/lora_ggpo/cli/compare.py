@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_ggpo.cli.options import MethodsRecipe, Output, Overrides
-from lora_ggpo.cli.output import print_table
+from lora_ggpo.cli.output import print_report
 from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names
 
 
@@ -35,12 +35,9 @@ def command(
     from lora_ggpo.recipe.source import read_source
 
     source = read_source(recipe, overrides or ())
-    from lora_ggpo.comparison.plan import make_plan
+    from lora_ggpo.comparison.grid import plan_comparison
     from lora_ggpo.report.comparison import write_report
 
-    plan = make_plan(source, method_names(methods), seeds, trials, vary or (), metric, output)
-    carry_out(plan, jobs, ray, ray_cpus, ray_gpus)
-    comparison = write_report(output)
-    print_table(comparison.table)
-    print("\n".join(comparison.verdicts))
-    print(f"Report: {output / 'report.html'}")
+    grid = plan_comparison(source, method_names(methods), seeds, trials, vary or (), metric, output)
+    carry_out(grid, jobs, ray, ray_cpus, ray_gpus)
+    print_report(write_report(output), output)

@@ -7,22 +7,22 @@ from typing import Annotated
 
 import typer
 
-from lora_ggpo.cli.options import Overrides, path
-from lora_ggpo.cli.output import print_table
+from lora_ggpo.cli.options import Output, Overrides
+from lora_ggpo.cli.output import print_report
+from lora_ggpo.cli.placement import Jobs, carry_out
 
 
 def command(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    output: Annotated[Path, typer.Option(parser=path, help="Folder of the runs, the table and the figure.")] = Path(
-        "runs/demo"
-    ),
+    output: Output = Path("runs/demo"),
     overrides: Overrides = None,
+    jobs: Jobs = 1,
 ) -> None:
-    """Compare LoRA with LoRA-GGPO on movie reviews with wrong labels in them."""
-    from lora_ggpo.training.demo import run_demo
+    """Compare LoRA with LoRA-GGPO on movie reviews with wrong labels in them; resumes what is unfinished."""
+    from lora_ggpo.comparison.grid import plan_demo
+    from lora_ggpo.report.comparison import write_report
 
-    result = run_demo(seeds, output, overrides or ())
-    print_table(result.table)
-    print(result.verdict)
-    print(f"Files: {output / 'results.md'}, {output / 'results.json'}, {output / 'demo.png'}")
-    print(f"Adapters: {', '.join(str(run.folder / 'adapter') for runs in result.runs.values() for run in runs[:1])}")
+    grid = plan_demo(seeds, output, overrides or ())
+    carry_out(grid, jobs)
+    print_report(write_report(output), output)
+    print(f"Adapters: {', '.join(str(run.folder / 'adapter') for run in grid.final()[: len(grid.methods)])}")

@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_ggpo.report.page import Report
     from lora_ggpo.training.folder import Run
 
 
@@ -16,6 +19,13 @@ def print_table(table: Table) -> None:
     """Print a table as wide as it needs: in a pipe rich assumes 80 columns and would fold it."""
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+
+
+def print_report(report: Report, folder: Path) -> None:
+    """Print what was found, and where the rest of it is."""
+    print_table(report.table)
+    print("\n".join(report.verdicts))
+    print(f"Report: {folder / 'report.html'}")
 
 
 def print_metrics(runs: Sequence[Run]) -> None:

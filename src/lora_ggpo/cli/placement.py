@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lora_ggpo.comparison.plan import Plan
+    from lora_ggpo.comparison.grid import Grid
 
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")]
 Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster to run on instead.")]
@@ -19,14 +19,14 @@ RayGpus = Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluste
 _OPTIONS = ("--jobs", "--ray", "--ray-cpus", "--ray-gpus")
 
 
-def carry_out(plan: Plan, jobs: int, ray: str | None, ray_cpus: int, ray_gpus: float) -> None:
+def carry_out(grid: Grid, jobs: int, ray: str | None = None, ray_cpus: int = 1, ray_gpus: float = 0) -> None:
     """Do the runs of `plan`."""
     from lora_ggpo.comparison.engine import run_comparison
     from lora_ggpo.comparison.pool import LocalPool, RayPool
     from lora_ggpo.workspace.progress import Reporter
 
     command = shlex.join(["lora-ggpo", *_without_placement(sys.argv[1:])])
-    run_comparison(plan, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
+    run_comparison(grid, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
 
 
 def method_names(text: str) -> list[str]:

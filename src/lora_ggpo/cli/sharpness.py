@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lora_ggpo.cli.options import Base, Output, path
-from lora_ggpo.cli.output import print_table
+from lora_ggpo.cli.output import print_report
 from lora_ggpo.errors import UserError
 
 
@@ -49,10 +49,7 @@ def command(
         plane=plane,
     )
     measure_runs(runs, settings, output, Reporter(), base)
-    report = write_sharpness_report(output)
-    print_table(report.table)
-    print("\n".join(report.verdicts))
-    print(f"Report: {output / 'sharpness.md'}, {output / 'figures'}")
+    print_report(write_sharpness_report(output), output)
 
 
 def _sizes(text: str, option: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_ggpo.cli.options import MethodsRecipe, Output, Overrides
-from lora_ggpo.cli.output import print_table
+from lora_ggpo.cli.output import print_report
 from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names
 
 
@@ -35,12 +35,9 @@ def command(
     from lora_ggpo.recipe.source import read_source
 
     source = read_source(recipe, overrides or ())
-    from lora_ggpo.comparison.plan import make_study
+    from lora_ggpo.comparison.grid import plan_study
     from lora_ggpo.report.study import write_study_report
 
-    plan = make_study(source, method_names(methods), seeds, axis or (), output)
-    carry_out(plan, jobs, ray, ray_cpus, ray_gpus)
-    found = write_study_report(output)
-    print_table(found.table)
-    print("\n".join(found.verdicts))
-    print(f"Report: {output / 'report.html'}")
+    grid = plan_study(source, method_names(methods), seeds, axis or (), output)
+    carry_out(grid, jobs, ray, ray_cpus, ray_gpus)
+    print_report(write_study_report(output), output)

@@ -13,11 +13,8 @@ from lora_ggpo.recipe.source import yaml_value
 Values = Mapping[str, Any]
 """Recipe settings by dotted key."""
 
-_NO_AXES = {
-    "seeds": "use --seeds",
-    "output": "use --output",
-    "score_test": "give score_test=false behind the recipe",
-}
+FIXED = {"seeds": "use --seeds", "output": "use --output", "score_test": "leave it out"}
+"""What the command decides, and what to do instead of setting it."""
 
 
 def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str, tuple[Any, ...]]:
@@ -40,8 +37,8 @@ def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str,
             raise UserError(f"{option} {text!r} is not of the form {example}.")
         if key in axes:
             raise UserError(f"{option} {key} is given twice; give all its values at once, with commas between them.")
-        if key in _NO_AXES:
-            raise UserError(f"{option} {key} is no setting that can vary; {_NO_AXES[key]}.")
+        if key in FIXED:
+            raise UserError(f"{option} {key} is no setting that can vary; {FIXED[key]}.")
         axes[key] = tuple(yaml_value(value, text) for value in written)
     return axes
 
@@ -80,7 +77,7 @@ def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
     Raises:
         UserError: it sets one of them, or sets the section of one to null.
     """
-    if method.name == RECIPE:
+    if not method.plain:
         return
     used = {key.partition(".")[0] for key in method.settings if "." in key}
     fixed = {key: value for key, value in {**PLAIN, **method.settings}.items() if key not in {*method.tuned, *used}}

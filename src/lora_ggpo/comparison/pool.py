@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from lora_ggpo.errors import UserError, first_line
 from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
@@ -23,30 +23,12 @@ from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
 TERMINATED = 128 + signal.SIGTERM
 
 
-class Pool(Protocol):
-    """Carries out calls elsewhere.
+class LocalPool:
+    """`jobs` fresh processes that share the cores of this machine.
 
     Attributes:
         width: Number of calls to have under way; None hands all over at once.
     """
-
-    width: int | None
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call `function` in a worker."""
-        ...
-
-    def stop(self) -> None:
-        """Ask for a clean stop of what is under way, once; a second time, to stop at once."""
-        ...
-
-    def close(self) -> None:
-        """Wait for the workers to end."""
-        ...
-
-
-class LocalPool:
-    """`jobs` fresh processes that share the cores of this machine."""
 
     def __init__(self, jobs: int) -> None:
         self.width: int | None = jobs  # a call that waits in the executor's queue could not be withdrawn
@@ -56,10 +38,10 @@ class LocalPool:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Call `function` in a worker."""
-        return self._executor.submit(_interruptible, function, *arguments)
+        return self._executor.submit(_run_interruptibly, function, *arguments)
 
     def stop(self) -> None:
-        """Send each worker what Ctrl-C would."""
+        """Ask for a clean stop of what is under way, as Ctrl-C would; a second time, to stop at once."""
         for process in multiprocessing.active_children():
             if process.pid:
                 os.kill(process.pid, signal.SIGINT)
@@ -84,7 +66,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _interruptible(function: Callable[..., Any], *arguments: Any) -> Any:
+def _run_interruptibly(function: Callable[..., Any], *arguments: Any) -> Any:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
@@ -125,15 +107,15 @@ class RayPool:
         self._ray, self._options = ray, {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0}
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call `function` on the cluster."""
+        """As `LocalPool`."""
         task: Future[Any] = self._ray.remote(**self._options)(function).remote(*arguments).future()
         return task
 
     def stop(self) -> None:
-        """Nothing: closing ends the tasks, and runs resume from their checkpoints."""
+        """Do nothing: closing ends the tasks, and runs resume from their checkpoints."""
 
     def close(self) -> None:
-        """Leave the cluster; tasks that have not ended are."""
+        """Leave the cluster, which ends the tasks that are left."""
         self._ray.shutdown()
 
 
@@ -142,3 +124,7 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon:
         socket.create_connection((host, int(port)), timeout=10).close()
+
+
+Pool = LocalPool | RayPool
+"""Where calls are carried out."""

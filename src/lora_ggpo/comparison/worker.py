@@ -30,7 +30,7 @@ def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
     from lora_ggpo.workspace.files import write_json
     from lora_ggpo.workspace.progress import Reporter
 
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # every run would give them again
     try:
         train(check_recipe(Source(name, values, {}, {})), Reporter(quiet=True))
     except DivergedError as error:

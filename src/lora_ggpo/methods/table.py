@@ -24,6 +24,7 @@ class Method:
         learning_rate: Typical learning rate in units of the recipe's, which is meant for LoRA.
         tuned: Further settings to tune beside the learning rate, the usual value first.
         source: Where the method is described.
+        plain: Whether it begins as `PLAIN`; otherwise as the recipe stands.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 1.0
     tuned: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    plain: bool = True
 
 
 PLAIN: Mapping[str, Any] = {

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, median_low
-from typing import Any
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.comparison.results import Results, Row
 from lora_ggpo.statistics.intervals import (
     LEVEL,
     POWER,
@@ -25,50 +22,14 @@ from lora_ggpo.statistics.intervals import (
     seed_curves,
     vary,
 )
+from lora_ggpo.statistics.metrics import METRICS
 
-Row = Mapping[str, Any]
-"""A line of runs.jsonl, tuning.jsonl or curves.jsonl."""
+TEST = "test"
+TRAINED: Mapping[str, str] = {"train": "training rows", "train-clean": "right labels", "train-noisy": "wrong labels"}
+"""The sets that a run was trained on, and how tables name them."""
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown: as `shown_as`, values times `scale`; `unit` is that of differences.
-
-    `beside` names the metric to show with it.
-    """
-
-    label: str
-    shown_as: str
-    higher_is_better: bool
-    scale: float
-    unit: str
-    digits: int
-    beside: str | None
-
-
-METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric("accuracy", "accuracy, %", True, 100.0, " points", 2, "log_loss"),
-    "f1": Metric("F1", "F1, %", True, 100.0, " points", 2, "log_loss"),
-    "mcc": Metric("MCC", "100 × MCC", True, 100.0, " points", 2, "log_loss"),
-    "log_loss": Metric("log-loss", "log-loss", False, 1.0, "", 4, "accuracy"),
-    "pearson": Metric("Pearson", "100 × Pearson", True, 100.0, " points", 2, "mse"),
-    "spearman": Metric("Spearman", "100 × Spearman", True, 100.0, " points", 2, "mse"),
-    "mse": Metric("MSE", "mean squared error", False, 1.0, "", 4, "pearson"),
-    "loss": Metric("loss", "loss", False, 1.0, "", 4, None),
-    "perplexity": Metric("perplexity", "perplexity", False, 1.0, "", 3, None),
-}
-_TEST = "test"
-NOT_COMPARED = ("validation", "train", "train-clean", "train-noisy")
-
-
-@dataclass(frozen=True)
-class Results:
-    """The four files of a results folder; `facts` says with what and how they were made."""
-
-    runs: Sequence[Row]
-    tuning: Sequence[Row]
-    curves: Sequence[Row]
-    facts: Row
+Values = Mapping[str, Mapping[int, float]]
+"""A metric on a set: by method and seed."""
 
 
 @dataclass(frozen=True)
@@ -117,33 +78,21 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class SettingResult:
-    """One setting: its methods in the order of the runs, and what they say on each set, in plain words."""
+    """One setting: its methods in the order of the runs, and what they say on each set, in plain words.
+
+    Attributes:
+        trained: The sets of training rows that have scores.
+    """
 
     name: str
     methods: tuple[MethodResult, ...]
     verdicts: Mapping[str, str]
+    trained: tuple[str, ...]
 
     @property
     def sets(self) -> tuple[str, ...]:
         """The sets that methods are compared on: test, then those out of domain."""
         return tuple(self.verdicts)
-
-
-def read_results(folder: Path) -> Results:
-    """Read runs.jsonl, tuning.jsonl, curves.jsonl and facts.json.
-
-    Raises:
-        UserError: one of them is missing or damaged, or there is no run.
-    """
-    files = [_read(folder / f"{name}.jsonl").split("\n") for name in ("runs", "tuning", "curves")]
-    try:
-        runs, tuning, curves = ([json.loads(line) for line in lines if line] for lines in files)
-        facts = json.loads(_read(folder / "facts.json"))
-    except ValueError as error:
-        raise UserError(f"The results in {folder} are damaged: {error}.") from error
-    if not runs:
-        raise UserError(f"{folder} holds no run to report.")
-    return Results(runs, tuning, curves, facts)
 
 
 def analyse(results: Results) -> tuple[SettingResult, ...]:
@@ -152,32 +101,22 @@ def analyse(results: Results) -> tuple[SettingResult, ...]:
     return tuple(_setting(name, results) for name in names)
 
 
+def compared_sets(runs: Sequence[Row]) -> list[str]:
+    """The sets that `runs` were scored on, but those that they were trained or chosen on."""
+    found = dict.fromkeys(name for run in runs for name in run["evaluation"])
+    return [name for name in found if name != "validation" and name not in TRAINED]
+
+
 def rank_methods(settings: Sequence[SettingResult], metric: str) -> dict[str, float]:
     """Mean rank of each title by its mean score, over all settings and their sets, the best first."""
-    methods = dict.fromkeys(method.title for setting in settings for method in setting.methods)
-    found = {
-        (setting.name, name, method.title): method.scores[name, metric].mean.mean
-        for setting in settings
-        for method in setting.methods
-        for name in setting.sets
-        if (name, metric) in method.scores
-    }
-    tasks = [(setting.name, name) for setting in settings for name in setting.sets]
-    scores = {method: [found.get((*task, method), math.nan) for task in tasks] for method in methods}
+    scores: dict[str, list[float]] = {method.title: [] for setting in settings for method in setting.methods}
+    for setting in settings:
+        own = {method.title: method.scores for method in setting.methods}
+        for key in ((name, metric) for name in setting.sets):
+            for title, of_all in scores.items():
+                of_all.append(own[title][key].mean.mean if key in own.get(title, {}) else math.nan)
     ranks = mean_ranks(scores, higher_is_better=METRICS[metric].higher_is_better)
     return dict(sorted(ranks.items(), key=lambda entry: entry[1]))
-
-
-def format_amount(value: float, metric: Metric, *, sign: bool = False) -> str:
-    """A value of a metric with its unit: ``+1.25 points``."""
-    return f"{value * metric.scale:{'+' if sign else ''}.{metric.digits}f}{metric.unit}"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _setting(name: str, results: Results) -> SettingResult:
@@ -188,16 +127,17 @@ def _setting(name: str, results: Results) -> SettingResult:
     baseline, metric = results.facts["baseline"], results.facts["metric"]
     reference = groups.get(baseline, [])
     title = reference[0]["title"] if reference else baseline
-    found = dict.fromkeys(name for runs in groups.values() for run in runs for name in run["evaluation"])
-    sets = [_TEST, *(name for name in found if name not in (_TEST, *NOT_COMPARED))]
-    shown = [metric] + [beside for beside in [METRICS[metric].beside] if beside]
-    values = {
-        (name, one): {method: _values(runs, name, one) for method, runs in groups.items()}
-        for name in sets
-        for one in shown
+    runs = [run for of_method in groups.values() for run in of_method]
+    sets = [TEST, *(one for one in compared_sets(runs) if one != TEST)]
+    trained = tuple(one for one in TRAINED if any(one in run["evaluation"] for run in runs))
+    shown = list(filter(None, [metric, METRICS[metric].beside]))
+    values: dict[tuple[str, str], Values] = {
+        (one, of): {method: _values(runs, one, of) for method, runs in groups.items()}
+        for one in (*sets, *trained)
+        for of in shown
     }
     scores = {key: _scores(of_methods, baseline) for key, of_methods in values.items()}
-    logs = {method: _logs(runs, results.curves) for method, runs in groups.items()}
+    logs = {method: list(results.logs(name, method).values()) for method in groups}
     level = _level(logs.get(baseline, []))
     methods = tuple(
         MethodResult(
@@ -209,7 +149,7 @@ def _setting(name: str, results: Results) -> SettingResult:
                 one: _method_verdict(runs, scores[one, metric].get(method), metric, baseline, title) for one in sets
             },
             failed={run["seed"]: run["failed"] for run in runs if run["failed"]},
-            trainable=next((run["training"]["trainable_parameters"] for run in _finished(runs)), None),
+            trainable=next((run["training"]["trainable_parameters"] for run in runs if not run["failed"]), None),
             time_ratio=_ratio(reference, runs, "seconds_per_step"),
             memory_ratio=_ratio(reference, runs, "peak_memory_bytes"),
             steps_to_level=_steps_to(level, logs[method]),
@@ -220,11 +160,7 @@ def _setting(name: str, results: Results) -> SettingResult:
     verdicts = {
         one: _set_verdict(methods, (one, metric), title, _detectable(values[one, metric], baseline)) for one in sets
     }
-    return SettingResult(name, methods, verdicts)
-
-
-def _finished(runs: Sequence[Row]) -> list[Row]:
-    return [run for run in runs if not run["failed"]]
+    return SettingResult(name, methods, verdicts, trained)
 
 
 def _values(runs: Sequence[Row], name: str, metric: str) -> dict[int, float]:
@@ -238,7 +174,7 @@ def _pairs(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[lis
     return [first[seed] for seed in seeds], [second[seed] for seed in seeds]
 
 
-def _scores(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Score]:
+def _scores(values: Values, baseline: str) -> dict[str, Score]:
     pairs = {method: _pairs(values.get(baseline, {}), own) for method, own in values.items() if method != baseline}
     adjusted = dict(zip(pairs, holm([paired_p_value(*pair) for pair in pairs.values()]), strict=True))
     differences = {method: paired_difference(*pair) for method, pair in pairs.items() if pair[0]}
@@ -249,7 +185,7 @@ def _scores(values: Mapping[str, Mapping[int, float]], baseline: str) -> dict[st
     }
 
 
-def _detectable(values: Mapping[str, Mapping[int, float]], baseline: str) -> float:
+def _detectable(values: Values, baseline: str) -> float:
     """What a typical comparison of the setting could have found after Holm's correction; nan with one seed.
 
     Methods whose differences do not vary say nothing about the spread of those that do.
@@ -298,9 +234,7 @@ def _set_verdict(methods: Sequence[MethodResult], key: tuple[str, str], title: s
         return f"nothing can be compared: no method has a seed in common with {title}"
     found = []
     for words in (f"better than {title}", f"worse than {title}"):
-        names = [
-            f"{one} ({format_amount(d.mean, metric, sign=True)})" for one, d, said in compared if d and said == words
-        ]
+        names = [f"{one} ({metric.amount(d.mean, sign=True)})" for one, d, said in compared if d and said == words]
         found += [f"{words}: {', '.join(names)}"] if names else []
     if not found:
         said = list(dict.fromkeys(words for _, _, words in compared))
@@ -308,20 +242,17 @@ def _set_verdict(methods: Sequence[MethodResult], key: tuple[str, str], title: s
     missing = [method.title for method in methods if key not in method.scores]
     found += [f"no result of {', '.join(missing)}"] if missing else []
     if math.isfinite(detectable):
-        amount = format_amount(detectable, metric)
+        amount = metric.amount(detectable)
         found.append(f"this grid could have detected {amount} ({100 * POWER:.0f} % power)")
     return "; ".join(found)
 
 
 def _ratio(reference: Sequence[Row], runs: Sequence[Row], key: str) -> float | None:
-    first, second = ({run["seed"]: run["training"].get(key) for run in _finished(side)} for side in (reference, runs))
+    first, second = (
+        {run["seed"]: run["training"].get(key) for run in side if not run["failed"]} for side in (reference, runs)
+    )
     ratios = [second[seed] / first[seed] for seed in second if second[seed] is not None and first.get(seed)]
     return median(ratios) if ratios else None
-
-
-def _logs(runs: Sequence[Row], curves: Sequence[Row]) -> list[Sequence[Row]]:
-    finished = {(run["setting"], run["method"], run["seed"]) for run in _finished(runs)}
-    return [row["rows"] for row in curves if (row["setting"], row["method"], row["seed"]) in finished]
 
 
 def _level(logs: Sequence[Sequence[Row]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_ggpo.comparison.axes import axes_of, setting_name, short_names
-from lora_ggpo.report.analysis import METRICS, NOT_COMPARED, Metric, Results, Row
-from lora_ggpo.statistics.descent import FITTED_LOSS, Descent, double_descent, interpolation_threshold, phases
+from lora_ggpo.comparison.results import Results, Row
+from lora_ggpo.report.analysis import TRAINED, compared_sets
+from lora_ggpo.statistics.descent import (
+    FITTED_ERROR,
+    FITTED_LOSS,
+    Descent,
+    average_windows,
+    double_descent,
+    interpolation_threshold,
+)
 from lora_ggpo.statistics.intervals import LEVEL, holm, seed_curves
+from lora_ggpo.statistics.metrics import METRICS, Metric
 
 STEP = "step"
 """The axis that needs no runs of its own."""
@@ -22,7 +31,7 @@ STEP = "step"
 TRAIN, VALIDATION = "train", "validation"
 
 QUANTITIES: Mapping[str, Metric] = {
-    "error": Metric("error", "error, %", False, 100.0, " points", 2, None),
+    "error": Metric("error", "error, %", False, 100.0, " points", 2),
     "loss": METRICS["loss"],
 }
 """What curves show, and how."""
@@ -66,6 +75,11 @@ class Curve:
     threshold: float | None = None
     descent: Descent | None = None
     p: float = math.nan
+
+    @property
+    def metric(self) -> Metric:
+        """How its quantity is shown."""
+        return QUANTITIES[self.quantity]
 
     @property
     def rises(self) -> tuple[float, float] | None:
@@ -130,33 +144,28 @@ def study_results(results: Results) -> StudyResult:
     axes = axes_of(settings.values())
     numeric = tuple(key for key, values in axes.items() if len(values) > 1 and all(map(_is_number, values)))
     quantities = _QUANTITIES.get(results.facts["metric"], {"error": "accuracy", "loss": "log_loss"})
-    runs, logs = _grouped(results.runs), _logs(results)
-    methods = tuple(dict.fromkeys(title for _, title in runs))
-    found = dict.fromkeys(name for run in results.runs for name in run["evaluation"])
-    sets = tuple(name for name in found if name not in NOT_COMPARED) or (VALIDATION,)
-    curves = [
-        *(
-            curve
-            for key in numeric
-            for others in _others(settings, key)
-            for method in methods
-            for curve in _over_axis(key, others, method, settings, runs, sets, quantities)
-        ),
-        *(
-            curve
-            for group, of_seeds in logs.items()
-            for curve in _over_steps(group, settings[group[0]], of_seeds, quantities)
-        ),
-    ]
-    scored = [name for name in (*sets, TRAIN) if any(_present(run, name) for run in results.runs)]
+    titles = {run["method"]: run["title"] for run in results.runs}
+    runs: dict[Group, list[Row]] = {}
+    for run in results.runs:
+        runs.setdefault((run["setting"], run["title"]), []).append(run)
+    sets = tuple(compared_sets(results.runs)) or (VALIDATION,)
+    curves: list[Curve] = []
+    for key in numeric:
+        for others, title in itertools.product(_others(settings, key), titles.values()):
+            curves += _over_axis(key, others, title, settings, runs, sets, quantities)
+    for setting, method in itertools.product(settings, titles):
+        logs = results.logs(setting, method)
+        curves += _over_steps((setting, titles[method]), settings[setting], logs, quantities)
+    trained = any(name in run["evaluation"] for name in TRAINED for run in results.runs)
+    scored = [*(name for name in sets if any(name in run["evaluation"] for run in results.runs)), *[TRAIN] * trained]
     return StudyResult(
         axes=axes,
         numeric=numeric,
         settings=settings,
-        methods=methods,
+        methods=tuple(titles.values()),
         sets=sets,
         quantities=quantities,
-        curves=tuple(_adjusted(curves)),
+        curves=tuple(_adjust_p_values(curves)),
         scores={
             group: {
                 (name, metric): list(_by_seed(of_group, name, metric).values())
@@ -170,28 +179,8 @@ def study_results(results: Results) -> StudyResult:
     )
 
 
-def _grouped(rows: Iterable[Row]) -> dict[Group, list[Row]]:
-    groups: dict[Group, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["setting"], row["title"]), []).append(row)
-    return groups
-
-
-def _logs(results: Results) -> dict[Group, dict[int, Sequence[Row]]]:
-    """Logs by seed of the runs that did not fail: the log of one that did ends where it failed."""
-    finished = {(run["setting"], run["title"], run["seed"]) for run in _finished(results.runs)}
-    return {
-        group: {row["seed"]: row["rows"] for row in rows if (*group, row["seed"]) in finished}
-        for group, rows in _grouped(results.curves).items()
-    }
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _finished(runs: Iterable[Row]) -> list[Row]:
-    return [run for run in runs if not run["failed"]]
 
 
 def _others(settings: Mapping[str, Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -230,10 +219,7 @@ def _over_axis(
 
 
 def _over_steps(
-    group: Group,
-    fixed: Mapping[str, Any],
-    logs: Mapping[int, Sequence[Row]],
-    quantities: Mapping[str, str],
+    group: Group, fixed: Mapping[str, Any], logs: Mapping[int, Sequence[Row]], quantities: Mapping[str, str]
 ) -> list[Curve]:
     """Training loss and validation scores of one method in one setting, at the steps that all seeds logged."""
     name, method = group
@@ -243,40 +229,28 @@ def _over_steps(
         steps, values = seed_curves([_with_number(rows, key) for rows in logs.values()], key)
         if not steps:
             continue
-        if data == TRAIN:
-            in_phases = phases(steps, values)
-            places, values, descent = in_phases.steps, in_phases.losses, in_phases.descent
-        else:
-            values = 1 - values if quantity == "error" else values
-            places, descent = tuple(map(float, steps)), double_descent(values)
-        found.append(Curve(STEP, method, fixed, name, data, quantity, places, tuple(logs), values, descent=descent))
+        places, values = average_windows(steps, values) if data == TRAIN else (tuple(map(float, steps)), values)
+        values, seeds = 1 - values if quantity == "error" else values, tuple(logs)
+        descent = double_descent(values)
+        found.append(Curve(STEP, method, fixed, name, data, quantity, places, seeds, values, descent=descent))
     threshold = _threshold(found[0]) if found and found[0].data == TRAIN else None
     return [replace(curve, threshold=threshold) for curve in found]
 
 
 def _threshold(fitted: Curve) -> float | None:
-    if fitted.quantity == "error":
-        return interpolation_threshold(fitted.places, fitted.values)
-    return interpolation_threshold(fitted.places, fitted.values, FITTED_LOSS)
+    level = FITTED_ERROR if fitted.quantity == "error" else FITTED_LOSS
+    return interpolation_threshold(fitted.places, fitted.values, level)
 
 
 def _with_number(rows: Sequence[Row], key: str) -> list[Row]:
     return [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
 
 
-def _present(run: Row, name: str) -> bool:
-    return any(part in run["evaluation"] for part in _parts(name))
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    return (TRAIN, "train-clean", "train-noisy") if name == TRAIN else (name,)
-
-
 def _by_seed(runs: Sequence[Row], name: str, metric: str) -> dict[int, float]:
     """Values of a metric that is a mean over rows; for `TRAIN`, over clean and noisy ones together."""
     found = {}
-    for run in _finished(runs):
-        parts = [run["evaluation"].get(part, {}).get(metric) for part in _parts(name)]
+    for run in runs:
+        parts = [run["evaluation"].get(part, {}).get(metric) for part in (TRAINED if name == TRAIN else (name,))]
         parts = [part for part in parts if part and part["value"] is not None]
         rows = sum(part["n"] for part in parts)
         value = sum(part["value"] * part["n"] for part in parts) / rows if rows else math.nan
@@ -294,7 +268,7 @@ def _rectangle(columns: Sequence[Mapping[int, float]]) -> tuple[list[int], tuple
     return kept, tuple(seeds), np.array([[columns[index][seed] for index in kept] for seed in seeds])
 
 
-def _adjusted(curves: Sequence[Curve]) -> list[Curve]:
+def _adjust_p_values(curves: Sequence[Curve]) -> list[Curve]:
     families = [(curve.axis, curve.data, curve.quantity) for curve in curves]
     p_values = [curve.descent.p if curve.descent and curve.descent.p is not None else math.nan for curve in curves]
     adjusted = list(curves)

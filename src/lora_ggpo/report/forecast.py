@@ -68,11 +68,9 @@ def _time(found: Forecast) -> list[list[str]]:
         ["scoring in the end", duration(found.scoring_seconds)],
         ["a run, without loading and saving", duration(whole)],
     ]
-    return (
-        rows
-        if found.seeds == 1
-        else [*rows, [f"one run for each of {found.seeds} seeds", duration(found.seeds * whole)]]
-    )
+    if found.seeds > 1:
+        rows.append([f"one run for each of {found.seeds} seeds", duration(found.seeds * whole)])
+    return rows
 
 
 def _disk(found: Forecast) -> list[list[str]]:

@@ -1,8 +1,8 @@
-"""What reports are made of: tables of ready-made cells, figures in files, and pages that need nothing else."""
+"""What a report says, and the ways it is written: Markdown, LaTeX, figures, and one page that needs nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,52 +11,107 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from rich.table import Table
 
 from lora_ggpo.report.plots import inline_svg, render
-from lora_ggpo.report.tables import escape_markdown, latex_table, markdown_table
-from lora_ggpo.workspace.files import write_bytes
-
-NOTHING = "–"
-_WORDS = ("method", "verdict", "values", "setting", "why", "chosen", "axis", "curve")
+from lora_ggpo.report.tables import TextTable, escape_markdown
+from lora_ggpo.workspace.files import write_bytes, write_text
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A table of ready-made cells."""
+class Section:
+    """Tables under one heading; a single table may do without. What is `folded` is for the page alone."""
+
+    heading: str
+    tables: Sequence[TextTable]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report says.
+
+    Attributes:
+        title: Of the page.
+        lead: What was compared, in one line.
+        findings: In plain words, by what they are about.
+        table: What the terminal shows.
+        sections: All tables.
+        figures: By name.
+        captions: Of the figures, by name.
+        notes: How to read the tables.
+        made: With what, and how: names and values.
+    """
 
     title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    lead: str
+    findings: Mapping[str, str]
+    table: Table
+    sections: Sequence[Section]
+    figures: Mapping[str, Figure]
+    captions: Mapping[str, str]
+    notes: str
+    made: Sequence[tuple[str, str]]
 
     @property
-    def words(self) -> tuple[int, ...]:
-        """Columns of words; the others hold numbers."""
-        return tuple(index for index, name in enumerate(self.header) if name in _WORDS)
+    def verdicts(self) -> list[str]:
+        """The findings as lines."""
+        return [f"{subject}: {words}" for subject, words in self.findings.items()]
 
-    def markdown(self, level: str) -> str:
-        """The table below its title, a heading of `level` (``##``)."""
-        header, *rows = [[escape_markdown(cell) for cell in row] for row in (self.header, *self.rows)]
-        return f"{level} {escape_markdown(self.title)}\n\n{markdown_table(header, rows, self.words)}\n"
+    def write(self, folder: Path, *, markdown: str, latex: str, template: str, **values: Any) -> None:
+        """Write report.html, the files named and figures/.
 
-    def latex(self, setting: str = "") -> str:
-        """The table for LaTeX, with its title, after that of the setting, as the caption."""
-        caption = f"{setting}: {self.title}" if setting else self.title
-        return latex_table(self.header, self.rows, caption, self.words)
+        The same report always gives the same bytes, and every file is whole at any time.
+
+        Args:
+            template: Page of this package, which says how to read the report.
+            values: What it needs beside the report.
+        """
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, figure in self.figures.items():
+            for kind in ("png", "svg"):
+                write_bytes(folder / "figures" / f"{name}.{kind}", render(figure, kind))
+        write_text(folder / markdown, self._markdown())
+        write_text(folder / latex, self._latex())
+        write_text(folder / "report.html", self._page(template, values))
+
+    def _shown(self) -> list[Section]:
+        return [section for section in self.sections if not section.folded]
+
+    def _markdown(self) -> str:
+        parts = [f"# {escape_markdown(self.title)}\n\n"]
+        parts += [f"- {escape_markdown(line)}\n" for line in self.verdicts]
+        parts += ["\n", f"{escape_markdown(self.lead)}\n\n"]
+        for name in self.figures:
+            parts.append(f"![{name}](figures/{name}.svg)\n\n{escape_markdown(self.captions[name])}\n\n")
+        for section in self._shown():
+            parts += [f"## {escape_markdown(section.heading)}\n\n"] if section.heading else []
+            parts += [table.markdown("###" if section.heading else "##") for table in section.tables]
+        made = escape_markdown("; ".join(f"{name} {value}" for name, value in self.made))
+        return "".join([*parts, f"{self.notes}\n", f"\nMade with: {made}.\n" if made else ""])
+
+    def _latex(self) -> str:
+        tables = [table.latex(section.heading) for section in self._shown() for table in section.tables]
+        return "% \\usepackage{booktabs}\n" + "\n".join(tables)
+
+    def _page(self, template: str, values: Mapping[str, Any]) -> str:
+        loader = FunctionLoader(lambda name: (files("lora_ggpo.report") / name).read_text(encoding="utf-8"))
+        environment = Environment(
+            loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        drawn = [(Markup(inline_svg(figure)), self.captions[name]) for name, figure in self.figures.items()]
+        return environment.get_template(template).render(report=self, drawn=drawn, **values)
 
 
-def write_figures(folder: Path, figures: Mapping[str, Figure]) -> None:
-    """Write each figure as figures/NAME.png and .svg."""
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            write_bytes(folder / "figures" / f"{name}.{kind}", render(figure, kind))
+def provenance(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """With what a comparison or a study was made, from its facts.json."""
+    made = [("command", facts["command"]), ("seeds", ", ".join(map(str, facts["seeds"])))]
+    for index, one in enumerate(facts["environments"]):
+        made.append(("other runs on" if index else "made on", f"{one['device']}, {one['cpus']} CPUs"))
+        made += sorted(one["versions"].items(), key=lambda entry: entry[0].lower())
+    return made
 
 
-def render_page(template: str, figures: Mapping[str, Figure], captions: Mapping[str, str], **values: Any) -> str:
-    """Fill in a template of this package; it finds the figures with their captions under ``figures``."""
-    loader = FunctionLoader(lambda name: (files("lora_ggpo.report") / name).read_text(encoding="utf-8"))
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    drawn = [(name, Markup(inline_svg(figure)), captions[name]) for name, figure in figures.items()]
-    return environment.get_template(template).render(figures=drawn, **values)
+def count(number: int, what: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

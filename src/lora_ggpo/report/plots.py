@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,17 +14,17 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lora_ggpo.statistics.intervals import Interval, mean_interval, pareto_front, seed_curves
+from lora_ggpo.workspace.files import write_bytes
 
 Log = Sequence[Mapping[str, Any]]
 """Lines of log.jsonl."""
 
-LOSS, VALIDATION, SHARE = "loss", "validation/log_loss", "ggpo/gradient_share"
-_VALIDATION_KEYS = (VALIDATION, "validation/loss", "validation/mse")
+LOSS, SHARE = "loss", "ggpo/gradient_share"
+_VALIDATION_KEYS = ("validation/log_loss", "validation/loss", "validation/mse")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#9a9a9a"
@@ -36,41 +36,22 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 def save_training_plot(log: Log, path: Path) -> None:
     """Draw the loss of a run, with validation if it was measured, and the noise's gradient share if there is one."""
-    guided = bool(curve(log, SHARE)[0])
-    figure, panels = _figure(1 + guided, width=6.4)
+    shares = curve(log, SHARE)[1]
+    figure, panels = _panels(2 if shares else 1, 2, (5.8, 3.2))
     _line(panels[0], *curve(log, LOSS), COLOURS[0], "training")
     for key in _VALIDATION_KEYS:
         _line(panels[0], *curve(log, key), COLOURS[1], "validation")
-    _label(panels[0], "loss")
-    if guided:
+    _finish(panels[0], "loss", "optimizer step")
+    if shares:
         _line(panels[1], *curve(log, SHARE), COLOURS[2], None)
-        _label(panels[1], "share of the gradient term in the noise variance")
-        shares = [share for share in curve(log, SHARE)[1] if share > 0]
-        if shares and max(shares) > 10 * min(shares):
+        _finish(panels[1], "share of the gradient term in the noise variance", "optimizer step")
+        positive = [share for share in shares if share > 0]
+        if positive and max(positive) > 10 * min(positive):
             panels[1].set_yscale("log", nonpositive="mask")
         else:
             panels[1].set_ylim(0, 1)
-    _save(figure, path)
-
-
-def save_comparison_plot(
-    logs: Mapping[str, Sequence[Log]], scores: Mapping[str, Mapping[str, Sequence[float]]], path: Path
-) -> None:
-    """Compare methods: training loss and validation loss over steps, and final scores.
-
-    Args:
-        logs: For each method, the logs of its seeds. Lines are means, bands reach from the lowest seed to the highest.
-        scores: For each method, {score: one value for each seed}; dots are seeds, the bar is their mean.
-        path: The PNG to write.
-    """
-    figure, panels = _figure(3, width=12.8)
-    for colour, (method, of_seeds) in zip(itertools.cycle(COLOURS), logs.items(), strict=False):
-        _band(panels[0], of_seeds, LOSS, colour, method)
-        _band(panels[1], of_seeds, VALIDATION, colour, method)
-    _label(panels[0], "training loss")
-    _label(panels[1], "validation log-loss")
-    _dots(panels[2], scores)
-    _save(figure, path)
+    _legend(figure)
+    write_bytes(path, render(figure, "png"))
 
 
 @dataclass(frozen=True)
@@ -103,7 +84,7 @@ def draw_forest(differences: Mapping[str, Mapping[str, Mapping[str, Interval]]],
             panel.errorbar(means, [y for y, _ in points], xerr=halves, **style)
         panel.set_yticks(range(len(methods)), list(methods))
         panel.set_ylim(max(len(methods), 1) - 0.5, -0.5)
-        _finish(panel, setting, grid="x", legend=False)
+        _finish(panel, setting, grid="x")
     panels[-1, 0].set_xlabel(axis, fontsize=9)
     _legend(figure)
     return figure
@@ -124,8 +105,7 @@ def draw_learning_curves(logs: Mapping[str, Mapping[str, Sequence[Log]]], highli
             for method in sorted(methods, key=lambda name: name in highlighted):
                 for key in keys:
                     _highlighted_curve(panel, methods[method], key, method, highlighted)
-            _finish(panel, f"{title} loss{f', {setting}' if setting else ''}", legend=False)
-            panel.set_xlabel("optimizer step", fontsize=8)
+            _finish(panel, f"{title} loss{f', {setting}' if setting else ''}", "optimizer step")
     _legend(figure, order=highlighted)
     return figure
 
@@ -149,43 +129,9 @@ def draw_tradeoffs(
         for panel, (cost, title) in zip(row, costs.items(), strict=True):
             known = {name: (getattr(point, cost), point.score) for name, point in methods.items()}
             _front(panel, {name: one for name, one in known.items() if one[0]}, highlighted, higher_is_better)
-            _finish(panel, setting, legend=False)
-            panel.set_xlabel(title, fontsize=8)
+            _finish(panel, setting, title)
         row[0].set_ylabel(axis, fontsize=8)
     _legend(figure, order=highlighted)
-    return figure
-
-
-Curves = Mapping[str, tuple[Sequence[float], NDArray[np.float64]]]
-"""For each label the places on the x axis, and the values there of each seed: (seeds, places)."""
-
-
-@rc_context(_STYLE)
-def draw_curves(
-    panels: Mapping[str, Curves], x_label: str, y_label: str, *, log_x: bool = False, log_y: bool = False
-) -> Figure:
-    """One panel for each title: means over seeds, with bands from the lowest to the highest.
-
-    Args:
-        log_x: Logarithmic x axis.
-        log_y: Logarithmic y axis, from a millionth of the highest value on.
-    """
-    figure, axes = _panels(len(panels), 3, (3.6, 2.8))
-    styles = _styles(panels.values())
-    for panel, (title, curves) in zip(axes, panels.items(), strict=True):
-        for label, (places, values) in curves.items():
-            dashes, colour = styles[label]
-            panel.plot(places, values.mean(axis=0), color=colour, linestyle=dashes, label=label, linewidth=1.6)
-            panel.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
-        if log_x:
-            panel.set_xscale("log")
-        if log_y:
-            panel.set_yscale("log")
-            panel.set_ylim(bottom=1e-6 * max((float(values.max()) for _, values in curves.values()), default=1.0))
-        _finish(panel, title, legend=False)
-        panel.set_xlabel(x_label, fontsize=8)
-        panel.set_ylabel(y_label, fontsize=8)
-    _legend(figure)
     return figure
 
 
@@ -199,40 +145,58 @@ class Line:
     dotted: Sequence[float] = ()
 
 
+Panels = Mapping[str, Mapping[str, Line]]
+"""Lines by the title of their panel and by label; a label has one style in all panels."""
+
+
 @rc_context(_STYLE)
-def draw_bands(
-    panels: Mapping[str, Mapping[str, Line]], x_label: str, *, columns: int, ticks: Sequence[float] = ()
+def draw_lines(
+    panels: Panels,
+    x_label: str,
+    y_label: str = "",
+    *,
+    columns: int = 3,
+    ticks: Sequence[float] = (),
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> Figure:
     """One panel for each title: means over seeds with their 95 % t intervals.
 
     Args:
-        panels: {title: {label: ...}}.
         columns: Panels side by side.
         ticks: Values of the x axis; those of very different sizes are put on a logarithmic one.
+        log_y: Logarithmic y axis, from a millionth of the highest value on.
     """
     figure, axes = _panels(len(panels), columns, (4.4, 2.7))
-    styles = _styles(panels.values())
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines)
+    styles = dict(zip(labels, itertools.cycle(_LINES), strict=False))
+    log_x = log_x or bool(ticks and min(ticks) > 0 and max(ticks) >= 8 * min(ticks))
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
-            dashes, colour = styles[label]
-            means = line.values.mean(axis=0)
-            style: Any = {"lw": 1.6, "marker": "o" if len(means) < 30 else "", "ms": 3}
-            panel.plot(line.places, means, color=colour, linestyle=dashes, label=label, **style)
-            if len(line.values) > 1:
-                halves = np.array([mean_interval(of_place.tolist()).half for of_place in line.values.T])
-                panel.fill_between(line.places, means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
-            for dashes, marks in (("--", line.dashed), (":", line.dotted)):
-                for place in marks:
-                    panel.axvline(place, color=colour, linestyle=dashes, linewidth=1.0)
-        if ticks and min(ticks) > 0 and max(ticks) >= 8 * min(ticks):
+            _draw_line(panel, line, label, *styles[label])
+        if log_x:
             panel.set_xscale("log")
         if ticks:
             panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
             panel.set_xticks([], minor=True)
-        _finish(panel, title, legend=False)
-        panel.set_xlabel(x_label, fontsize=8)
+        if log_y:
+            highest = max((float(line.values.max()) for line in lines.values()), default=1.0)
+            panel.set_yscale("log")
+            panel.set_ylim(1e-6 * highest, 2 * highest)
+        _finish(panel, title, x_label, y_label)
     _legend(figure)
     return figure
+
+
+def _draw_line(panel: Axes, line: Line, label: str, dashes: str, colour: str) -> None:
+    means = line.values.mean(axis=0)
+    _line(panel, line.places, means.tolist(), colour, label, dashes)
+    if len(line.values) > 1:
+        halves = np.array([mean_interval(of_place.tolist()).half for of_place in line.values.T])
+        panel.fill_between(line.places, means - halves, means + halves, color=colour, alpha=0.15, linewidth=0)
+    for style, marks in (("--", line.dashed), (":", line.dotted)):
+        for place in marks:
+            panel.axvline(place, color=colour, linestyle=style, linewidth=1.0)
 
 
 @dataclass(frozen=True)
@@ -259,10 +223,8 @@ def draw_heat_maps(maps: Mapping[str, HeatMap], x_label: str, y_label: str, colo
         every = -(-len(one.columns) // 12)
         panel.set_xticks(np.arange(len(one.columns))[::every] + 0.5, [f"{value:g}" for value in one.columns[::every]])
         panel.set_yticks(np.arange(len(one.rows)) + 0.5, [f"{value:g}" for value in one.rows])
-        _finish(panel, title, legend=False)
+        _finish(panel, title, x_label, y_label)
         panel.grid(visible=False)
-        panel.set_xlabel(x_label, fontsize=8)
-        panel.set_ylabel(y_label, fontsize=8)
     bar = figure.colorbar(mesh, ax=axes, label=colour_label, shrink=0.9)
     for solid in bar.ax.collections:  # an image in an SVG would be an address, which pages forbid
         solid.set(rasterized=False, edgecolor="face")
@@ -286,7 +248,7 @@ def draw_planes(planes: Mapping[str, Mapping[str, Any]]) -> Figure:
         filled = panel.contourf(one["at"], one["at"], loss, levels=levels, norm="log", cmap="viridis")
         panel.contour(one["at"], one["at"], loss, levels=levels, colors="white", linewidths=0.3)
         panel.set_aspect("equal")
-        _finish(panel, title, legend=False)
+        _finish(panel, title)
     figure.colorbar(filled, ax=axes, label="loss", shrink=0.8, format="%.2g")
     return figure
 
@@ -312,12 +274,6 @@ def curve(log: Log, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _figure(panels: int, width: float) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(width if panels != 2 else 1.6 * width, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(np.atleast_1d(figure.subplots(1, panels)))
-
-
 def _panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     """`count` panels of a size in inches, at most `columns` side by side."""
     columns = min(count, columns)
@@ -329,49 +285,25 @@ def _panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure
     return figure, axes[:count]
 
 
-def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, label: str | None) -> None:
-    if steps:
-        axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker="o" if len(steps) < 30 else "", ms=3)
-
-
-def _band(axes: Axes, logs: Sequence[Log], key: str, colour: str, label: str) -> None:
-    steps, values = seed_curves(logs, key)
-    if not steps:
-        return
-    _line(axes, steps, values.mean(axis=0).tolist(), colour, label)
-    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
-
-
-def _dots(axes: Axes, scores: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    names = list(dict.fromkeys(name for of_method in scores.values() for name in of_method))
-    for index, (colour, (method, of_method)) in enumerate(zip(itertools.cycle(COLOURS), scores.items(), strict=False)):
-        shift = (index - (len(scores) - 1) / 2) * 0.3
-        for position, name in enumerate(names):
-            values = of_method.get(name, ())
-            axes.plot([position + shift] * len(values), values, "o", color=colour, alpha=0.55, ms=5)
-            if len(values):
-                mean = float(np.mean(values))
-                label = method if position == 0 else None
-                axes.plot(
-                    [position + shift - 0.1, position + shift + 0.1], [mean, mean], color=colour, lw=2.4, label=label
-                )
-    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
-    axes.set_xlim(-0.6, len(names) - 0.4)
-    _finish(axes, "accuracy")
-
-
-def _label(axes: Axes, title: str) -> None:
-    axes.set_xlabel("optimizer step")
-    _finish(axes, title)
+def _line(
+    axes: Axes, places: Sequence[float], values: Sequence[float], colour: str, label: str | None, dashes: str = "-"
+) -> None:
+    if len(places):
+        style: Any = {"linestyle": dashes, "linewidth": 1.6, "marker": "o" if len(places) < 30 else "", "ms": 3}
+        axes.plot(places, values, color=colour, label=label, **style)
 
 
 def _highlighted_curve(axes: Axes, logs: Sequence[Log], key: str, method: str, highlighted: Sequence[str]) -> None:
-    if method in highlighted:
-        _band(axes, logs, key, COLOURS[highlighted.index(method)], method)
-        return
     steps, values = seed_curves(logs, key)
-    if steps:
-        axes.plot(steps, values.mean(axis=0), color=_GREY, linewidth=0.8, alpha=0.7, label="other methods")
+    if not steps:
+        return
+    mean = values.mean(axis=0).tolist()
+    if method not in highlighted:
+        axes.plot(steps, mean, color=_GREY, linewidth=0.8, alpha=0.7, label="other methods")
+        return
+    colour = COLOURS[highlighted.index(method)]
+    _line(axes, steps, mean, colour, method)
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
 
 
 def _front(
@@ -393,12 +325,6 @@ def _front(
             axes.annotate(name, (x, score.mean), textcoords="offset points", fontsize=7.5, **place)
 
 
-def _styles(panels: Iterable[Iterable[str]]) -> dict[str, tuple[str, str]]:
-    """Dashes and a colour for each label, which are the same in all panels."""
-    labels = dict.fromkeys(label for panel in panels for label in panel)
-    return dict(zip(labels, itertools.cycle(_LINES), strict=False))
-
-
 def _legend(figure: Figure, order: Sequence[str] = ()) -> None:
     """One legend above all panels, with each label of any of them once, those of `order` first."""
     found: dict[str, Any] = {}
@@ -412,16 +338,10 @@ def _legend(figure: Figure, order: Sequence[str] = ()) -> None:
         )
 
 
-def _finish(axes: Axes, title: str, grid: Literal["x", "y"] = "y", *, legend: bool = True) -> None:
+def _finish(axes: Axes, title: str, x_label: str = "", y_label: str = "", *, grid: Literal["x", "y"] = "y") -> None:
     axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
     axes.grid(axis=grid, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)

@@ -3,69 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.markup import escape
-from rich.table import Table
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.report.plots import Curves, draw_curves, draw_planes, render
-from lora_ggpo.report.tables import escape_markdown, format_interval, latex_table, markdown_table, rows_table
+from lora_ggpo.report.page import Report, Section, count
+from lora_ggpo.report.plots import Line, Panels, draw_lines, draw_planes
+from lora_ggpo.report.tables import NOTHING, TextTable, format_interval, rows_table
 from lora_ggpo.statistics.intervals import Interval, mean_interval, paired_difference, verdict
-from lora_ggpo.workspace.files import read_json, write_bytes, write_text
+from lora_ggpo.workspace.files import read_json
 
 Key = tuple[str, str, str | None, float | None]
 """Space, measure, noise law and size."""
 
-_CAPTION = {
-    True: "mean over seeds ± half its 95 % t interval; differences are paired by seed",
-    False: "value ± error of its estimate: standard error; residual norm (eigenvalue); spread of restarts (worst rise)",
+Measured = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""What was measured of each run, by label and seed."""
+
+_NOTES = {
+    True: "Mean over seeds ± half its 95 % t interval; differences are paired by seed.",
+    False: "Value ± error of its estimate: standard error; residual norm (eigenvalue); spread of restarts (worst).",
+}
+_CAPTIONS = {
+    "expected": "Expected rise of the loss under noise of growing size: mean over seeds with its 95 % t interval.",
+    "slices": "Loss along one filter-normalised random direction: mean over seeds with its 95 % t interval.",
+    "spectrum": "Density of the Hessian’s eigenvalues: mean over seeds with its 95 % t interval.",
+    "lines": "Loss on the straight line between two models of the same seed.",
+    "planes": "Loss in the plane of two filter-normalised random directions, of each label’s first seed.",
 }
 
 
-@dataclass(frozen=True)
-class SharpnessReport:
-    """What was found, for the terminal."""
-
-    table: Table
-    verdicts: list[str]
-
-
-def write_sharpness_report(folder: Path) -> SharpnessReport:
-    """Write the tables (sharpness.md, .tex) and figures/ of the runs that ``folder/measured.json`` lists.
+def write_sharpness_report(folder: Path) -> Report:
+    """Write sharpness.md, sharpness.tex, report.html and figures/ of the runs that ``folder/measured.json`` lists.
 
     Raises:
         UserError: there is none, or a file is damaged.
     """
     if not (folder / "measured.json").is_file():
         raise UserError(f"{folder} holds no measurements; give its `lora-ggpo sharpness` command again.")
-    measured = read_json(folder / "measured.json")
-    by_label: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for one in measured["runs"]:
-        by_label.setdefault(one["label"], {})[one["seed"]] = read_json(folder / "points" / one["file"])
-    lines = [{**read_json(folder / "points" / one["file"]), **one} for one in measured["lines"]]
-    header, rows = _cells(by_label)
-    caption = _CAPTION[_several(by_label)]
-    escaped = [[escape_markdown(cell) for cell in row] for row in rows]
-    verdicts = _verdicts(by_label)
-    text = "".join(f"- {escape_markdown(line)}\n" for line in verdicts)
-    write_text(folder / "sharpness.md", f"# Sharpness\n\n{text}\n{markdown_table(header, escaped)}\n{caption}\n")
-    write_text(folder / "sharpness.tex", "% \\usepackage{booktabs}\n" + latex_table(header, rows, caption, (0,)))
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, figure in _figures(by_label, lines).items():
-        for kind in ("png", "svg"):
-            write_bytes(folder / "figures" / f"{name}.{kind}", render(figure, kind))
-    return SharpnessReport(rows_table([*map(escape, header)], rows, caption), verdicts)
+    listed = read_json(folder / "measured.json")
+    measured: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for one in listed["runs"]:
+        measured.setdefault(one["label"], {})[one["seed"]] = read_json(folder / "points" / one["file"])
+    lines = [{**read_json(folder / "points" / one["file"]), **one} for one in listed["lines"]]
+    notes = _NOTES[_several(measured)]
+    table = _table(measured)
+    asked = read_json(folder / "settings.json") if (folder / "settings.json").is_file() else {}
+    report = Report(
+        title="Sharpness",
+        lead=f"{', '.join(measured)}; {count(len(listed['runs']), 'run')}",
+        findings=_verdicts(measured),
+        table=rows_table([*map(escape, table.header)], table.rows, notes),
+        sections=[Section("", [table])],
+        figures=_figures(measured, lines),
+        captions=_CAPTIONS,
+        notes=notes,
+        made=[(name, str(value)) for part in ("settings", "versions") for name, value in asked.get(part, {}).items()],
+    )
+    report.write(folder, markdown="sharpness.md", latex="sharpness.tex", template="sharpness.html.j2")
+    return report
 
 
-def _several(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> bool:
+def _several(measured: Measured) -> bool:
     """Whether spreads are those over seeds; else they are the errors of the estimates."""
-    return any(len(seeds) > 1 for seeds in by_label.values())
+    return any(len(seeds) > 1 for seeds in measured.values())
 
 
 def _measures(run: Mapping[str, Any]) -> dict[Key, Interval]:
@@ -78,114 +83,104 @@ def _measures(run: Mapping[str, Any]) -> dict[Key, Interval]:
     }
 
 
-def _values(seeds: Mapping[int, Mapping[str, Any]], key: Key) -> dict[int, Interval]:
-    found = {seed: _measures(run).get(key) for seed, run in seeds.items()}
-    return {seed: interval for seed, interval in found.items() if interval is not None}
-
-
-def _summary(values: Mapping[int, Interval], *, several: bool) -> Interval | None:
-    if not values:
-        return None
-    return mean_interval([one.mean for one in values.values()]) if several else next(iter(values.values()))
+def _by_key(measured: Measured) -> dict[Key, dict[str, dict[int, Interval]]]:
+    """The values of each measure by label and seed."""
+    found: dict[Key, dict[str, dict[int, Interval]]] = {}
+    for label, seeds in measured.items():
+        for seed, run in seeds.items():
+            for key, interval in _measures(run).items():
+                found.setdefault(key, {one: {} for one in measured})[label][seed] = interval
+    return found
 
 
 def _difference(first: Mapping[int, Interval], second: Mapping[int, Interval]) -> Interval | None:
-    common = sorted(set(first) & set(second))
+    common = sorted(first.keys() & second.keys())
     if not common:
         return None
     return paired_difference([first[seed].mean for seed in common], [second[seed].mean for seed in common])
 
 
-def _keys(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Key]:
-    return list(dict.fromkeys(key for seeds in by_label.values() for run in seeds.values() for key in _measures(run)))
-
-
-def _cells(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    first, *others = by_label
-    counts = {label: len(seeds) for label, seeds in by_label.items()}
+def _table(measured: Measured) -> TextTable:
+    first, *others = measured
+    counts = {label: len(seeds) for label, seeds in measured.items()}
     named = {label: label if len(set(counts.values())) == 1 else f"{label} (n = {n})" for label, n in counts.items()}
-    header = ["measure", *named.values(), *(f"{other} - {first}" for other in others)]
+    several = _several(measured)
     rows = []
-    for key in _keys(by_label):
-        values = {label: _values(seeds, key) for label, seeds in by_label.items()}
-        shown = [_cell(_summary(found, several=_several(by_label))) for found in values.values()]
-        shown += [_cell(_difference(values[first], values[other]), sign=True) for other in others]
-        rows.append([describe(key), *shown])
-    return header, rows
+    for key, values in _by_key(measured).items():
+        cells = []
+        for found in (list(of_label.values()) for of_label in values.values()):
+            summary = mean_interval([one.mean for one in found]) if found and several else next(iter(found), None)
+            cells.append(_cell(summary))
+        cells += [_cell(_difference(values[first], values[other]), sign=True) for other in others]
+        rows.append((describe(key), *cells))
+    header = ("measure", *named.values(), *(f"{other} - {first}" for other in others))
+    return TextTable("Measures", header, tuple(rows))
 
 
 def describe(key: Key) -> str:
     """A measure in words."""
     space, measure, noise, size = key
     words = {
-        "loss": "loss",
-        "expected": f"expected rise, {noise} noise, sigma {size:g}" if size is not None else "",
-        "worst": f"worst rise found, rho {size:g}" if size is not None else "",
-        "eigenvalue": f"eigenvalue {size:.0f}" if size is not None else "",
+        "expected": f"expected rise, {noise} noise, sigma {size or 0:g}",
+        "worst": f"worst rise found, rho {size or 0:g}",
+        "eigenvalue": f"eigenvalue {size or 0:.0f}",
         "trace": f"trace, per sigma² of {noise} noise" if noise else "trace",
     }
-    return f"{space}: {words[measure]}"
+    return f"{space}: {words.get(measure, measure)}"
 
 
 def _cell(interval: Interval | None, *, sign: bool = False) -> str:
     if interval is None:
-        return "–"
-    magnitude = abs(interval.mean) or 1.0
-    digits = max(0, min(7, 3 - math.floor(math.log10(magnitude))))
+        return NOTHING
+    digits = max(0, min(7, 3 - math.floor(math.log10(abs(interval.mean) or 1.0))))
     return format_interval(interval, sign=sign, digits=digits)
 
 
-def _verdicts(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    """One line for each other label: where it is flatter, where sharper, and where nothing was found."""
-    first, *others = by_label
-    lines = []
+def _verdicts(measured: Measured) -> dict[str, str]:
+    """For each other label: where it is flatter, where sharper, and where nothing was found."""
+    first, *others = measured
+    findings = {}
     for other in others:
         said: dict[str, list[str]] = {}
-        for key in _keys(by_label):
-            difference = _difference(_values(by_label[first], key), _values(by_label[other], key))
+        for key, values in _by_key(measured).items():
+            difference = _difference(values[first], values[other])
             if difference is None or key[1] == "loss":
                 continue
             words = verdict(difference, other, higher_is_better=False)
             words = {"better": "flatter", "worse": "sharper"}.get(words.rpartition(" ")[2], words)
             said.setdefault(words, []).append(describe(key))
-        counts = "; ".join(f"{words}: {_count(found)}" for words, found in said.items())
-        lines.append(f"{other} against {first}: {counts or 'no seed in common'}")
-    return lines
-
-
-def _count(found: Sequence[str]) -> str:
-    return ", ".join(found) if len(found) <= 4 else f"{len(found)} measures"
+        counts = (f"{w}: {', '.join(of) if len(of) <= 4 else f'{len(of)} measures'}" for w, of in said.items())
+        findings[f"{other} against {first}"] = "; ".join(counts) or "no seed in common"
+    return findings
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
 
 
-def _figures(
-    by_label: Mapping[str, Mapping[int, Mapping[str, Any]]], lines: Sequence[Mapping[str, Any]]
-) -> dict[str, Figure]:
-    spaces = list(dict.fromkeys(key[0] for key in _keys(by_label)))
-    expected = dict(_expected_panels(by_label))
+def _figures(measured: Measured, lines: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    runs = [run for seeds in measured.values() for run in seeds.values()]
+    spaces = list(dict.fromkeys(row["space"] for run in runs for row in run["measures"]))
     slices = {
-        f"{space}: loss along a filter-normalised direction": _stacked(by_label, "slices", space, "at", "loss")
+        f"{space}: loss along a filter-normalised direction": _stack(measured, "slices", space, "at", "loss")
         for space in spaces
     }
     spectra = {
-        f"{space}: spectral density of the Hessian": _stacked(by_label, "spectra", space, "eigenvalue", "density")
+        f"{space}: spectral density of the Hessian": _stack(measured, "spectra", space, "eigenvalue", "density")
         for space in spaces
     }
+    expected = _expected_panels(measured)
     figures = {
-        "expected": draw_curves(expected, "sigma, relative size of the noise", "rise of the loss", log_x=True),
-        "slices": draw_curves(slices, "step, in lengths of each row", "loss"),
+        "expected": draw_lines(expected, "sigma, relative size of the noise", "rise of the loss", log_x=True),
+        "slices": draw_lines(slices, "step, in lengths of each row", "loss"),
     }
     if any(spectra.values()):
-        figures["spectrum"] = draw_curves(spectra, "eigenvalue", "density", log_y=True)
+        figures["spectrum"] = draw_lines(spectra, "eigenvalue", "density", log_y=True)
     if lines:
-        figures["lines"] = draw_curves(
-            {"loss between models": _between(lines)}, "from the first model to the other", "loss"
-        )
+        between = {"loss between models": _between(lines)}
+        figures["lines"] = draw_lines(between, "from the first model to the other", "loss")
     planes = {
         f"{label}, {space}": run["planes"][space]
-        for label, seeds in by_label.items()
+        for label, seeds in measured.items()
         for run in list(seeds.values())[:1]
         for space in spaces
         if run["planes"].get(space)
@@ -195,40 +190,38 @@ def _figures(
     return figures
 
 
-def _expected_panels(by_label: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Iterator[tuple[str, Curves]]:
-    keys = [key for key in _keys(by_label) if key[1] == "expected"]
-    for space, noise in dict.fromkeys((key[0], key[2]) for key in keys):
-        sizes = [key[3] for key in keys if (key[0], key[2]) == (space, noise)]
-        curves = {}
-        for label, seeds in by_label.items():
-            rows = [
-                [found[space, "expected", noise, size].mean for size in sizes]
-                for run in seeds.values()
-                for found in [_measures(run)]
-                if (space, "expected", noise, sizes[0]) in found  # a run without an adapter has no such space
-            ]
-            if rows:
-                curves[label] = ([float(size or 0) for size in sizes], np.array(rows))
-        yield f"{space}: {noise} noise", curves
+def _expected_panels(measured: Measured) -> Panels:
+    panels: dict[str, dict[str, Line]] = {}
+    sizes: dict[tuple[str, str | None], list[float]] = {}
+    by_key = _by_key(measured)
+    for space, measure, noise, size in by_key:
+        if measure == "expected":
+            sizes.setdefault((space, noise), []).append(size or 0.0)
+    for (space, noise), at in sizes.items():
+        values = [by_key[space, "expected", noise, size] for size in at]
+        panels[f"{space}: {noise} noise"] = {
+            label: Line(at, np.array([[of_size[label][seed].mean for of_size in values] for seed in values[0][label]]))
+            for label in measured
+            if values[0][label]  # a run without an adapter has no such space
+        }
+    return panels
 
 
-def _stacked(
-    by_label: Mapping[str, Mapping[int, Mapping[str, Any]]], what: str, space: str, places: str, values: str
-) -> Curves:
-    """Curves over the places of all, which slices share; of spectra, whose places differ, none so loses a peak."""
+def _stack(measured: Measured, what: str, space: str, places: str, values: str) -> dict[str, Line]:
+    """Curves over the places of all of them: the places of spectra differ, and none may lose a peak."""
     found = {
-        label: [run[what][space] for run in seeds.values() if run[what].get(space)] for label, seeds in by_label.items()
+        label: [run[what][space] for run in seeds.values() if run[what].get(space)] for label, seeds in measured.items()
     }
     at = sorted({place for of_label in found.values() for one in of_label for place in one[places]})
     return {
-        label: (at, np.array([np.interp(at, one[places], one[values], 0, 0) for one in of_label]))
+        label: Line(at, np.array([np.interp(at, one[places], one[values], 0, 0) for one in of_label]))
         for label, of_label in found.items()
         if of_label
     }
 
 
-def _between(lines: Sequence[Mapping[str, Any]]) -> Curves:
-    by_pair: dict[str, list[Mapping[str, Any]]] = {}
+def _between(lines: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
+    pairs: dict[str, list[Mapping[str, Any]]] = {}
     for one in lines:
-        by_pair.setdefault(f"{one['from']} to {one['to']}", []).append(one)
-    return {pair: (found[0]["at"], np.array([one["loss"] for one in found])) for pair, found in by_pair.items()}
+        pairs.setdefault(f"{one['from']} to {one['to']}", []).append(one)
+    return {pair: Line(found[0]["at"], np.array([one["loss"] for one in found])) for pair, found in pairs.items()}

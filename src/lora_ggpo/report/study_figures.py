@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lora_ggpo.comparison.axes import setting_name
 from lora_ggpo.report.descents import QUANTITIES, STEP, TRAIN, VALIDATION, Curve, StudyResult, set_name
-from lora_ggpo.report.plots import COLOURS, HeatMap, Line, draw_bands, draw_heat_maps
+from lora_ggpo.report.plots import COLOURS, HeatMap, Line, draw_heat_maps, draw_lines
 from lora_ggpo.statistics.descent import FITTED_ERROR, FITTED_LOSS
 
 _LINES = len(COLOURS) + 2
@@ -61,13 +61,13 @@ def _draw_curves(axis: str, curves: Sequence[Curve], found: StudyResult) -> Figu
             title = f"{set_name(data)} {QUANTITIES[quantity].shown_as}{f', {group}' if group else ''}"
             panels[title] = {label: _line(one) for label, one in of_kind.items()}
     ticks = () if axis == STEP else tuple(sorted({place for curve in curves for place in curve.places}))
-    return draw_bands(panels, _axis_label(axis, found), columns=columns, ticks=ticks)
+    return draw_lines(panels, _axis_label(axis, found), columns=columns, ticks=ticks)
 
 
 def _line(curve: Curve) -> Line:
     fitted = () if curve.threshold is None else (curve.threshold,)
     turns = curve.rises if curve.found and curve.rises else ()
-    return Line(curve.places, curve.values * QUANTITIES[curve.quantity].scale, fitted, turns)
+    return Line(curve.places, curve.values * curve.metric.scale, fitted, turns)
 
 
 def _groups(curves: Sequence[Curve], found: StudyResult) -> dict[str, list[tuple[str, Curve]]]:

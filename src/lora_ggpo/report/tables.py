@@ -1,10 +1,11 @@
-"""Tables: for the terminal, Markdown and LaTeX."""
+"""Tables and what stands in them: for the terminal, Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -12,10 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from lora_ggpo.statistics.intervals import Interval, mean_interval
+from lora_ggpo.statistics.metrics import Metric
 
 Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{set: {metric: {"value", "se", "n"}}}, as metrics.json holds it."""
 
+NOTHING = "–"
+_WORDS = ("method", "verdict", "values", "setting", "why", "chosen", "curve")
 _LATEX: Mapping[str, str] = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -33,53 +37,65 @@ _LATEX: Mapping[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class TextTable:
+    """A table of ready-made cells."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """Columns of words, which stand on the left; the others hold numbers, on the right."""
+        return tuple(index for index, name in enumerate(self.header) if not index or name in _WORDS)
+
+    def markdown(self, level: str = "##") -> str:
+        """The table below its title, a heading of `level`."""
+        header, *rows = [[escape_markdown(cell) for cell in row] for row in (self.header, *self.rows)]
+        rule = ["---" if index in self.words else "---:" for index in range(len(header))]
+        lines = "".join("| " + " | ".join(line) + " |\n" for line in (header, rule, *rows))
+        return f"{level} {escape_markdown(self.title)}\n\n{lines}\n"
+
+    def latex(self, section: str = "") -> str:
+        """The table for the package booktabs, with its title, after that of the section, as the caption."""
+        caption = escape_latex(f"{section}: {self.title}" if section else self.title)
+        columns = "".join("l" if index in self.words else "r" for index in range(len(self.header)))
+        first, *others = (" & ".join(map(escape_latex, line)) + " \\\\\n" for line in (self.header, *self.rows))
+        return (
+            f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\begin{{tabular}}{{{columns}}}\n"
+            f"\\toprule\n{first}\\midrule\n{''.join(others)}\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
+        )
+
+
 def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
     """One row for each set: with one run, value ± standard error; with several, mean ± half the 95 % t interval."""
-    sets = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation))
-    metrics = list(
-        dict.fromkeys(metric for evaluation in evaluations for rows in evaluation.values() for metric in rows)
-    )
+    sets = dict.fromkeys(name for evaluation in evaluations for name in evaluation)
+    metrics = dict.fromkeys(metric for evaluation in evaluations for found in evaluation.values() for metric in found)
     spread = "± standard error" if len(evaluations) == 1 else f"mean of {len(evaluations)} seeds ± 95 % t interval"
-    table = _table("set", "rows", *map(escape, metrics), title=spread)
+    rows = []
     for name in sets:
         found = [evaluation[name] for evaluation in evaluations if name in evaluation]
-        rows = str(next(iter(found[0].values()))["n"])
-        table.add_row(escape(name), rows, *(_cell([metrics.get(metric) for metrics in found]) for metric in metrics))
-    return table
+        count = str(next(iter(found[0].values()))["n"])
+        rows.append([escape(name), count, *(_metric_cell([one.get(metric) for one in found]) for metric in metrics)])
+    return rows_table(["set", "rows", *map(escape, metrics)], rows, spread)
 
 
 def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A table of ready-made cells in rich's markup, the first column on the left."""
-    table = _table(*header, title=title)
+    table = Table(box=box.SIMPLE_HEAD, caption=title, caption_justify="left", pad_edge=False)
+    for index, name in enumerate(header):
+        numbers = index > 0 and name != "verdict"
+        table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=numbers)
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
-    """The same cells in Markdown; columns of `words` are on the left, the others, numbers, on the right."""
-    lines = [header, ["---" if index in words else "---:" for index in range(len(header))], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def escape_markdown(text: str) -> str:
     """Any text as the inside of a Markdown table's cell."""
     escaped = re.sub(r"([\\`*_\[\]|$~])", r"\\\1", " ".join(text.split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def latex_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, words: Collection[int]) -> str:
-    """The same cells as a LaTeX table, for the package booktabs.
-
-    Args:
-        words: Columns on the left; the others are numbers, on the right.
-    """
-    columns = "".join("l" if index in words else "r" for index in range(len(header)))
-    first, *others = (" & ".join(map(escape_latex, line)) + " \\\\\n" for line in (header, *rows))
-    return (
-        f"\\begin{{table}}\n\\centering\n\\caption{{{escape_latex(caption)}}}\n\\begin{{tabular}}{{{columns}}}\n"
-        f"\\toprule\n{first}\\midrule\n{''.join(others)}\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
-    )
 
 
 def escape_latex(text: str) -> str:
@@ -94,6 +110,16 @@ def format_interval(interval: Interval, *, sign: bool = False, digits: int = 4) 
     return f"{mean} ± {interval.half:{form}}" if math.isfinite(interval.half) else mean
 
 
+def format_score(interval: Interval | None, metric: Metric, *, sign: bool = False) -> str:
+    """`interval` as `metric` is shown."""
+    return NOTHING if interval is None else format_interval(metric.scaled(interval), sign=sign, digits=metric.digits)
+
+
+def format_p(p: float) -> str:
+    """A p-value; nan is none."""
+    return NOTHING if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def sparkline(values: Sequence[float], width: int = 60) -> str:
     """A curve in one line of text."""
     finite = [value for value in values if math.isfinite(value)]
@@ -106,19 +132,11 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(bars[round((value - low) / span * (len(bars) - 1))] for value in finite)
 
 
-def _table(*header: str, title: str | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, caption=title, caption_justify="left", pad_edge=False)
-    for index, name in enumerate(header):
-        numbers = index > 0 and name != "verdict"
-        table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=numbers)
-    return table
-
-
-def _cell(metrics: Sequence[Mapping[str, Any] | None]) -> str:
-    values = [metric["value"] for metric in metrics if metric is not None and metric["value"] is not None]
-    if not values:
-        return "–"
+def _metric_cell(metrics: Sequence[Mapping[str, Any] | None]) -> str:
+    found = [metric for metric in metrics if metric is not None and metric["value"] is not None]
+    if not found:
+        return NOTHING
     if len(metrics) == 1:
-        se = metrics[0]["se"] if metrics[0] else None
-        return format_interval(Interval(values[0], math.nan if se is None else se, 1))
-    return format_interval(mean_interval(values))
+        se = found[0]["se"]
+        return format_interval(Interval(found[0]["value"], math.nan if se is None else se, 1))
+    return format_interval(mean_interval([metric["value"] for metric in found]))

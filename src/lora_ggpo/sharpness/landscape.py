@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.sharpness.point import Parameters, Point, moved, row_norms_squared, rows_view
-
-Progress = Callable[[], None]
+from lora_ggpo.sharpness.point import Parameters, Point, move, row_norms_squared, rows_view
 
 
 def filter_direction(point: Point, seed: int) -> dict[str, torch.Tensor]:
@@ -29,11 +27,9 @@ def filter_direction(point: Point, seed: int) -> dict[str, torch.Tensor]:
     return direction
 
 
-def line(
-    point: Point, direction: Parameters, at: Sequence[float], progress: Progress = lambda: None
-) -> NDArray[np.float64]:
+def line(point: Point, direction: Parameters, at: Sequence[float]) -> NDArray[np.float64]:
     """L(theta* + t direction) for each t of `at`."""
-    return plane(point, direction, direction, at, [0.0], progress)[0]
+    return plane(point, direction, direction, at, [0.0])[0]
 
 
 def plane(
@@ -42,18 +38,13 @@ def plane(
     second: Parameters,
     along_first: Sequence[float],
     along_second: Sequence[float],
-    progress: Progress = lambda: None,
 ) -> NDArray[np.float64]:
     """L(theta* + s first + t second): one row for each t, one column for each s."""
-    values = np.empty((len(along_second), len(along_first)))
-    for row, t in enumerate(along_second):
-        for column, s in enumerate(along_first):
-            values[row, column] = point.loss(moved(moved(point.parameters, first, s), second, t))
-            progress()
-    return values
+    rows = [move(point.parameters, second, t) for t in along_second]
+    return np.array([[point.loss(move(row, first, s)) for s in along_first] for row in rows])
 
 
-def between(first: Point, second: Point, at: Sequence[float], progress: Progress = lambda: None) -> NDArray[np.float64]:
+def between(first: Point, second: Point, at: Sequence[float]) -> NDArray[np.float64]:
     """L of the first point's sample on the straight line from the first model (0) to the second (1).
 
     The line is drawn between all parameters, heads included.
@@ -65,8 +56,4 @@ def between(first: Point, second: Point, at: Sequence[float], progress: Progress
     if {name: p.shape for name, p in start.items()} != {name: p.shape for name, p in end.items()}:
         raise UserError("Two runs can be joined by a line only where both train the same model.")
     way = {name: (end[name] - p).detach() for name, p in start.items()}
-    values = np.empty(len(at))
-    for index, t in enumerate(at):
-        values[index] = first.loss(moved(start, way, t))
-        progress()
-    return values
+    return np.array([first.loss(move(start, way, t)) for t in at])

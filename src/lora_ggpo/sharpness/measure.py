@@ -17,10 +17,9 @@ import numpy as np
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.sharpness.landscape import between, filter_direction, line, plane
-from lora_ggpo.sharpness.point import Point, Space, check_space, load_point
+from lora_ggpo.sharpness.point import GRADIENT, LOSS, PRODUCT, Point, Space, check_space, load_point
 from lora_ggpo.sharpness.sharpness import (
     Estimate,
-    Hessian,
     NoiseLaw,
     expected_sharpness,
     flat,
@@ -32,16 +31,16 @@ from lora_ggpo.sharpness.sharpness import (
 )
 from lora_ggpo.training.folder import Run, find_runs, finished_metrics
 from lora_ggpo.training.identity import same_model
-from lora_ggpo.workspace.files import disk_errors, json_digest, read_json, write_json
-from lora_ggpo.workspace.folder import lock
+from lora_ggpo.workspace.files import json_digest, read_json, write_json
+from lora_ggpo.workspace.folder import claim
 from lora_ggpo.workspace.libraries import quiet_libraries, versions
 from lora_ggpo.workspace.progress import Reporter, Task
 
 STARTS = 3
 """Random starts of the spectral density."""
 
-_PASSES = {"loss": 1, "gradient": 3, "product": 8}
-"""Cost of what is computed on the sample, in forward passes, for the time left."""
+Row = tuple[str, str | None, float | None, Estimate]
+"""What is measured, the law of its noise, its size or number, and the value."""
 
 
 @dataclass(frozen=True)
@@ -85,31 +84,30 @@ def measure_runs(
         base: Where the runs' base model lies now, if it has moved.
 
     Raises:
-        UserError: a path is no finished run, a run is given twice, two are of different base models, one is of
-            quantised weights or has none of the spaces, a loss under noise is not finite, or the folder holds other
-            settings.
+        UserError: a run cannot be measured, or not beside the others, or the folder holds other settings.
     """
     quiet_libraries()
-    with disk_errors(output):
-        (output / "points").mkdir(parents=True, exist_ok=True)
-        with lock(output):
-            _claim(output, settings)
-            runs = named_runs(paths)
-            _check_one_model([run.folder for seeds in runs.values() for run in seeds.values()])
-            own = {
-                run.folder: _settings_of(run, settings, reporter) for seeds in runs.values() for run in seeds.values()
-            }
-            measure_once = partial(_measured, output=output, reporter=reporter, base=base)
-            measured = [
-                {"label": label, "seed": seed, "file": measure_once(run, f"{label}/seed-{seed}", own[run.folder])}
-                for label, seeds in runs.items()
-                for seed, run in seeds.items()
-            ]
-            lines = list(_joined(runs, settings, output, reporter, base))
-            write_json(output / "measured.json", {"runs": measured, "lines": lines})
+    asked = dataclasses.asdict(settings)
+    made = {"versions": versions()}
+    with claim(output, {"settings": asked}, "measurements with other settings", further=made):
+        (output / "points").mkdir(exist_ok=True)
+        runs = label_runs(paths)
+        folders = [run.folder for seeds in runs.values() for run in seeds.values()]
+        for folder in folders:
+            if not same_model(folder, folders[0]):
+                raise UserError(f"{folders[0]} and {folder} train different models; give runs of one.")
+        own = {run.folder: _settings_of(run, settings, reporter) for seeds in runs.values() for run in seeds.values()}
+        measured = [
+            {"label": label, "seed": seed, "file": _measure_once(run, name, own[run.folder], output, reporter, base)}
+            for label, seeds in runs.items()
+            for seed, run in seeds.items()
+            for name in [f"{label}/seed-{seed}"]
+        ]
+        lines = list(_join(runs, settings, output, reporter, base))
+        write_json(output / "measured.json", {"runs": measured, "lines": lines})
 
 
-def named_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
+def label_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
     """The runs by label and seed; labels are the shortest ends of the paths that tell them apart.
 
     A folder ``seed-N`` goes by the name of the folder that it is in, any other run by its own.
@@ -119,7 +117,7 @@ def named_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("A run is given twice; name each once.")
-    found = [(_named_by(run.folder), run) for path in paths for run in find_runs(path)]
+    found = [(_label_folder(run.folder), run) for path in paths for run in find_runs(path)]
     folders = list(dict.fromkeys(folder for folder, _ in found))
     depth = 1
     while len({folder.parts[-depth:] for folder in folders}) < len(folders):
@@ -129,12 +127,6 @@ def named_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
         (seed,) = load_recipe(run.folder / "recipe.yaml").seeds
         runs.setdefault("/".join(folder.parts[-depth:]), {})[seed] = run
     return runs
-
-
-def _check_one_model(folders: list[Path]) -> None:
-    for folder in folders:
-        if not same_model(folder, folders[0]):
-            raise UserError(f"{folders[0]} and {folder} train different models; give runs of one.")
 
 
 def _settings_of(run: Run, settings: Settings, reporter: Reporter) -> Settings:
@@ -149,12 +141,12 @@ def _settings_of(run: Run, settings: Settings, reporter: Reporter) -> Settings:
     return settings
 
 
-def _named_by(run: Path) -> Path:
+def _label_folder(run: Path) -> Path:
     run = Path(os.path.abspath(run))  # not resolved: a link's name is the user's
     return run.parent if run.name.startswith("seed-") else run
 
 
-def _measured(run: Run, name: str, settings: Settings, output: Path, reporter: Reporter, base: str | None) -> str:
+def _measure_once(run: Run, name: str, settings: Settings, output: Path, reporter: Reporter, base: str | None) -> str:
     """The name in ``output/points`` of what is measured of `run`."""
     file = output / "points" / f"{identity(run)}.json"
     if file.is_file():
@@ -179,34 +171,34 @@ def measure(folder: Path, settings: Settings, task: Task, base: str | None = Non
     found: dict[str, Any] = {"measures": [], "spectra": {}, "slices": {}, "planes": {}}
     for space in settings.spaces:
         point = load_point(folder, space, settings.split, settings.rows, base=base)
-        loss = Estimate(point.loss(point.parameters), 0.0)
+        point = dataclasses.replace(point, computed=progress.add)
+        rows = list(_rises(point, space, settings))
+        if settings.eigenvalues:
+            rows += _curvature(point, settings)
+            grid, density, se = spectral_density(point, settings.products // STARTS, STARTS)
+            spectrum = {"eigenvalue": grid.tolist(), "density": density.tolist(), "se": se.tolist()}
+            found["spectra"][space] = spectrum
         found["measures"] += [
             {"space": space, "measure": measure, "noise": noise, "size": size, **estimate.to_dict()}
-            for measure, noise, size, estimate in [
-                ("loss", None, None, loss),
-                *_expected(point, space, settings, progress),
-                *_worst(point, settings, progress),
-            ]
+            for measure, noise, size, estimate in rows
         ]
-        if settings.eigenvalues:
-            rows, found["spectra"][space] = _curvature(point, settings, progress)
-            found["measures"] += [{"space": space, **row} for row in rows]
-        found["slices"][space], found["planes"][space] = _slices(point, settings, progress)
+        found["slices"][space], found["planes"][space] = _slices(point, settings)
     return found
 
 
 class _Progress:
-    def __init__(self, task: Task, settings: Settings) -> None:
-        laws = sum(len(_laws(space)) for space in settings.spaces)
-        noises = laws * len(settings.sigmas) * settings.draws * 2 * _PASSES["loss"]
-        ascents = len(settings.spaces) * len(settings.rhos) * 20 * (_PASSES["loss"] + _PASSES["gradient"])
-        products = len(settings.spaces) * 2 * (settings.products + settings.draws) * _PASSES["product"]
-        slices = len(settings.spaces) * (settings.points + settings.plane**2) * _PASSES["loss"]
-        self._task, self._done = task, 0
-        self._total = noises + ascents + (products if settings.eigenvalues else 0) + slices
+    """Counts passes over the sample, of which the total is known about."""
 
-    def add(self, kind: str, times: int = 1) -> None:
-        self._done = min(self._done + times * _PASSES[kind], self._total)
+    def __init__(self, task: Task, settings: Settings) -> None:
+        noises = sum(len(_laws(space)) for space in settings.spaces) * len(settings.sigmas) * settings.draws * 2 * LOSS
+        ascents = len(settings.rhos) * 20 * (LOSS + GRADIENT)
+        products = 2 * (settings.products + settings.draws) * PRODUCT if settings.eigenvalues else 0
+        slices = (settings.points + settings.plane**2) * LOSS
+        self._task, self._done = task, 0
+        self._total = noises + len(settings.spaces) * (ascents + products + slices)
+
+    def add(self, passes: int) -> None:
+        self._done = min(self._done + passes, self._total)
         self._task.update(self._done, self._total)
 
 
@@ -215,66 +207,42 @@ def _laws(space: Space) -> tuple[NoiseLaw, ...]:
     return laws if space == "weights" else tuple(law for law in laws if law != "guided")
 
 
-def _expected(
-    point: Point, space: Space, settings: Settings, progress: _Progress
-) -> Iterator[tuple[str, str, float, Estimate]]:
+def _rises(point: Point, space: Space, settings: Settings) -> Iterator[Row]:
+    yield "loss", None, None, Estimate(point.loss(point.parameters), 0.0)
     for law in _laws(space):
-        sizes = noise_sizes(point, law, point.gradient(point.parameters) if law == "guided" else None)
+        sizes = noise_sizes(point, law)
         for sigma in settings.sigmas:
-            add = lambda: progress.add("loss", 2)  # noqa: E731
-            found = expected_sharpness(point, sizes, sigma, settings.draws, progress=add)
-            yield "expected", law, sigma, _finite(found, f"under noise of sigma {sigma:g}", "--sigma")
-
-
-def _worst(point: Point, settings: Settings, progress: _Progress) -> Iterator[tuple[str, None, float, Estimate]]:
+            found = expected_sharpness(point, sizes, sigma, settings.draws)
+            yield "expected", law, sigma, _check_finite(found, f"under noise of sigma {sigma:g}", "--sigma")
     for rho in settings.rhos:
-
-        def add() -> None:
-            progress.add("gradient")
-            progress.add("loss")
-
-        value, spread = worst_sharpness(point, rho, progress=add)
-        yield "worst", None, rho, _finite(Estimate(value, spread), f"at rho {rho:g}", "--rho")
+        yield "worst", None, rho, _check_finite(worst_sharpness(point, rho), f"at rho {rho:g}", "--rho")
 
 
-def _finite(found: Estimate, where: str, option: str) -> Estimate:
+def _check_finite(found: Estimate, where: str, option: str) -> Estimate:
     if not math.isfinite(found.value):
         raise UserError(f"The loss {where} is not finite; give smaller sizes with {option}.")
     return found
 
 
-def _curvature(
-    point: Point, settings: Settings, progress: _Progress
-) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    hessian = Hessian(point, lambda: progress.add("product"))
-    top = top_eigenvalues(hessian, settings.eigenvalues, products=settings.products)
+def _curvature(point: Point, settings: Settings) -> Iterator[Row]:
+    for index, found in enumerate(top_eigenvalues(point, settings.eigenvalues, products=settings.products), 1):
+        yield "eigenvalue", None, float(index), found
+    yield "trace", None, None, trace(point, settings.draws)
     sizes = flat(noise_sizes(point, "rows"), point.parameters)
-    rows: list[tuple[str, str | None, float | None, Estimate]] = [
-        *(("eigenvalue", None, float(index + 1), estimate) for index, estimate in enumerate(top)),
-        ("trace", None, None, trace(hessian, settings.draws)),
-        ("trace", "rows", None, trace(hessian, settings.draws, sizes=sizes)),
-    ]
-    grid, density, se = spectral_density(hessian, settings.products // STARTS, STARTS)
-    spectrum = {"eigenvalue": grid.tolist(), "density": density.tolist(), "se": se.tolist()}
-    names = ("measure", "noise", "size")
-    return [{**dict(zip(names, row[:3], strict=True)), **row[3].to_dict()} for row in rows], spectrum
+    yield "trace", "rows", None, trace(point, settings.draws, sizes=sizes)
 
 
-def _slices(point: Point, settings: Settings, progress: _Progress) -> tuple[dict[str, Any], dict[str, Any]]:
-    def add() -> None:
-        progress.add("loss")
-
-    at = np.linspace(-1, 1, settings.points).tolist()
+def _slices(point: Point, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    at, sides = (np.linspace(-1, 1, count).tolist() for count in (settings.points, settings.plane))
     first = filter_direction(point, seed=0)
-    slice_ = {"at": at, "loss": line(point, first, at, add).tolist()}
+    slice_ = {"at": at, "loss": line(point, first, at).tolist()}
     if not settings.plane:
         return slice_, {}
-    sides = np.linspace(-1, 1, settings.plane).tolist()
-    values = plane(point, first, filter_direction(point, seed=1), sides, sides, add)
+    values = plane(point, first, filter_direction(point, seed=1), sides, sides)
     return slice_, {"at": sides, "loss": values.tolist()}
 
 
-def _joined(
+def _join(
     runs: Mapping[str, Mapping[int, Run]], settings: Settings, output: Path, reporter: Reporter, base: str | None
 ) -> Iterator[dict[str, Any]]:
     """Loss on the line from the first label's model of a seed to every other label's model of the same seed."""
@@ -291,15 +259,3 @@ def _joined(
                     values = between(start, end, at)
                 write_json(file, {"at": at, "loss": values.tolist()})
             yield {"from": first, "to": other, "seed": seed, "file": file.name}
-
-
-def _claim(output: Path, settings: Settings) -> None:
-    file, asked = output / "settings.json", dataclasses.asdict(settings)
-    if file.is_file():
-        there = read_json(file)["settings"]
-        changed = [
-            key for key, value in asked.items() if there.get(key) != (list(value) if type(value) is tuple else value)
-        ]
-        if changed:
-            raise UserError(f"{output} holds measurements with another {changed[0]}; choose another --output.")
-    write_json(file, {"settings": asked, "versions": versions()})

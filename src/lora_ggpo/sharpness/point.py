@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,6 +24,9 @@ Space = Literal["weights", "adapter"]
 Parameters = Mapping[str, Tensor]
 Batch = dict[str, Tensor]
 
+LOSS, GRADIENT, PRODUCT = 1, 3, 8
+"""What a loss, a gradient and a product with the Hessian cost, about, in forward passes over the sample."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -35,6 +38,7 @@ class Point:
         row_dims: For each matrix, which of its dimensions counts output neurons ("rows", whatever the storage).
         batches: The sample that L is the mean loss of.
         counts: What each batch's loss is a mean over: examples, or completion tokens.
+        computed: Called after each pass over the sample with its cost, about, in forward passes.
     """
 
     model: nn.Module
@@ -42,6 +46,7 @@ class Point:
     row_dims: Mapping[str, int]
     batches: Sequence[Batch]
     counts: Sequence[int]
+    computed: Callable[[int], None] = lambda passes: None
 
     @property
     def size(self) -> int:
@@ -56,7 +61,9 @@ class Point:
     def loss(self, parameters: Parameters) -> float:
         """L at `parameters`, which may be some of the model's parameters only."""
         with torch.no_grad():
-            return sum(float(self.batch_loss(parameters, index)) for index in range(len(self.batches)))
+            loss = sum(float(self.batch_loss(parameters, index)) for index in range(len(self.batches)))
+        self.computed(LOSS)
+        return loss
 
     def gradient(self, parameters: Parameters) -> dict[str, Tensor]:
         """dL/dtheta at `parameters`, a batch at a time."""
@@ -66,7 +73,28 @@ class Point:
             parts = torch.autograd.grad(self.batch_loss(leaves, index), list(leaves.values()))
             for sum_, part in zip(total.values(), parts, strict=True):
                 sum_.add_(part)
+        self.computed(GRADIENT)
         return total
+
+    def hessian_product(self, vector: Tensor) -> Tensor:
+        """The Hessian of L at theta* times a vector of `size` numbers of theta's dtype, by two gradients."""
+        split = vector.split([p.numel() for p in self.parameters.values()])
+        directions = [part.view_as(p) for part, p in zip(split, self.parameters.values(), strict=True)]
+        leaves = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
+        total = torch.zeros_like(vector)
+        for index in range(len(self.batches)):
+            loss = self.batch_loss(leaves, index)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+            products = torch.autograd.grad(gradients, list(leaves.values()), directions, materialize_grads=True)
+            total += torch.cat([product.reshape(-1) for product in products])
+        self.computed(PRODUCT)
+        return total
+
+    def signs(self, generator: torch.Generator) -> Tensor:
+        """A vector of `size` random signs."""
+        first = next(iter(self.parameters.values()))
+        bits = torch.randint(0, 2, (self.size,), generator=generator, dtype=torch.int8)
+        return bits.to(first.device, first.dtype).mul_(2).sub_(1)
 
 
 def load_point(
@@ -160,6 +188,6 @@ def row_norms_squared(parameters: Parameters, row_dims: Mapping[str, int]) -> di
     return {name: p.square().sum(1 - row_dims[name]) for name, p in parameters.items()}
 
 
-def moved(parameters: Parameters, direction: Parameters, size: float = 1.0) -> dict[str, Tensor]:
+def move(parameters: Parameters, direction: Parameters, size: float = 1.0) -> dict[str, Tensor]:
     """parameters + size * direction."""
     return {name: torch.add(p, direction[name], alpha=size) for name, p in parameters.items()}

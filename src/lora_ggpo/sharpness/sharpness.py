@@ -18,7 +18,7 @@ curvature
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,18 +30,16 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
 from lora_ggpo.perturbation.scales import relative
-from lora_ggpo.sharpness.point import Parameters, Point, moved, row_norms_squared, rows_view
+from lora_ggpo.sharpness.point import Parameters, Point, move, row_norms_squared, rows_view
 
 NoiseLaw = Literal["isotropic", "rows", "guided"]
 """``"isotropic"``: one tau for all entries. ``"rows"``: tau_i ~ ||W'_i||, LoRA-GGPO's with beta = 0. ``"guided"``:
 LoRA-GGPO's rule "relative" with the exact dL/dW'. All three have the energy sum tau^2 = sigma^2 ||theta*||^2."""
 
-Progress = Callable[[], None]
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error (nan from one draw)."""
+    """A value and the error of its estimate: the standard error (nan from one draw), if nothing else is said."""
 
     value: float
     se: float
@@ -61,31 +59,24 @@ def estimate(draws: Sequence[float]) -> Estimate:
 # --- on average ----------------------------------------------------------------------------------------------------
 
 
-def noise_sizes(point: Point, law: NoiseLaw, gradient: Parameters | None = None, beta: float = 0.5) -> Parameters:
-    """tau of each row at sigma = 1, shaped to multiply the matrices.
-
-    Args:
-        gradient: dL/dtheta, for ``"guided"``.
-        beta: Share of the gradient term, for ``"guided"``.
-    """
+def noise_sizes(point: Point, law: NoiseLaw, beta: float = 0.5) -> Parameters:
+    """tau of each row at sigma = 1, shaped to multiply the matrices; `beta` is the gradient's share in ``"guided"``."""
     weight = row_norms_squared(point.parameters, point.row_dims)
     if law == "isotropic":
         tau = math.sqrt(sum(float(norms.sum()) for norms in weight.values()) / point.size)
         return {name: torch.full_like(p[:1, :1], tau) for name, p in point.parameters.items()}
-    guide = row_norms_squared(gradient, point.row_dims) if gradient is not None else {}
+    guide, beta = {name: torch.zeros_like(norms) for name, norms in weight.items()}, beta if law == "guided" else 0.0
+    if law == "guided":
+        guide = row_norms_squared(point.gradient(point.parameters), point.row_dims)
     sizes = {}
     for name, norms in weight.items():
         dim = point.row_dims[name]
-        n = point.parameters[name].shape[1 - dim]
-        guided = law == "guided"
-        tau2, _ = relative(1.0, beta if guided else 0.0, norms, guide[name] if guided else torch.zeros_like(norms), n)
+        tau2, _ = relative(1.0, beta, norms, guide[name], point.parameters[name].shape[1 - dim])
         sizes[name] = rows_view(tau2.sqrt(), dim)
     return sizes
 
 
-def expected_sharpness(
-    point: Point, sizes: Parameters, sigma: float, draws: int, *, seed: int = 0, progress: Progress = lambda: None
-) -> Estimate:
+def expected_sharpness(point: Point, sizes: Parameters, sigma: float, draws: int, *, seed: int = 0) -> Estimate:
     """E[L(theta* + sigma sizes z)] - L(theta*), over `draws` pairs of opposite z ~ N(0, 1).
 
     Points of equal shapes get the same z for the same seed, so that their sharpness can be compared in pairs.
@@ -93,9 +84,8 @@ def expected_sharpness(
     at_centre, rises = point.loss(point.parameters), []
     for draw in range(draws):
         noise = _noise(point, sizes, seed + draw)
-        pair = [point.loss(moved(point.parameters, noise, sign * sigma)) for sign in (1.0, -1.0)]
+        pair = [point.loss(move(point.parameters, noise, sign * sigma)) for sign in (1.0, -1.0)]
         rises.append(sum(pair) / 2 - at_centre)
-        progress()
     return estimate(rises)
 
 
@@ -110,10 +100,8 @@ def _noise(point: Point, sizes: Parameters, seed: int) -> dict[str, Tensor]:
 # --- at worst ------------------------------------------------------------------------------------------------------
 
 
-def worst_sharpness(
-    point: Point, rho: float, steps: int = 10, restarts: int = 2, *, seed: int = 0, progress: Progress = lambda: None
-) -> tuple[float, float]:
-    """The largest rise found within adaptive distance rho, and how much the best and worst restart differ.
+def worst_sharpness(point: Point, rho: float, steps: int = 10, restarts: int = 2, *, seed: int = 0) -> Estimate:
+    """The largest rise found within adaptive distance rho; its error is how much the best and worst restart differ.
 
     The first restart begins at theta*, so that its first step is adaptive SAM's; the others at random places inside.
     A lower bound of the true maximum.
@@ -125,16 +113,15 @@ def worst_sharpness(
         u = {name: torch.zeros_like(p) for name, p in scale.items()}  # delta = |theta*| u with ||u|| <= radius
         if restart:
             u = _noise(point, {name: torch.ones_like(p[:1, :1]) for name, p in scale.items()}, seed + restart)
-            u = _scaled_to(u, radius / 2)
+            u = _rescale(u, radius / 2)
         rises = []
         for step in range(steps):
-            here = moved(point.parameters, _times(scale, u))
-            ascent = _scaled_to(_times(scale, point.gradient(here)), radius * (1.0 if step == 0 else 0.5))
-            u = _within(moved(u, ascent), radius)
-            rises.append(point.loss(moved(point.parameters, _times(scale, u))) - at_centre)
-            progress()
+            here = move(point.parameters, _times(scale, u))
+            ascent = _rescale(_times(scale, point.gradient(here)), radius * (1.0 if step == 0 else 0.5))
+            u = _clip(move(u, ascent), radius)
+            rises.append(point.loss(move(point.parameters, _times(scale, u))) - at_centre)
         best.append(np.max(rises))  # nan if any is
-    return float(np.max(best)), float(np.ptp(best))
+    return Estimate(float(np.max(best)), float(np.ptp(best)))
 
 
 def _times(one: Parameters, other: Parameters) -> dict[str, Tensor]:
@@ -145,55 +132,22 @@ def _norm(vector: Parameters) -> float:
     return math.sqrt(sum(float(p.square().sum()) for p in vector.values()))
 
 
-def _scaled_to(vector: Parameters, length: float) -> dict[str, Tensor]:
+def _rescale(vector: Parameters, length: float) -> dict[str, Tensor]:
     norm = _norm(vector)
     return {name: p * (length / norm if norm else 0.0) for name, p in vector.items()}
 
 
-def _within(vector: Parameters, length: float) -> dict[str, Tensor]:
-    return _scaled_to(vector, length) if _norm(vector) > length else dict(vector)
+def _clip(vector: Parameters, length: float) -> dict[str, Tensor]:
+    return _rescale(vector, length) if _norm(vector) > length else dict(vector)
 
 
 # --- curvature -----------------------------------------------------------------------------------------------------
 
 
-class Hessian:
-    """The Hessian of L at theta* as a function on vectors (`size`,) of theta's dtype: its product, by two gradients.
-
-    Args:
-        progress: Called after each product.
-    """
-
-    def __init__(self, point: Point, progress: Progress = lambda: None) -> None:
-        self._point, self._progress = point, progress
-        self.size = point.size
-        first = next(iter(point.parameters.values()))
-        self.dtype, self.device = first.dtype, first.device
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        parameters = self._point.parameters
-        split = vector.split([p.numel() for p in parameters.values()])
-        directions = [part.view_as(p) for part, p in zip(split, parameters.values(), strict=True)]
-        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        total = torch.zeros_like(vector)
-        for index in range(len(self._point.batches)):
-            loss = self._point.batch_loss(leaves, index)
-            gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-            products = torch.autograd.grad(gradients, list(leaves.values()), directions, materialize_grads=True)
-            total += torch.cat([product.reshape(-1) for product in products])
-        self._progress()
-        return total
-
-    def signs(self, generator: torch.Generator) -> Tensor:
-        """A vector of random signs."""
-        bits = torch.randint(0, 2, (self.size,), generator=generator, dtype=torch.int8)
-        return bits.to(self.device, self.dtype).mul_(2).sub_(1)
-
-
 def top_eigenvalues(
-    hessian: Hessian, count: int, *, tol: float = 0.05, products: int = 60, seed: int = 0
+    point: Point, count: int, *, tol: float = 0.05, products: int = 60, seed: int = 0
 ) -> list[Estimate]:
-    """The `count` algebraically largest eigenvalues, the largest first.
+    """The `count` algebraically largest eigenvalues of the Hessian, the largest first.
 
     Args:
         tol: Residual at which an eigenvalue counts as found, relative to it.
@@ -204,11 +158,13 @@ def top_eigenvalues(
         where Lanczos has not converged by then.
     """
 
-    def product(v: NDArray[Any]) -> NDArray[Any]:
-        return hessian(torch.from_numpy(v.reshape(-1)).to(hessian.device, hessian.dtype)).cpu().numpy()
+    first = next(iter(point.parameters.values()))
 
-    size = hessian.size
-    dtype = np.float64 if hessian.dtype == torch.float64 else np.float32
+    def product(v: NDArray[Any]) -> NDArray[Any]:
+        vector = torch.from_numpy(v.reshape(-1)).to(first.device, first.dtype)
+        return point.hessian_product(vector).cpu().numpy()
+
+    size, dtype = point.size, np.float64 if first.dtype == torch.float64 else np.float32
     start = np.random.default_rng(seed).standard_normal(size).astype(dtype)
     # The vectors are what takes memory: few of them, and restarts instead.
     vectors = min(size, 2 * count + 4)
@@ -222,15 +178,14 @@ def top_eigenvalues(
     return [Estimate(value, float(np.linalg.norm(product(v) - value * v))) for value, v in pairs]
 
 
-def trace(hessian: Hessian, draws: int, *, sizes: Tensor | None = None, seed: int = 0) -> Estimate:
+def trace(point: Point, draws: int, *, sizes: Tensor | None = None, seed: int = 0) -> Estimate:
     """tr(D H D) by Hutchinson's estimator with random signs; D = diag(`sizes`), the identity by default.
 
     With the tau of a noise law at sigma = 1 it is twice the second-order part of the expected sharpness over sigma^2.
     """
     generator = torch.Generator().manual_seed(seed)
-    vectors = (hessian.signs(generator) for _ in range(draws))
-    vectors = (v if sizes is None else v * sizes for v in vectors)
-    return estimate([float(v @ hessian(v)) for v in vectors])
+    vectors = (point.signs(generator) * (1 if sizes is None else sizes) for _ in range(draws))
+    return estimate([float(v @ point.hessian_product(v)) for v in vectors])
 
 
 def flat(parameters: Parameters, like: Parameters) -> Tensor:
@@ -239,7 +194,7 @@ def flat(parameters: Parameters, like: Parameters) -> Tensor:
 
 
 def spectral_density(
-    hessian: Hessian, vectors: int = 20, repeats: int = 3, points: int = 512, *, seed: int = 0
+    point: Point, vectors: int = 20, repeats: int = 3, points: int = 512, *, seed: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Density of the eigenvalues by stochastic Lanczos quadrature (arXiv 1901.10159).
 
@@ -251,7 +206,7 @@ def spectral_density(
         Grid of eigenvalues, mean density there, and its standard error over the starts; float64 (points,).
     """
     generator = torch.Generator().manual_seed(seed)
-    ritz = [_lanczos(hessian, hessian.signs(generator), vectors) for _ in range(repeats)]
+    ritz = [_lanczos(point, point.signs(generator), vectors) for _ in range(repeats)]
     low, high = min(values.min() for values, _ in ritz), max(values.max() for values, _ in ritz)
     width = max((high - low) / vectors, abs(high) * 1e-9)
     grid = np.linspace(low - 3 * width, high + 3 * width, points)
@@ -262,15 +217,15 @@ def spectral_density(
     return grid, np.mean(densities, axis=0), np.std(densities, axis=0, ddof=1) / math.sqrt(repeats)
 
 
-def _lanczos(hessian: Hessian, start: Tensor, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _lanczos(point: Point, start: Tensor, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Ritz values of the Krylov space of `start`, and the weight of each in it.
 
     Old vectors are not kept, so rounding may bring copies of a Ritz value; they share its weight.
     """
     previous, v, beta = torch.zeros_like(start), start / start.norm(), 0.0
     alphas, betas = [], []
-    for _ in range(min(steps, hessian.size)):
-        w = hessian(v) - beta * previous
+    for _ in range(min(steps, point.size)):
+        w = point.hessian_product(v) - beta * previous
         alphas.append(float(w @ v))
         w -= alphas[-1] * v
         beta = float(w.norm())

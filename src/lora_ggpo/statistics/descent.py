@@ -49,29 +49,6 @@ class Descent:
     p: float | None
 
 
-@dataclass(frozen=True)
-class Phases:
-    """The three phases of a training loss: it falls, rises, and falls again to where it settles.
-
-    Attributes:
-        steps: Centres of the windows.
-        losses: Means in the windows: (seeds, windows).
-        descent: Of these.
-    """
-
-    steps: tuple[float, ...]
-    losses: Array
-    descent: Descent
-
-    @property
-    def rises(self) -> tuple[float, float] | None:
-        """The steps from which and up to which the mean loss rises; None where it has no rise between two falls."""
-        if self.descent.positions is None:
-            return None
-        _, start, end, _ = self.descent.positions
-        return self.steps[start], self.steps[end]
-
-
 def double_descent(values: Array) -> Descent:
     """Score the curves of several seeds, and test the score.
 
@@ -124,21 +101,7 @@ def spread(values: Array) -> float:
     return found if found > 1e-9 * float(np.abs(values).max(initial=0.0)) else 0.0
 
 
-def phases(steps: Sequence[float], losses: Array) -> Phases:
-    """Fall, rise and settling of the training loss, which is averaged in `WINDOWS` windows first.
-
-    Args:
-        steps: Growing.
-        losses: (seeds, steps).
-
-    Raises:
-        ValueError: as `double_descent`.
-    """
-    centres, means = windowed(steps, losses)
-    return Phases(centres, means, double_descent(means))
-
-
-def windowed(steps: Sequence[float], values: Array) -> tuple[tuple[float, ...], Array]:
+def average_windows(steps: Sequence[float], values: Array) -> tuple[tuple[float, ...], Array]:
     """Means of neighbours, in at most `WINDOWS` windows of as equal a number of steps as can be.
 
     Args:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_ggpo.comparison.plan import RATE, TUNING_SEED, make_plan, make_study
+from lora_ggpo.comparison.grid import RATE, TUNING_SEED, plan_comparison, plan_study
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source
 
@@ -18,37 +18,36 @@ output: ignored
 
 
 def plan_of(tmp_path, methods, seeds=2, trials=3, vary=(), metric=None, text=RECIPE):
-    return make_plan(parse_source(text, "r.yaml"), methods.split(","), seeds, trials, vary, metric, tmp_path)
+    return plan_comparison(parse_source(text, "r.yaml"), methods.split(","), seeds, trials, vary, metric, tmp_path)
 
 
 def study_of(tmp_path, methods, axes=(), seeds=2, text=RECIPE):
-    plan = make_study(parse_source(text, "r.yaml"), methods.split(","), seeds, axes, tmp_path)
-    assert plan.tuning() == []
-    return plan.final({(s, m.name): plan.candidates(m)[0] for s in plan.settings for m in plan.methods})
+    grid = plan_study(parse_source(text, "r.yaml"), methods.split(","), seeds, axes, tmp_path)
+    assert grid.tuning() == []
+    return grid.final()
 
 
 def test_every_method_gets_the_same_budget_and_rates(tmp_path):
-    plan = plan_of(tmp_path, "lora,ggpo,full,dora+lora-plus", trials=5)
+    grid = plan_of(tmp_path, "lora,ggpo,full,dora+lora-plus", trials=5)
     rates = {}
-    for method in plan.methods:
-        candidates = plan.candidates(method)
+    for method in grid.methods:
+        candidates = grid.candidates(method)
         assert len(candidates) == 5
         assert len({tuple(values.items()) for values in candidates}) == 5
-        assert candidates == plan.candidates(method)
+        assert candidates == grid.candidates(method)
         rates[method.name] = [values[RATE] / (1e-3 * method.learning_rate) for values in candidates]
     assert all(rate == pytest.approx([1, 2, 0.5, 4, 0.25]) for rate in rates.values())
-    assert plan.candidates(plan.methods[1])[0]["ggpo.sigma"] == plan.methods[1].tuned["ggpo.sigma"][0]
+    assert grid.candidates(grid.methods[1])[0]["ggpo.sigma"] == grid.methods[1].tuned["ggpo.sigma"][0]
 
 
 def test_the_recipe_as_it_stands_keeps_all_digits_of_its_rate(tmp_path):
-    plan = plan_of(tmp_path, "lora,recipe", text=RECIPE.replace("1e-3", "1.23456e-3"))
-    assert [values[RATE] for values in plan.candidates(plan.methods[1])] == [1.23456e-3, 2.47e-3, 6.17e-4]
+    grid = plan_of(tmp_path, "lora,recipe", text=RECIPE.replace("1e-3", "1.23456e-3"))
+    assert [values[RATE] for values in grid.candidates(grid.methods[1])] == [1.23456e-3, 2.47e-3, 6.17e-4]
 
 
 def test_recipes_of_methods(tmp_path):
-    plan = plan_of(tmp_path, "lora,dora+ggpo,full,head,lora-sam,recipe", seeds=1)
-    chosen = {("", method.name): plan.candidates(method)[0] for method in plan.methods}
-    lora, both, full, head, sam, recipe = [job.recipe for job in plan.final(chosen)]
+    grid = plan_of(tmp_path, "lora,dora+ggpo,full,head,lora-sam,recipe", seeds=1)
+    lora, both, full, head, sam, recipe = [job.recipe for job in grid.final()]
     assert (lora.adapter_fields["use_dora"], lora.ggpo) == (False, None)
     assert lora.adapter_fields["r"] == 4
     assert both.adapter_fields["use_dora"]
@@ -60,16 +59,16 @@ def test_recipes_of_methods(tmp_path):
 
 
 def test_tuning_sees_neither_the_test_set_nor_the_seeds(tmp_path):
-    plan = plan_of(tmp_path, "lora,ggpo", vary=["data.label_noise=0,0.3", "data.train_size=500"])
-    tuning = plan.tuning()
+    grid = plan_of(tmp_path, "lora,ggpo", vary=["data.label_noise=0,0.3", "data.train_size=500"])
+    tuning = grid.tuning()
     assert len(tuning) == 3 * 2 * 2
     assert not any(job.recipe.score_test for job in tuning)
     assert {job.seed for job in tuning} == {TUNING_SEED}
-    final = plan.final({(s, m.name): plan.candidates(m)[0] for s in plan.settings for m in plan.methods})
+    final = grid.final()
     assert all(job.recipe.score_test and job.seed in (0, 1) for job in final)
-    assert list(plan.settings) == ["label_noise=0, train_size=500", "label_noise=0.3, train_size=500"]
+    assert list(grid.settings) == ["label_noise=0, train_size=500", "label_noise=0.3, train_size=500"]
     assert {job.recipe.data.label_noise for job in final} == {0, 0.3}
-    folders = [job.run_folder for job in [*tuning, *final]]
+    folders = [job.folder for job in [*tuning, *final]]
     assert len(set(folders)) == len(folders)
     assert {job.recipe.training_fields["max_steps"] for job in final} == {10}
 
@@ -97,7 +96,7 @@ def test_what_cannot_be_compared(tmp_path, arguments, message):
 
 def test_a_study_runs_all_combinations_of_any_settings(tmp_path):
     jobs = study_of(tmp_path, "lora,ggpo", ["adapter.r=1,64", "data.label_noise=0,0.3", "training.max_steps=5"])
-    assert len(jobs) == len({job.run_folder for job in jobs}) == 2 * 2 * 2 * 2
+    assert len(jobs) == len({job.folder for job in jobs}) == 2 * 2 * 2 * 2
     for job in jobs:
         r, noise = job.recipe.adapter_fields["r"], job.recipe.data.label_noise
         assert job.setting == f"r={r}, label_noise={noise:g}, max_steps=5"

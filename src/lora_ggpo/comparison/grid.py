@@ -1,4 +1,4 @@
-"""What a comparison or a study runs: settings, methods, tuning trials and seeds, as recipes."""
+"""What a comparison, a study or the demo runs: settings, methods, tuning trials and seeds, as recipes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from lora_ggpo.comparison.axes import Values, parse_axes, refuse_fixed, settings_of
+from lora_ggpo.comparison.axes import FIXED, Values, parse_axes, refuse_fixed, settings_of
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import PLAIN, RECIPE, Method, find_method
 from lora_ggpo.recipe.fields import ADAPTER_DEFAULT, TRAINING_DEFAULTS
 from lora_ggpo.recipe.recipe import Recipe, check_recipe
-from lora_ggpo.recipe.source import Source, set_value
+from lora_ggpo.recipe.source import Source, parse_source, set_value
 
 RATE = "training.learning_rate"
 
@@ -28,15 +28,14 @@ TUNING_SEED = 1000
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run: a recipe with one seed, in a folder of its own.
+class PlannedRun:
+    """A recipe with one seed, and the folder of its run.
 
     Attributes:
         setting: Name of its values of the varied settings; "" where none is varied.
-        seed: Its seed.
         values: What is tuned, by dotted key.
         trial: Number of the tuning trial; None is a final run.
-        folder: OUTPUT/... below which the run folder ``seed-N`` lies.
+        folder: Where the run's files lie.
     """
 
     setting: str
@@ -47,15 +46,10 @@ class Job:
     folder: Path
     recipe: Recipe
 
-    @property
-    def run_folder(self) -> Path:
-        """Where the run's files lie."""
-        return self.folder / f"seed-{self.seed}"
-
 
 @dataclass(frozen=True)
-class Plan:
-    """A comparison, or a study: methods in all settings, for what the settings do rather than for a winner.
+class Grid:
+    """Methods in all settings: a comparison, or a study of what the settings do.
 
     Attributes:
         source: The recipe that all runs share.
@@ -63,10 +57,9 @@ class Plan:
         seeds: Seeds of the final runs.
         trials: Tuning trials of each method in each setting; 1 takes the usual values untested.
         settings: Values of the varied settings, by the name that tables give them.
-        metric: Of the test set, what methods are compared by; of the validation set, what trials are chosen by.
+        metric: Methods are compared by it on the test set, and trials are chosen by it on the validation set.
         output: Folder of everything.
-        study: A study leaves the test sets alone where its recipe does; its settings do not depend on each other, so
-            more may be added later.
+        study: A study leaves the test sets alone where its recipe does, and settings may be added to it later.
     """
 
     source: Source
@@ -78,29 +71,29 @@ class Plan:
     output: Path
     study: bool = False
 
-    def tuning(self) -> list[Job]:
+    def tuning(self) -> list[PlannedRun]:
         """The tuning runs; none where there is nothing to choose from."""
         if self.trials == 1:
             return []
         return [
-            self._job(setting, method, TUNING_SEED, values, trial)
+            self._run(setting, method, TUNING_SEED, self.candidates(method)[trial], trial)
             for trial in range(self.trials)
             for setting in self.settings
             for method in self.methods
-            for values in [self.candidates(method)[trial]]
         ]
 
-    def final(self, chosen: Mapping[tuple[str, str], Values]) -> list[Job]:
-        """The runs to report, given the chosen values by (setting, method name).
+    def final(self, chosen: Mapping[tuple[str, str], Values] | None = None) -> list[PlannedRun]:
+        """The runs to report, given the chosen values by (setting, method name); the usual ones by default.
 
         Seed by seed: what is there early is paired, and a machine that grows slow slows every method.
         """
+        if chosen is None:
+            chosen = {(s, method.name): self.candidates(method)[0] for s in self.settings for method in self.methods}
         return [
-            self._job(setting, method, seed, chosen[setting, method.name], None)
+            self._run(setting, method, seed, chosen[setting, method.name])
             for seed in self.seeds
             for setting in self.settings
             for method in self.methods
-            if (setting, method.name) in chosen
         ]
 
     def candidates(self, method: Method) -> list[Values]:
@@ -109,37 +102,32 @@ class Plan:
         Trial 0 takes the usual values; later ones other learning rates and, where a method has more to tune, random
         choices of these that do not repeat.
         """
-        base = self._learning_rate()
+        training = self.source.values.get("training") or {}
+        base = float(training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"]))
         draw = random.Random(f"candidates of {method.name}")
-        found: list[dict[str, Any]] = []
+        found: list[Values] = []
         for trial in range(self.trials):
             factor = method.learning_rate * RATE_FACTORS[trial % len(RATE_FACTORS)]
             rate = base if factor == 1 else float(f"{base * factor:.3g}")
-            fresh = [
-                {RATE: rate, **dict(zip(method.tuned, options, strict=True))}
-                for options in itertools.product(*method.tuned.values())
-            ]
+            options = itertools.product(*method.tuned.values())
+            fresh = [{RATE: rate, **dict(zip(method.tuned, option, strict=True))} for option in options]
             fresh = [values for values in fresh if values not in found]
             if not fresh:
                 raise UserError(
                     f"{method.title} has no {self.trials} different settings to try; use --trials {trial} or fewer."
                 )
             found.append(fresh[0] if trial == 0 else draw.choice(fresh))
-        return [dict(values) for values in found]
+        return found
 
-    def _learning_rate(self) -> float:
-        training = self.source.values.get("training") or {}
-        return float(training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"]))
-
-    def _job(self, setting: str, method: Method, seed: int, values: Values, trial: int | None) -> Job:
-        place = ["tuning", method.name, f"trial-{trial}"] if trial is not None else ["runs", method.name]
+    def _run(self, setting: str, method: Method, seed: int, values: Values, trial: int | None = None) -> PlannedRun:
+        place = ["runs", method.name] if trial is None else ["tuning", method.name, f"trial-{trial}"]
         folder = self.output / "/".join(filter(None, [folder_name(setting), *place]))
         varied = self.settings[setting]
         values = {key: varied.get(key, value) for key, value in values.items()}
         fixed: Values = {"seeds": [seed], "output": folder.as_posix()}
         tested: Values = {} if self.study else {"score_test": trial is None}
         recipe = self._recipe(method, {**varied, **values, **fixed, **tested})
-        return Job(setting, method, seed, values, trial, folder, recipe)
+        return PlannedRun(setting, method, seed, values, trial, folder / f"seed-{seed}", recipe)
 
     def _recipe(self, method: Method, values: Values) -> Recipe:
         """The shared recipe with a method's settings and `values`.
@@ -148,10 +136,9 @@ class Plan:
             UserError: the method cannot be had with this recipe, with the reason.
         """
         changed = copy.deepcopy(self.source.values)
-        if method.name != RECIPE:
+        if method.plain:
             changed["adapter"] = changed.get("adapter") or dict(ADAPTER_DEFAULT)
-            values = {**PLAIN, **method.settings, **values}
-        for key, value in values.items():
+        for key, value in {**(PLAIN if method.plain else {}), **method.settings, **values}.items():
             set_value(changed, key.split("."), copy.deepcopy(value), f"{key}={value}")
         source = Source(self.source.name, changed, self.source.lines, self.source.overrides)
         try:
@@ -160,7 +147,7 @@ class Plan:
             raise UserError(f"Method {method.name!r} cannot be run here: {error}") from error
 
 
-def make_plan(
+def plan_comparison(
     source: Source,
     methods: Sequence[str],
     seeds: int,
@@ -168,48 +155,61 @@ def make_plan(
     vary: Iterable[str],
     metric: str | None,
     output: Path,
-) -> Plan:
-    """Check what was asked for.
+) -> Grid:
+    """The grid of a comparison, checked before anything is run.
 
     Args:
         methods: Names of `lora_ggpo.methods.table`, several joined by "+", or ``recipe``; the first is the baseline.
         seeds: Number of final runs of each method and setting, with seeds 0, 1, ...
         vary: ``key=value,value`` of data settings; all combinations are run.
-        metric: None is accuracy for classification, Pearson's correlation for regression and loss for fine-tuning on
-            completions.
+        metric: None is the task's first.
 
     Raises:
-        UserError: one sentence about the first thing that is wrong, before anything is run.
+        UserError: one sentence about the first thing that is wrong.
     """
     if len(set(methods)) < max(len(methods), 2):
         raise UserError("A comparison needs at least two different methods, the baseline first.")
     settings = settings_of(parse_axes(vary, "--vary", within="data."))
-    rows, metric = _methods(methods), _metric(source, metric)
-    return _checked(Plan(source, rows, tuple(range(seeds)), trials, settings, metric, output))
+    return _grid(source, _methods(methods), seeds, trials, settings, output, metric)
 
 
-def make_study(source: Source, methods: Sequence[str], seeds: int, axes: Iterable[str], output: Path) -> Plan:
-    """Check what was asked for.
+def plan_study(source: Source, methods: Sequence[str], seeds: int, axes: Iterable[str], output: Path) -> Grid:
+    """The grid of a study, checked as by `plan_comparison`.
 
     Args:
-        methods: As `make_plan` takes them; one is enough.
-        seeds: Number of runs of each method and setting, with seeds 0, 1, ...
-        axes: ``key=value,value`` of any settings of the recipe; all combinations are run.
-
-    Raises:
-        UserError: as `make_plan`; or a method leaves no choice of a setting that is to vary.
+        methods: One is enough.
+        axes: ``key=value,value`` of any settings that the methods leave open; all combinations are run.
     """
     if not methods or len(set(methods)) < len(methods):
         raise UserError("A study needs one method or several different ones.")
     rows, values = _methods(methods), parse_axes(axes, "--axis")
     for method in rows:
         refuse_fixed(method, values, "--axis")
-    metric = _metric(source, None)
-    return _checked(Plan(source, rows, tuple(range(seeds)), 1, settings_of(values), metric, output, study=True))
+    return _grid(source, rows, seeds, 1, settings_of(values), output, study=True)
+
+
+def plan_demo(seeds: int, output: Path, overrides: Iterable[str] = ()) -> Grid:
+    """LoRA against LoRA-GGPO, on bundled reviews of which a quarter has the wrong label, without tuning.
+
+    Args:
+        overrides: Settings to change for both methods, ``key=value``.
+    """
+    text = (files("lora_ggpo.comparison") / "demo.yaml").read_text(encoding="utf-8")
+    source = parse_source(text, "the demo's recipe", overrides)
+    if source.values.get("ggpo") is None:
+        raise UserError(f"{source.where(('ggpo',))}: ggpo null leaves the demo nothing to compare; leave it out.")
+    if (output / "lora-ggpo").is_dir():
+        raise UserError(f"{output} holds a demo of an earlier release; choose another --output.")
+    methods = (
+        Method("lora", "LoRA", "2106.09685", {"ggpo": None}, plain=False),
+        Method("ggpo", "LoRA-GGPO", "2502.14538", plain=False),
+    )
+    return _grid(source, methods, seeds, 1, settings_of({}), output)
 
 
 def _methods(names: Iterable[str]) -> tuple[Method, ...]:
-    return tuple(Method(RECIPE, "the recipe", "") if name == RECIPE else find_method(name) for name in names)
+    recipe = Method(RECIPE, "the recipe", "", plain=False)
+    return tuple(recipe if name == RECIPE else find_method(name) for name in names)
 
 
 def _metric(source: Source, metric: str | None) -> str:
@@ -221,11 +221,25 @@ def _metric(source: Source, metric: str | None) -> str:
     return metric or known[0]
 
 
-def _checked(plan: Plan) -> Plan:
-    """`plan`, after a check of every recipe, so that none fails when others have run."""
-    plan.tuning()
-    plan.final({(s, m.name): plan.candidates(m)[0] for s in plan.settings for m in plan.methods})
-    return plan
+def _grid(
+    source: Source,
+    methods: tuple[Method, ...],
+    seeds: int,
+    trials: int,
+    settings: Mapping[str, Values],
+    output: Path,
+    metric: str | None = None,
+    *,
+    study: bool = False,
+) -> Grid:
+    """A grid, after a check of every recipe, so that none fails when others have run."""
+    for key, instead in FIXED.items():
+        if (key,) in source.overrides and not (study and key == "score_test"):
+            raise UserError(f"{source.where((key,))}: {key} is decided by the command; {instead}.")
+    grid = Grid(source, methods, tuple(range(seeds)), trials, settings, _metric(source, metric), output, study)
+    grid.tuning()
+    grid.final()
+    return grid
 
 
 def folder_name(setting: str) -> str:

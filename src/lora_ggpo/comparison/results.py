@@ -1,0 +1,107 @@
+"""The results of a comparison or a study: four files, which are functions of its run folders alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_ggpo.comparison.grid import Grid, PlannedRun
+from lora_ggpo.comparison.worker import FAILURE
+from lora_ggpo.errors import UserError
+from lora_ggpo.workspace.files import read_json, read_json_lines, write_json_lines
+
+Row = Mapping[str, Any]
+"""A line of runs.jsonl, tuning.jsonl or curves.jsonl."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of a results folder; `facts` says with what and how they were made."""
+
+    runs: Sequence[Row]
+    tuning: Sequence[Row]
+    curves: Sequence[Row]
+    facts: Row
+
+    @property
+    def finished(self) -> list[Row]:
+        """The runs that did not fail."""
+        return [run for run in self.runs if not run["failed"]]
+
+    def logs(self, setting: str, method: str) -> dict[int, Sequence[Row]]:
+        """Logs by seed of the runs that did not fail: the log of one that did ends where it failed."""
+        seeds = {run["seed"] for run in self.finished if (run["setting"], run["method"]) == (setting, method)}
+        of = [row for row in self.curves if (row["setting"], row["method"]) == (setting, method)]
+        return {row["seed"]: row["rows"] for row in of if row["seed"] in seeds}
+
+
+def read_results(folder: Path) -> Results:
+    """Read runs.jsonl, tuning.jsonl, curves.jsonl and facts.json.
+
+    Raises:
+        UserError: one of them is missing or damaged, or there is no run.
+    """
+    try:
+        texts = [(folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("runs", "tuning", "curves")]
+        runs, tuning, curves = ([json.loads(line) for line in text.split("\n") if line] for text in texts)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"The results in {folder} are damaged: {error}.") from error
+    if not runs:
+        raise UserError(f"{folder} holds no run to report.")
+    return Results(runs, tuning, curves, {"environments": [], **read_json(folder / "facts.json")})
+
+
+def write_results(grid: Grid, tuning: Iterable[PlannedRun], runs: Iterable[PlannedRun]) -> None:
+    """Write tuning.jsonl, runs.jsonl and curves.jsonl, in the order of the grid."""
+    settings, methods = list(grid.settings), [method.name for method in grid.methods]
+
+    def order(run: PlannedRun) -> tuple[int, ...]:
+        return settings.index(run.setting), methods.index(run.method.name), run.seed, run.trial or 0
+
+    tuning, runs = sorted(tuning, key=order), sorted(runs, key=order)
+    write_json_lines(grid.output / "tuning.jsonl", [_tuning_row(run, grid.metric) for run in tuning])
+    write_json_lines(grid.output / "runs.jsonl", map(_run_row, runs))
+    write_json_lines(grid.output / "curves.jsonl", map(_curve_row, runs))
+
+
+def validation_score(run: PlannedRun, metric: str) -> float | None:
+    """The validation metric of a finished run; None if it failed."""
+    if _failure(run):
+        return None
+    value = read_json(run.folder / "metrics.json")["evaluation"]["validation"][metric]["value"]
+    return None if value is None else float(value)
+
+
+def _failure(run: PlannedRun) -> str | None:
+    file = run.folder / FAILURE
+    return read_json(file)["message"] if file.is_file() else None
+
+
+def _identity(run: PlannedRun) -> dict[str, Any]:
+    return {"setting": run.setting, "method": run.method.name, "title": run.method.title}
+
+
+def _tuning_row(run: PlannedRun, metric: str) -> Row:
+    found = {"values": dict(run.values), "score": validation_score(run, metric), "metric": metric}
+    return {**_identity(run), "trial": run.trial, "seed": run.seed, **found, "failed": _failure(run)}
+
+
+def _run_row(run: PlannedRun) -> Row:
+    failed = _failure(run)
+    metrics: Row = {} if failed else read_json(run.folder / "metrics.json")
+    found = {"evaluation": metrics.get("evaluation", {}), "training": metrics.get("training", {})}
+    return {**_identity(run), "seed": run.seed, "chosen": dict(run.values), **found, "failed": failed}
+
+
+def _curve_row(run: PlannedRun) -> Row:
+    keys = ("step", "epoch", "loss", "seconds")
+    rows = [
+        {key: value for key, value in row.items() if key in keys or key.startswith("validation/")}
+        for row in read_json_lines(run.folder / "log.jsonl")
+    ]
+    return {**_identity(run), "seed": run.seed, "rows": rows}

@@ -1,0 +1,50 @@
+"""What each metric is: how it is shown, and which way is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lora_ggpo.statistics.intervals import Interval
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: as `shown_as`, values times `scale`; `unit` is that of differences.
+
+    `beside` names the metric to show with it.
+    """
+
+    label: str
+    shown_as: str
+    higher_is_better: bool
+    scale: float
+    unit: str
+    digits: int
+    beside: str | None = None
+
+    @property
+    def heading(self) -> str:
+        """``accuracy, % ↑``: the arrow points to what is better."""
+        return f"{self.shown_as} {'↑' if self.higher_is_better else '↓'}"
+
+    def scaled(self, interval: Interval) -> Interval:
+        """`interval` as it is shown."""
+        return replace(interval, mean=interval.mean * self.scale, half=interval.half * self.scale)
+
+    def amount(self, value: float, *, sign: bool = False) -> str:
+        """A value with its unit: ``+1.25 points``."""
+        return f"{value * self.scale:{'+' if sign else ''}.{self.digits}f}{self.unit}"
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric("accuracy", "accuracy, %", True, 100.0, " points", 2, "log_loss"),
+    "f1": Metric("F1", "F1, %", True, 100.0, " points", 2, "log_loss"),
+    "mcc": Metric("MCC", "100 × MCC", True, 100.0, " points", 2, "log_loss"),
+    "log_loss": Metric("log-loss", "log-loss", False, 1.0, "", 4, "accuracy"),
+    "pearson": Metric("Pearson", "100 × Pearson", True, 100.0, " points", 2, "mse"),
+    "spearman": Metric("Spearman", "100 × Spearman", True, 100.0, " points", 2, "mse"),
+    "mse": Metric("MSE", "mean squared error", False, 1.0, "", 4, "pearson"),
+    "loss": Metric("loss", "loss", False, 1.0, "", 4),
+    "perplexity": Metric("perplexity", "perplexity", False, 1.0, "", 3),
+}
