@@ -20,10 +20,10 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the tokens that hold this probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     base: Base = None,
 ) -> None:
-    """Try a run or a model in the terminal, or on the lines of a pipe."""
+    """Chat with a run or a model in the terminal, or let it answer the lines of a pipe."""
     from lora_ggpo.evaluation.chat import Chat, run_chat
     from lora_ggpo.evaluation.generate import Sampling
     from lora_ggpo.evaluation.target import find_targets, load_target

@@ -1,4 +1,4 @@
-"""What stops a command becomes one line on stderr and an exit code. Every command passes through here."""
+"""Errors of all commands: each becomes one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
                     _calm_libraries()
                 command(*args, **options)
         except (UserError, KeyboardInterrupt, OSError) as error:
-            message, code = _told(error)
+            message, code = _message_and_code(error)
             if debug:
                 traceback.print_exc()
             if message:
@@ -46,8 +46,8 @@ def report_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _told(error: UserError | KeyboardInterrupt | OSError) -> tuple[str | None, int]:
-    """What to say of `error`, and the exit code; an OSError that is not the user's to mend is raised again."""
+def _message_and_code(error: UserError | KeyboardInterrupt | OSError) -> tuple[str | None, int]:
+    """What to print, and the exit code. An OSError that the user can do nothing about is raised again."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Interrupted.", exit_code(error)
     if isinstance(error, UserError):

@@ -21,7 +21,7 @@ def command(
     temperature: Annotated[float | None, typer.Option(help="0 takes the most probable token (0).")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the tokens that hold this probability (1).")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer (512; mt-bench 1024).")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the draws (0).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the draws (0).")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Answers generated at a time (16).")] = None,
     judge: Annotated[Place, typer.Option(parser=place, help="mt-bench: a server's address, or a model or run.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The model's name on that server.")] = None,
@@ -30,15 +30,15 @@ def command(
         int | None, typer.Option(min=1, help="Programs run, or judgements asked for, at a time (4).")
     ] = None,
     chat: Annotated[bool | None, typer.Option(help="Use the chat template, or not; default: as trained.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of a model: float32, bfloat16 or float16 (float32).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="A model's type: float32, bfloat16 or float16 (float32).")] = None,
     template: Annotated[
         str | None,
-        typer.Option(parser=with_line_breaks, help='Of a model: around a question, such as "Q: {text}\\nA: ".'),
+        typer.Option(parser=with_line_breaks, help='Around a question to a model, such as "Q: {text}\\nA: ".'),
     ] = None,
-    output: Annotated[Place, typer.Option(parser=place, help="Results (RUN/seed-N/evaluation).")] = None,
+    output: Annotated[Place, typer.Option(parser=place, help="Folder of the results (RUN/seed-N/evaluation).")] = None,
     base: Base = None,
 ) -> None:
-    """Score what RUN, which may be a model too, generates on a suite of problems; resumes what is unfinished."""
+    """Score what RUN, a run or a model, generates on a suite of problems; continues what is unfinished."""
     from lora_ggpo.evaluation.suite_run import Options
     from lora_ggpo.evaluation.suites import evaluate_suite
     from lora_ggpo.report.tables import metrics_table

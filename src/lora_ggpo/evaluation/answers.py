@@ -19,14 +19,14 @@ Key = tuple[str, int]
 
 
 class Prompt(NamedTuple):
-    """The tokens that an answer follows, and a name that is its own among the prompts."""
+    """The tokens before an answer, and a name that no other prompt has."""
 
     id: str
     ids: list[int]
 
     @property
     def digest(self) -> str:
-        """Tells prompts of another text apart."""
+        """Differs for a prompt of another text."""
         return json_digest(self.ids)
 
 

@@ -79,7 +79,7 @@ def run_chat(chat: Chat, source: TextIO, say: Callable[[str], None]) -> None:
     """Answer the lines of `source` until it ends or says /quit.
 
     Args:
-        say: Tells what is no answer.
+        say: Prints what is not an answer.
     """
     for line in _lines(source, say):
         if line == "/quit":

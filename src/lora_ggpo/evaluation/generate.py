@@ -64,7 +64,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or _COLDEST <= self.temperature <= _HOTTEST):  # nan is nowhere
+        if not (self.temperature == 0 or _COLDEST <= self.temperature <= _HOTTEST):  # refuses nan as well
             valid = f"0, which takes the most probable token, or from {_COLDEST:g} to {_HOTTEST:g}"
             raise UserError(f"--temperature is {self.temperature:g}; it must be {valid}.")
         if not 0 < self.top_p <= 1:
@@ -91,7 +91,7 @@ def generate(
     Args:
         batch_size: Answers at a time, of prompts of like length, the longest first.
         progress: Called as progress(answers there, answers in all) at the beginning and after each batch.
-        streamer: Is given the tokens of a single answer as they come.
+        streamer: Gets the tokens of a single answer as they come.
 
     Returns:
         All answers to `prompts`, by prompt and number.

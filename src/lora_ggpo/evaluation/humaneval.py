@@ -34,7 +34,7 @@ _WRITE = (
     "Complete this Python function. Answer with the whole function, its imports included, in one block of code.\n\n"
     "```python\n{prompt}```"
 )
-# Code in four spaces is no block of code here, and what looks like HTML, such as <think>, hides none.
+# Indented text is no block of code, and a line such as <think> begins no HTML, which would hide the block below it.
 _MARKDOWN = MarkdownIt().disable(["code", "html_block"])
 
 
@@ -99,7 +99,7 @@ def program(problem: Problem, answer: str) -> str:
 def _code(answer: str, defines: re.Pattern[str]) -> str:
     """The fenced block that defines the function, else the first one of Python or of no language, else all of it."""
     fences = [token for token in _MARKDOWN.parse(answer) if token.type == "fence"]
-    python = [one.content for one in fences if one.info.lower().startswith("py") or not one.info]
+    python = [one.content for one in fences if one.info.strip().lower().startswith("py") or not one.info.strip()]
     return next((one.content for one in fences if defines.search(one.content)), python[0] if python else answer)
 
 

@@ -31,11 +31,11 @@ TIMEOUT = 300.0
 _MAX_TOKENS = 1024
 _REFUSALS = (400, 413, 422)
 _PATIENCE = 8
-"""Refusals, and no answer, after which nothing more is asked."""
+"""After this many refusals and no answer, nothing more is asked."""
 
 
 class Question(NamedTuple):
-    """What the judge is asked, under a name of its own, and whether an answer is of the form that was asked for."""
+    """A question to the judge, its name, and a check of whether an answer has the form that was asked for."""
 
     id: str
     messages: Messages
@@ -65,7 +65,7 @@ class Server:
         self.client()
 
     def client(self) -> Any:
-        """What asks the server, in one event loop; it repeats what fails because the server is busy."""
+        """A client for one event loop, which asks again while the server is busy."""
         try:
             from openai import AsyncOpenAI, DefaultAsyncHttpxClient
         except ImportError as error:
@@ -158,12 +158,12 @@ def ask_server(
 ) -> dict[Key, Answer]:
     """Ask `server` all `questions` that `kept` has no answer to, `jobs` at a time.
 
-    A question whose answer is not of the form asked for is asked twice more. One that the server does not take has an
-    empty answer, which is not kept.
+    A question whose answer has another form than was asked for is asked up to twice more. A question that the server
+    refuses has an empty answer, which is not kept.
 
     Raises:
-        UserError: as `Server.ask`, or every question is refused; what was answered, also to the questions that were on
-            their way, is kept.
+        UserError: as `Server.ask`, or every question is refused. What was answered is kept, also to the questions that
+            were on their way.
         Interrupted: Ctrl-C; what was answered is kept.
     """
     wanted = {prompt.id for prompt, _ in kept.missing([_as_prompt(question) for question in questions], 1)}

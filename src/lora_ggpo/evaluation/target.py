@@ -1,4 +1,4 @@
-"""What is evaluated, or chatted with: a finished run, or a model as `load_model` knows them."""
+"""What is evaluated or chatted with: a finished run, or a model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Target:
         return Prompt(name, prompt_ids(self.tokenizer, text))
 
     def fingerprint(self) -> str:
-        """Tells other weights apart: a digest of some values of every parameter."""
+        """A digest of some values of every parameter, which differs for other weights."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             values = parameter.detach().flatten()
