@@ -11,6 +11,7 @@ import pytest
 from lora_ggpo.comparison import engine
 from lora_ggpo.comparison.engine import run_comparison
 from lora_ggpo.comparison.grid import plan_comparison
+from lora_ggpo.comparison.results import read_results
 from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source, read_source
@@ -115,7 +116,7 @@ def test_another_comparison_in_the_folder_is_refused(compared):
 
 @pytest.fixture
 def undone(recipe_file, tmp_path):
-    """A plan with a folder where nothing of it has run, and all of it counts as done."""
+    """A grid with a folder where nothing of it has run, and all of it counts as done."""
     grid = plan_comparison(read_source(recipe_file, OVERRIDES), ["lora", "ggpo"], 1, 1, (), None, tmp_path / "out")
     for job in grid.final():
         job.folder.mkdir(parents=True)
@@ -126,7 +127,7 @@ def undone(recipe_file, tmp_path):
 def test_a_grown_comparison_tells_all_machines_and_versions_that_made_it(undone, monkeypatch):
     def made():
         run_comparison(undone, lambda: pytest.fail("nothing is missing"), "command", Reporter(quiet=True))
-        return json.loads((undone.output / "facts.json").read_text())["environments"]
+        return read_results(undone.output).facts["environments"]
 
     assert made() == []  # no run was made here
     for device, known in (("CPU", ["CPU"]), ("GPU", ["CPU", "GPU"]), ("CPU", ["CPU", "GPU"])):
