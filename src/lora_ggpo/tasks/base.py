@@ -84,7 +84,7 @@ class Task(ABC):
 
     @abstractmethod
     def rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Row]]:
-        """Encoded rows of the set `name`, in chunks; rows may be dropped. `row` makes one."""
+        """Encoded rows of the set `name`, in chunks; rows may be dropped. `encoded_row` makes one."""
 
     @abstractmethod
     def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
