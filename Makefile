@@ -7,17 +7,25 @@ BIN = $(VENV)/bin
 CORE_TESTS = tests/integrations/test_callback.py -k 'not compiled' $(patsubst %,tests/perturbation/test_%.py,\
     coverage follow ggpo layers passes quantised rows watch)
 
-.PHONY: demo test docs oldest setup clean
+.PHONY: demo check test docs lint oldest setup clean
+
+# A worker takes a file at a time, in the order of conftest.py.
+PYTEST = $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: setup  ## set up, then LoRA against LoRA-GGPO on bundled reviews with a pretrained MiniLM
 	$(BIN)/lora-ggpo demo
 
-test: setup  ## set up, then lint, type-check and run all tests
+check: lint  ## set up, then lint, type-check and run the tests that take no whole run: for while you work
+	$(PYTEST) -q -m 'not slow'
+
+test: lint  ## set up, then lint, type-check and run all tests
+	$(PYTEST)
+	$(MAKE) oldest
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
-	$(MAKE) oldest
 
 docs: setup  ## build the docs site into site/; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

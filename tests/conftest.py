@@ -32,6 +32,23 @@ def pytest_configure(config):
     settings.load_profile("many" if config.getoption("thorough") else "few")
 
 
+LONG = ("test_ray", "test_killed", "test_engine", "test_quantise", "test_ranks", "test_study", "test_examples")
+SLOW = {*LONG, "test_accumulation", "test_bundled", "test_chat", "test_comparison", "test_descent", "test_distributed"}
+SLOW |= {"test_forecast", "test_humaneval", "test_measure", "test_merge", "test_metrics", "test_objective"}
+SLOW |= {"test_paper_recipes", "test_plots", "test_rejected", "test_release_0_1_0", "test_sft", "test_suites"}
+SLOW |= {"test_trl", "test_trl_trainers"}
+TRAINS = {"finished", "recipe_file", "whole", "minilm", "smollm2", "build", "sft", "trained", "chat_runs", "project"}
+
+
+def pytest_collection_modifyitems(items):
+    """Long files come first, so that no worker is left with one at the end; tests of whole runs are slow."""
+    names = [*LONG, ""]
+    items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in LONG else ""))
+    for item in items:
+        if item.path.stem in SLOW or TRAINS & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
     """A Trainer collects garbage as it begins, over all that the libraries have made: longer than it trains here."""

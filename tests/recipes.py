@@ -23,7 +23,6 @@ def recipe_text(model, source, output, **changes):
             "per_device_train_batch_size": 4,
             "learning_rate": 5e-3,
             "logging_steps": 1,
-            "save_steps": 1,
             "use_cpu": True,
         },
         "output": str(output),

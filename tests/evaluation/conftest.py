@@ -9,21 +9,12 @@ from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests import tiny
+from tests.recipes import GUIDED, recipe_text
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + ('</s>' if m.role == 'assistant' else '\\n') }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-RECIPE = """\
-model: {model}
-task: {{kind: sft, max_length: 64}}
-data: {data}
-adapter: {{r: 2, lora_alpha: 4, target_modules: all-linear, init_lora_weights: false}}
-ggpo: {{sigma: 0.05, rule: relative, beta: 0.5}}
-training: {{max_steps: 2, per_device_train_batch_size: 4, learning_rate: 1e-2, use_cpu: true}}
-seeds: [0, 1]
-output: {output}
-"""
 
 
 @pytest.fixture(scope="session")
@@ -52,5 +43,15 @@ def conversations(tmp_path_factory):
 def chat_runs(chat_llama, conversations, tmp_path_factory):
     """Folder of two finished GGPO runs on these conversations."""
     output = tmp_path_factory.mktemp("runs") / "sft"
-    train(parse_recipe(RECIPE.format(model=chat_llama, data=conversations, output=output), "r"), Reporter(quiet=True))
+    text = recipe_text(
+        chat_llama,
+        conversations,
+        output,
+        task={"max_length": 64},
+        adapter={"lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False},
+        ggpo=GUIDED,
+        training={"max_steps": 2, "learning_rate": 1e-2},
+        seeds=[0, 1],
+    )
+    train(parse_recipe(text, "r"), Reporter(quiet=True))
     return output

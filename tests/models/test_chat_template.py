@@ -22,6 +22,7 @@ from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.chat_styles import DATED, ENDLESS, STYLES, save
+from tests.recipes import recipe_text
 from tests.tasks.make import task
 
 TALK = [
@@ -30,16 +31,7 @@ TALK = [
     {"role": "user", "content": "2+2?"},
     {"role": "assistant", "content": "4."},
 ]
-RECIPE = """\
-model: {model}
-task: {{kind: sft, max_length: 128}}
-data: {{source: {data}, validation_fraction: 0.2, test_fraction: 0.2}}
-adapter: {adapter}
-ggpo: null
-training: {{max_steps: 1, per_device_train_batch_size: 4, learning_rate: 1e-2, use_cpu: true}}
-output: {output}
-"""
-LORA = "{r: 2, target_modules: all-linear}"
+LORA = {"r": 2, "target_modules": "all-linear"}
 
 
 @pytest.fixture
@@ -52,7 +44,10 @@ def trained(smollm2, tmp_path):
             "\n".join(json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, *TALK[1:]]}) for n in range(10))
         )
         model = save(tmp_path / "model", smollm2[1], style)
-        text = RECIPE.format(model=model, data=data, adapter=adapter, output=tmp_path / "runs")
+        training = {"max_steps": 1, "learning_rate": 1e-2}
+        text = recipe_text(
+            model, data, tmp_path / "runs", task={"max_length": 128}, adapter=adapter, ggpo=None, training=training
+        )
         return train(parse_recipe(text, "r.yaml"), Reporter(quiet=True))[0].folder
 
     return trained
@@ -79,15 +74,15 @@ def test_the_token_that_a_turn_is_learnt_to_end_in_ends_generation(name, smollm2
     assert ends_of_turns(asked[0]) == [end]
 
 
-@pytest.mark.parametrize("adapter", [LORA, "null"])
+@pytest.mark.parametrize("adapter", [LORA, None])
 def test_a_run_and_what_is_merged_of_it_end_where_turns_do(trained, tmp_path, adapter):
     run = trained(STYLES["qwen"], adapter)
     target = load_target(str(run))
     both = {*target.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
     assert set(end_tokens(target.model, target.tokenizer)) == both
-    weights = run / ("model" if adapter == "null" else "adapter")
+    weights = run / ("adapter" if adapter else "model")
     assert set(GenerationConfig.from_pretrained(weights).eos_token_id) == both
-    if adapter != "null":
+    if adapter:
         merge_run(run, tmp_path / "merged")
         assert set(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config.eos_token_id) == both
 

@@ -18,16 +18,8 @@ from lora_ggpo.tasks.regression import TargetReader
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
+from tests.recipes import recipe_text
 
-RECIPE = """\
-model: minilm
-task: {{kind: guess}}
-data: {{source: {source}}}
-adapter: {{r: 2, target_modules: [query]}}
-training: {{max_steps: 2, per_device_train_batch_size: 4, use_cpu: true}}
-validate_every: 1
-output: {output}
-"""
 SETS = ("validation", "test", "train")
 
 
@@ -59,11 +51,20 @@ class Guess(Task):
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
+def recipe(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "guess", Guess)
     rows = [{"text": f"{'word ' * (n % 7 + 1)}{n}", "label": n % 7 + 2} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(source=tmp_path / "rows.jsonl", output=tmp_path / "runs"))
+    text = recipe_text(
+        tiny_bert,
+        tmp_path / "rows.jsonl",
+        tmp_path / "runs",
+        task={"kind": "guess", "max_length": 4},
+        adapter={"target_modules": ["query"]},
+        training={"max_steps": 2},
+        validate_every=1,
+    )
+    (tmp_path / "recipe.yaml").write_text(text)
     return tmp_path / "recipe.yaml"
 
 

@@ -24,27 +24,12 @@ from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
+from tests.recipes import recipe_text
 from tests.report import grids
 from tests.tasks.make import task
 
 QUIET = Reporter(quiet=True)
 NOUNS = ("film", "script", "cast", "plot", "score")
-RECIPE = """\
-model: minilm
-task: {{kind: regression, max_length: 24}}
-data: {{source: {source}, text_pair: other, validation_fraction: 0.2, test_fraction: 0.2}}
-adapter: {{r: 4, target_modules: [query, value]}}
-ggpo: {{sigma: 0.03}}
-training:
-  max_steps: 6
-  per_device_train_batch_size: 8
-  learning_rate: 5e-3
-  logging_steps: 1
-  save_steps: 3
-  use_cpu: true
-validate_every: 3
-output: {output}
-"""
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------
@@ -187,20 +172,31 @@ def test_training_starts_at_the_mean_of_the_targets():
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    return _recipe(tmp_path)
+def recipe(tiny_bert, tmp_path):
+    return _recipe(tiny_bert, tmp_path)
 
 
-def _recipe(folder):
+def _recipe(model, folder):
     source = write(folder / "rows.jsonl", [n % 5 + 0.25 * (n // 5 % 5) for n in range(60)])
     file = folder / "recipe.yaml"
-    file.write_text(RECIPE.format(source=source, output=folder / "runs"), encoding="utf-8")
+    text = recipe_text(
+        model,
+        source,
+        folder / "runs",
+        task={"kind": "regression", "max_length": 24},
+        data={"text_pair": "other"},
+        adapter={"r": 4, "target_modules": ["query", "value"]},
+        ggpo={"sigma": 0.03},
+        training={"max_steps": 6, "per_device_train_batch_size": 8, "save_steps": 3},
+        validate_every=3,
+    )
+    file.write_text(text, encoding="utf-8")
     return file
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    file = _recipe(tmp_path_factory.mktemp("regression"))
+def trained(tiny_bert, tmp_path_factory):
+    file = _recipe(tiny_bert, tmp_path_factory.mktemp("regression"))
     return file, train(load_recipe(file), QUIET)[0]
 
 

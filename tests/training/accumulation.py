@@ -13,25 +13,8 @@ from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.tasks import TASKS
 from lora_ggpo.training.build import build_model, build_trainer, training_arguments
 from lora_ggpo.training.trainer import EpochSampler
+from tests.recipes import recipe_text
 
-RECIPE = """\
-model: {model}
-task: {{kind: {kind}, max_length: 48}}
-data: {{source: {data}, validation_fraction: 0.1, test_fraction: 0.1}}
-adapter: {{r: 2, lora_alpha: 4, target_modules: {targets}, init_lora_weights: false}}
-training:
-  num_train_epochs: 1
-  per_device_train_batch_size: {batch}
-  gradient_accumulation_steps: {micro_batches}
-  optim: sgd
-  learning_rate: 0.5
-  lr_scheduler_type: constant
-  max_grad_norm: {clip}
-  train_sampling_strategy: random
-  logging_steps: 1
-  use_cpu: true
-output: unused
-"""
 CLIP = 0.2
 METHODS = {
     "lora": [],
@@ -64,14 +47,25 @@ def make_recipe(models, data, case, batch, micro_batches, overrides=()):
     """`models`: (decoder, encoder-decoder), both without dropout."""
     kind, settings = CASES[case]
     seq2seq = kind.startswith("seq2seq")
-    text = RECIPE.format(
-        model=models[seq2seq],
-        kind=kind,
-        data=data / f"{kind}.jsonl",
-        targets="[q, v, wi]" if seq2seq else "[q_proj, v_proj, up_proj]",
-        batch=batch,
-        micro_batches=micro_batches,
-        clip=CLIP,
+    targets = ["q", "v", "wi"] if seq2seq else ["q_proj", "v_proj", "up_proj"]
+    text = recipe_text(
+        models[seq2seq],
+        data / f"{kind}.jsonl",
+        "unused",
+        task={"kind": kind, "max_length": 48},
+        data={"validation_fraction": 0.1, "test_fraction": 0.1},
+        adapter={"lora_alpha": 4, "target_modules": targets, "init_lora_weights": False},
+        training={
+            "max_steps": -1,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": micro_batches,
+            "optim": "sgd",
+            "learning_rate": 0.5,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": CLIP,
+            "train_sampling_strategy": "random",
+        },
     )
     return parse_recipe(text, "r.yaml", [*settings, *overrides])
 

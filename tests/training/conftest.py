@@ -13,7 +13,9 @@ def whole(tiny_llama, tmp_path_factory):
     """(recipe file, folder) of a finished run of 4 steps, with every source of chance in use."""
     folder = tmp_path_factory.mktemp("whole")
     data = write_pairs(folder / "data.jsonl")
-    text = recipe_text(tiny_llama, data, folder / "runs", adapter={"lora_dropout": 0.1}, ggpo=GUIDED)
+    text = recipe_text(
+        tiny_llama, data, folder / "runs", adapter={"lora_dropout": 0.1}, ggpo=GUIDED, training={"save_steps": 1}
+    )
     (folder / "recipe.yaml").write_text(text)
     return folder / "recipe.yaml", trained(folder / "recipe.yaml")
 

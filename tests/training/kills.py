@@ -50,7 +50,7 @@ def kill_runs(folder, model, wanted):
             data={"label_noise": 0.25},
             adapter={"lora_dropout": 0.1},
             ggpo=GUIDED,
-            training={"max_steps": STEPS},
+            training={"max_steps": STEPS, "save_steps": 1},
             validate_every=3,
         )
         train(parse_recipe(text, "r"), Reporter(quiet=True))

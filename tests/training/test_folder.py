@@ -3,18 +3,18 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from lora_ggpo.cli import app
+from lora_ggpo.cli import main
 from lora_ggpo.data import DataConfig
 from lora_ggpo.data.sources import set_names
 from lora_ggpo.errors import UserError
@@ -22,35 +22,10 @@ from lora_ggpo.models.load import locate
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.workspace.folder import lock
 from lora_ggpo.workspace.paths import expand_home
+from tests.recipes import recipe_text, write_pairs
+from tests.training.runs import USES, invoke, refused, works
 
-RECIPE = """\
-model: {model}
-task: {{kind: sft, max_length: 32}}
-data: {{source: {data}, validation_fraction: 0.2, test_fraction: 0.2}}
-adapter: {{r: 2, target_modules: [q_proj, v_proj]}}
-training: {{max_steps: 2, per_device_train_batch_size: 4, learning_rate: 5e-3, logging_steps: 1, save_steps: 1}}
-output: {output}
-"""
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], input="hello\n")
-
-
-def works(result):
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(result, message):
-    assert result.exit_code == 2, result.output
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def write_data(path):
-    rows = [{"prompt": f"the {'film ' * (n % 5)}{n}", "completion": f"is {'good ' * (n % 7)}."} for n in range(24)]
-    path.write_text("\n".join(map(json.dumps, rows)))
+TWO_STEPS = {"max_steps": 2, "save_steps": 1}
 
 
 @pytest.fixture
@@ -71,12 +46,18 @@ def project(tiny_llama, tmp_path_factory):
     shutil.copytree(tiny_llama, folder / "models" / "tiny")
     (folder / "data").mkdir()
     for name in ("train.jsonl", "other.jsonl"):
-        write_data(folder / "data" / name)
+        write_pairs(folder / "data" / name)
     (folder / "recipe.yaml").write_text(
-        RECIPE.format(model="./models/tiny", data="data/train.jsonl, out_of_domain: [data/other.jsonl]", output="runs")
+        recipe_text(
+            "./models/tiny",
+            "data/train.jsonl",
+            "runs",
+            data={"out_of_domain": ["data/other.jsonl"]},
+            training=TWO_STEPS,
+        )
     )
     with contextlib.chdir(folder):
-        works(run("train", "recipe.yaml"))
+        works(invoke("train", "recipe.yaml"))
     return folder
 
 
@@ -95,17 +76,17 @@ def moved(project, tmp_path):
 
 def test_every_path_of_a_recipe_and_of_a_command_may_begin_with_the_home_folder(tiny_llama, home):
     shutil.copytree(tiny_llama, home / "tiny")
-    write_data(home / "data.jsonl")
-    (home / "r.yaml").write_text(RECIPE.format(model="~/tiny", data="~/data.jsonl", output="~/runs"))
-    works(run("train", "~/r.yaml"))
+    write_pairs(home / "data.jsonl")
+    (home / "r.yaml").write_text(recipe_text("~/tiny", "~/data.jsonl", "~/runs", training=TWO_STEPS))
+    works(invoke("train", "~/r.yaml"))
     seed = home / "runs" / "seed-0"
     assert sorted(path.name for path in (seed / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    works(run("show", "~/runs"))
-    assert "data.jsonl" in works(run("eval", "~/runs", "--on", "~/data.jsonl")).stdout
-    works(run("merge", "~/runs", "~/merged"))
-    works(run("train", "~/r.yaml", "output=~/again", "training.max_steps=1"))
+    works(invoke("show", "~/runs"))
+    assert "data.jsonl" in works(invoke("eval", "~/runs", "--on", "~/data.jsonl")).stdout
+    works(invoke("merge", "~/runs", "~/merged"))
+    works(invoke("train", "~/r.yaml", "output=~/again", "training.max_steps=1"))
     small = ("--rows", 2, "--draws", 2, "--eigenvalues", 0, "--sigma", 0.1, "--rho", 0.001, "--space", "adapter")
-    works(run("sharpness", "~/runs", *small, "--output", "~/sharp"))
+    works(invoke("sharpness", "~/runs", *small, "--output", "~/sharp"))
     assert {path.name for path in home.iterdir()} == {
         *("tiny", "data.jsonl", "r.yaml", "runs", "merged", "again", "sharp"),
     }
@@ -117,32 +98,32 @@ def test_an_evaluation_may_go_to_the_home_folder(tiny_llama, home):
     (home / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shutil.copytree(tiny_llama, home / "tiny")
     options = ("--data", "~/q.jsonl", "--max-new-tokens", 2, "--output", "~/e")
-    works(run("suite", "gsm8k", "~/tiny", *options))
+    works(invoke("suite", "gsm8k", "~/tiny", *options))
     assert (home / "e" / "gsm8k" / "scores.json").is_file()
 
 
 def test_a_folder_that_is_called_so_is_had_by_its_path(home):
     assert expand_home("./~/x") == "./~/x"
     assert expand_home("a~b") == "a~b"
-    recipe = parse_recipe(RECIPE.format(model="minilm", data="movie-reviews", output="./~/x"), "r.yaml")
+    recipe = parse_recipe(recipe_text("minilm", "movie-reviews", "./~/x"), "r.yaml")
     assert recipe.resolved(0)["output"] == os.path.join(os.getcwd(), "~", "x")
 
 
 @pytest.mark.parametrize("setting", ["output", "model", "data.source", "data.out_of_domain"])
 def test_a_home_folder_that_is_not_there_is_one_sentence(setting, home):
-    text = RECIPE.format(model="minilm", data="movie-reviews", output="runs")
+    text = recipe_text("minilm", "movie-reviews", "runs")
     value = "[~nosuchuser/x]" if setting.endswith("domain") else "~nosuchuser/x"
     said = r"begins with ~nosuchuser, but there is no such user"
     with pytest.raises(UserError, match=rf"override '{setting}=.*: {setting}.* {said}"):
         parse_recipe(text, "r.yaml", [f"{setting}={value}"])
-    refused(run("show", "~nosuchuser/x"), "begins with ~nosuchuser")
+    refused(invoke("show", "~nosuchuser/x"), "begins with ~nosuchuser")
     with pytest.raises(UserError, match=f"Model '~nosuchuser/x' {said}"):
         locate("~nosuchuser/x")
 
 
 def test_a_nul_in_a_path_is_one_sentence(home):
-    text = RECIPE.format(model="minilm", data="movie-reviews", output='"a\\0b"')
-    with pytest.raises(UserError, match=r"r\.yaml, line 6: output holds a NUL character, which no path can\."):
+    text = recipe_text("minilm", "movie-reviews", "a\0b")
+    with pytest.raises(UserError, match=r"r\.yaml, line \d+: output holds a NUL character, which no path can\."):
         parse_recipe(text, "r.yaml")
 
 
@@ -152,7 +133,7 @@ def test_a_nul_in_a_path_is_one_sentence(home):
 def test_a_checkpoint_of_another_recipe_is_refused(project, tmp_path, monkeypatch):
     """Wherever it has come from: here somebody has copied it."""
     monkeypatch.chdir(project)
-    works(run("train", "recipe.yaml", f"output={tmp_path}", "training.learning_rate=1e-3", "training.max_steps=1"))
+    works(invoke("train", "recipe.yaml", f"output={tmp_path}", "training.learning_rate=1e-3", "training.max_steps=1"))
     seed = tmp_path / "seed-0"
     (seed / "metrics.json").unlink()
     shutil.rmtree(seed / "adapter")
@@ -160,9 +141,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(project, tmp_path, monkeypatc
     shutil.copytree(project / "runs" / "seed-0" / "checkpoints", seed / "checkpoints")
     again = ("train", "recipe.yaml", f"output={tmp_path}", "training.learning_rate=1e-3", "training.max_steps=1")
     said = "checkpoint-2 is of another recipe: training.learning_rate is 0.005 there and 0.001 here"
-    refused(run(*again), said)
+    refused(invoke(*again), said)
     shutil.rmtree(seed / "checkpoints")
-    works(run(*again))
+    works(invoke(*again))
 
 
 # --- any working directory -------------------------------------------------------------------------------------------
@@ -174,14 +155,14 @@ def test_a_run_of_relative_paths_works_from_anywhere(project, tmp_path, monkeypa
     assert recipe["model"] == str(project / "models" / "tiny")
     assert recipe["data"]["source"] == str(project / "data" / "train.jsonl")
     assert recipe["data"]["out_of_domain"] == [str(project / "data" / "other.jsonl")]
-    shown = works(run("eval", project / "runs")).stdout
+    shown = works(invoke("eval", project / "runs")).stdout
     assert "other.jsonl" in shown
     assert str(project) not in shown
-    works(run("merge", project / "runs", "merged"))
-    works(run("chat", project / "runs", "--max-new-tokens", 2))
-    assert "is finished already" in works(run("train", project / "runs" / "seed-0" / "recipe.yaml")).stderr
+    works(invoke("merge", project / "runs", "merged"))
+    works(invoke("chat", project / "runs", "--max-new-tokens", 2))
+    assert "is finished already" in works(invoke("train", project / "runs" / "seed-0" / "recipe.yaml")).stderr
     monkeypatch.chdir(project)
-    assert "is finished already" in works(run("train", "recipe.yaml")).stderr
+    assert "is finished already" in works(invoke("train", "recipe.yaml")).stderr
 
 
 def test_a_run_of_an_earlier_release_is_read_where_its_paths_lead(project, tmp_path, monkeypatch):
@@ -193,10 +174,10 @@ def test_a_run_of_an_earlier_release_is_read_where_its_paths_lead(project, tmp_p
     data["splits"]["data/other.jsonl"] = data["splits"].pop("other.jsonl")
     (old / "data.json").write_text(json.dumps(data))
     monkeypatch.chdir(tmp_path)
-    refused(run("eval", old), "models/tiny")
+    refused(invoke("eval", old), "models/tiny")
     monkeypatch.chdir(project)
-    works(run("eval", old))
-    assert "is finished already" in works(run("train", "recipe.yaml", f"output={old.parent}")).stderr
+    works(invoke("eval", old))
+    assert "is finished already" in works(invoke("train", "recipe.yaml", f"output={old.parent}")).stderr
 
 
 @pytest.mark.parametrize(
@@ -217,31 +198,20 @@ def test_a_source_given_twice_in_other_words_is_seen(project, monkeypatch):
         DataConfig(source="../data/train.jsonl", out_of_domain=[str(project / "data" / "train.jsonl")])
 
 
-USES = {
-    "eval": lambda run, out: ["eval", run],
-    "merge": lambda run, out: ["merge", run, out],
-    "chat": lambda run, out: ["chat", run, "--max-new-tokens", 2],
-    "sharpness": lambda run, out: [
-        *("sharpness", run, "--rows", 2, "--draws", 2, "--eigenvalues", 0, "--sigma", 0.1, "--rho", 0.001),
-        *("--output", out),
-    ],
-}
-
-
 @pytest.mark.parametrize("use", USES)
 def test_a_base_model_that_has_moved_is_named(moved, use, tmp_path):
     seed, model = moved
     command = USES[use](seed, tmp_path / "out")
-    refused(run(*command), "there is no such folder. If it has moved, give its place as --model.")
-    works(run(*command, "--model", model))
+    refused(invoke(*command), "there is no such folder. If it has moved, give its place as --model.")
+    works(invoke(*command, "--model", model))
     settings = model / "config.json"
     settings.write_text(settings.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    changed = run(*USES[use](seed, tmp_path / "again"), "--model", model)
+    changed = invoke(*USES[use](seed, tmp_path / "again"), "--model", model)
     refused(changed, f"is not what {seed} was trained on: its files have changed")
 
 
 def test_a_model_itself_has_no_other_one(tiny_llama, tmp_path):
-    refused(run("chat", tiny_llama, "--model", tiny_llama), "--model is for runs")
+    refused(invoke("chat", tiny_llama, "--model", tiny_llama), "--model is for runs")
 
 
 # --- permissions -----------------------------------------------------------------------------------------------------
@@ -252,8 +222,8 @@ def test_the_umask_decides_who_may_read_and_write_a_run(project, umask, folders,
     monkeypatch.chdir(project)
     before = os.umask(umask)
     try:
-        works(run("train", "recipe.yaml", f"output={tmp_path / 'runs'}", "adapter.init_lora_weights=pissa"))
-        works(run("merge", tmp_path / "runs", tmp_path / "merged"))
+        works(invoke("train", "recipe.yaml", f"output={tmp_path / 'runs'}", "adapter.init_lora_weights=pissa"))
+        works(invoke("merge", tmp_path / "runs", tmp_path / "merged"))
     finally:
         os.umask(before)
     found = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
@@ -271,7 +241,9 @@ def test_a_file_that_may_not_be_read_is_one_sentence(project, use, tmp_path, mon
         return opened(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", denied)  # root, whom the tests may run as, is denied nothing
-    refused(run(*USES[use](project / "runs", tmp_path / "out")), f"{weights} cannot be read or written: Permission den")
+    refused(
+        invoke(*USES[use](project / "runs", tmp_path / "out")), f"{weights} cannot be read or written: Permission den"
+    )
 
 
 # --- locks -----------------------------------------------------------------------------------------------------------
@@ -294,10 +266,15 @@ def test_where_there_are_no_locks_a_file_stands_for_one(tmp_path, monkeypatch, n
 
 
 @pytest.mark.parametrize("encoding", ["iso-8859-1", "ascii"])
-def test_output_never_fails_by_the_encoding_of_a_terminal(project, encoding):
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-m", "lora_ggpo.cli", "show", str(project / "runs")]
-    done = subprocess.run(command, capture_output=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "?" in done.stdout.decode(encoding)
-    assert "loss" in done.stdout.decode(encoding)
+def test_output_never_fails_by_the_encoding_of_a_terminal(project, encoding, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", ["lora-ggpo", "show", str(project / "runs")])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # what it does for a process of its own
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode(encoding)
+    assert "?" in shown
+    assert "loss" in shown

@@ -1,6 +1,5 @@
 """A merged model computes what the adapted one does, also when it is read again: in float64, to rounding."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from lora_ggpo.training import merge as module
 from lora_ggpo.training.merge import merge_run, merged_model
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
+from tests.recipes import recipe_text, write_pairs
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.arange(24).view(2, 12)
@@ -79,22 +79,12 @@ def test_a_bias_without_a_place_is_refused():
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
-RECIPE = """\
-model: {model}
-task: {{kind: sft, max_length: 32}}
-data: {{source: {data}, validation_fraction: 0.2, test_fraction: 0.2}}
-adapter: {{r: 2, target_modules: [q_proj, v_proj]}}
-training: {{max_steps: 2, per_device_train_batch_size: 4, learning_rate: 5e-2, use_cpu: true}}
-output: {output}
-"""
-
 
 @pytest.fixture(scope="module")
 def run(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    rows = [{"prompt": f"the {'film ' * (n % 5)}{n}", "completion": f"is {'good ' * (n % 7)}."} for n in range(24)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    text = RECIPE.format(model=tiny_llama, data=folder / "data.jsonl", output=folder / "runs")
+    data = write_pairs(folder / "data.jsonl")
+    text = recipe_text(tiny_llama, data, folder / "runs", training={"max_steps": 2, "learning_rate": 5e-2})
     return train(parse_recipe(text, "r.yaml"), Reporter(quiet=True))[0].folder
 
 

@@ -11,16 +11,9 @@ from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
+from tests.recipes import recipe_text, write_pairs
 
 QUIET = Reporter(quiet=True)
-RECIPE = """\
-model: {model}
-task: {{kind: sft, max_length: 64}}
-data: {data}
-adapter: {{r: 2, lora_alpha: 4, target_modules: all-linear, init_lora_weights: false}}
-training: {{max_steps: 3, per_device_train_batch_size: 32, learning_rate: 1e-2, logging_steps: 1, use_cpu: true}}
-output: {output}
-"""
 METHODS = {
     "full": ["adapter=null"],
     "lora": [],
@@ -30,16 +23,26 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    rows = [{"prompt": f"the {'film ' * (n % 5)}{n}", "completion": f"is {'good ' * (n % 7)}"} for n in range(40)]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    return write_pairs(tmp_path_factory.mktemp("data") / "data.jsonl", 40)
+
+
+def sft(model, data, output):
+    """A recipe of which a batch holds all 32 rows to train on."""
+    return recipe_text(
+        model,
+        data,
+        output,
+        task={"max_length": 64},
+        data={"validation_fraction": 0.1, "test_fraction": 0.1},
+        adapter={"lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False},
+        training={"max_steps": 3, "per_device_train_batch_size": 32, "learning_rate": 1e-2},
+    )
 
 
 @pytest.fixture
 def run(tiny_llama, data, tmp_path):
     def run(name, *overrides):
-        text = RECIPE.format(model=tiny_llama, data=data, output=tmp_path / name)
+        text = sft(tiny_llama, data, tmp_path / name)
         return train(parse_recipe(text, "r.yaml", overrides), QUIET)[0]
 
     return run
@@ -92,7 +95,7 @@ def test_what_max_length_takes_is_said_before_training(run, command, tiny_llama,
     def begin(name, *settings):
         if command == "train":
             return run(name, *settings)
-        recipe = RECIPE.format(model=tiny_llama, data=data, output=tmp_path / name)
+        recipe = sft(tiny_llama, data, tmp_path / name)
         return forecast(parse_recipe(recipe, "r.yaml", settings), 1, QUIET)
 
     with pytest.warns(UserWarning, match=r"^train: [\d,]+ of 32 rows are cut at task\.max_length = 12 tokens, "):
