@@ -138,6 +138,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(recipe_file, finished):
     assert [row["step"] for row in steps if "loss" in row] == list(range(1, 61))
 
 
+@pytest.mark.slow
 def test_demo_compares_both_methods(tmp_path, tiny_bert, reviews):
     small = [
         f"model={tiny_bert}",

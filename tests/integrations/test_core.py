@@ -27,6 +27,7 @@ GGPO(model, GGPOConfig()).detach()
 """
 
 
+@pytest.mark.slow
 def test_the_core_trains_without_the_packages_of_the_extra(tmp_path):
     code = TRAIN.replace("OUT", repr(str(tmp_path)))
     done = subprocess.run(

@@ -133,6 +133,7 @@ def test_all_layers_are_covered_from_the_first_step_on(schedule):
 
 
 @pytest.mark.parametrize(("branch", "share"), [("layers", 1.0), ("fused", 0.5)])
+@pytest.mark.slow
 def test_a_compiled_model_is_counted_alike(branch, share):
     torch._dynamo.reset()
     model, ggpo = routed(branch)

@@ -145,6 +145,7 @@ def test_sigma_0_is_plain_lora_bit_for_bit(dtype):
 
 
 @pytest.mark.parametrize("noise", ["table", "gaussian", "rademacher"])
+@pytest.mark.slow
 def test_w0_is_bit_identical_after_200_bf16_steps(noise):
     model = adapted(net(), dtype=torch.bfloat16)
     frozen = {k: p.detach().clone() for k, p in model.named_parameters() if not p.requires_grad}
@@ -268,6 +269,7 @@ def test_gradient_checkpointing_of_a_real_model(minilm, reentrant):
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+@pytest.mark.slow
 def test_compiled_model_is_the_same(how):
     torch._dynamo.reset()
     runs = []

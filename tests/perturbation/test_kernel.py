@@ -75,6 +75,7 @@ def test_noise_is_that_of_the_documentation(kind, rows, columns, first):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_moments_and_correlations(kind):
     rows, columns = 64, 4096
     z = drawn(kind, 5, rows, columns)

@@ -221,6 +221,7 @@ def test_generation_in_training_mode_is_plain():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.slow
 def test_a_compiled_model_is_plain_without_gradients(backend):
     torch._dynamo.reset()
     model, ggpo, stock = perturbed()

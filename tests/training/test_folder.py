@@ -74,6 +74,7 @@ def moved(project, tmp_path):
 # --- ~ ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_path_of_a_recipe_and_of_a_command_may_begin_with_the_home_folder(tiny_llama, home):
     shutil.copytree(tiny_llama, home / "tiny")
     write_pairs(home / "data.jsonl")
@@ -93,6 +94,7 @@ def test_every_path_of_a_recipe_and_of_a_command_may_begin_with_the_home_folder(
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_evaluation_may_go_to_the_home_folder(tiny_llama, home):
     rows = [{"question": "1 + 1?", "answer": "#### 2"}]
     (home / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
