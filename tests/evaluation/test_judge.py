@@ -216,6 +216,7 @@ def test_questions_that_the_judge_does_not_take_are_left_out_unless_it_takes_non
             assert min(count, 8) <= len(requests) <= 9  # one more may be on its way
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_a_server_that_fails(tmp_path):
     script = (
         "import sys\nfrom lora_ggpo.evaluation.answers import AnswerFile\n"
