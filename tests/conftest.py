@@ -36,7 +36,7 @@ LONG = ("test_ray", "test_killed", "test_engine", "test_quantise", "test_ranks",
 SLOW = {*LONG, "test_accumulation", "test_bundled", "test_chat", "test_comparison", "test_descent", "test_distributed"}
 SLOW |= {"test_forecast", "test_humaneval", "test_measure", "test_merge", "test_metrics", "test_objective"}
 SLOW |= {"test_paper_recipes", "test_plots", "test_rejected", "test_release_0_1_0", "test_sft", "test_suites"}
-SLOW |= {"test_trl", "test_trl_trainers", "test_regression", "test_base"}
+SLOW |= {"test_trl", "test_trl_trainers", "test_regression", "test_base", "test_sharpness", "test_program_jail"}
 TRAINS = {"finished", "recipe_file", "whole", "minilm", "smollm2", "build", "sft", "trained", "chat_runs", "project"}
 
 

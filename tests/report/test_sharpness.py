@@ -8,8 +8,6 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.report import sharpness
 from lora_ggpo.report.sharpness import write_sharpness_report
 
-pytestmark = pytest.mark.slow  # each draws figures
-
 
 def _point(folder, label, seed, rise, loss=0.5, spectrum=None):
     rows = [
