@@ -48,6 +48,21 @@ def test_a_setting_that_an_earlier_release_did_not_write_down_is_added(tmp_path)
     assert claimed(tmp_path, {"size": 1, "day": None}) == {"size": 1, "day": None}
 
 
+def test_a_setting_that_is_missing_is_another_one(tmp_path):
+    """Unless it is named as new: the results there may have been made with any value of it."""
+    claimed(tmp_path, {"size": 1})
+    with pytest.raises(UserError, match="day is None there and 2026-01-31 here"):
+        claimed(tmp_path, {"size": 1, "day": "2026-01-31"})
+    assert claimed(tmp_path, {"size": 1, "day": "2026-01-31"}, new=("day",))["day"] == "2026-01-31"
+
+
+def test_results_without_their_settings_are_refused(tmp_path):
+    (tmp_path / "answers.jsonl").touch()
+    with pytest.raises(UserError, match=r"settings\.json cannot be read"):
+        claimed(tmp_path, SETTINGS, begun="*.json*")
+    assert not (tmp_path / "settings.json").exists()
+
+
 def test_damaged_settings_are_said(tmp_path):
     (tmp_path / "settings.json").write_text("[]")
     with pytest.raises(UserError, match=r"settings\.json is damaged: it holds no settings; choose another --output"):

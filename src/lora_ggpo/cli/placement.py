@@ -20,7 +20,7 @@ _OPTIONS = ("--jobs", "--ray", "--ray-cpus", "--ray-gpus")
 
 
 def carry_out(grid: Grid, jobs: int, ray: str | None = None, ray_cpus: int = 1, ray_gpus: float = 0) -> None:
-    """Do the runs of `plan`."""
+    """Do the runs of `grid`."""
     from lora_ggpo.comparison.engine import run_comparison
     from lora_ggpo.comparison.pool import LocalPool, RayPool
     from lora_ggpo.workspace.progress import Reporter

@@ -143,7 +143,7 @@ def _claim(grid: Grid, command: str) -> AbstractContextManager[None]:
     free = {"methods": [method.name for method in grid.methods], "seeds": list(grid.seeds), "command": command}
     (free if grid.study else fixed)["settings"] = _as_json(grid.settings)
     held = f"a {'study' if grid.study else 'comparison'} with other settings"
-    return claim(grid.output, fixed, held, file="facts.json", further=free)
+    return claim(grid.output, fixed, held, file="facts.json", new=("place of its files",), further=free)
 
 
 def _note_environment(grid: Grid) -> None:

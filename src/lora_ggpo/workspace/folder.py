@@ -30,6 +30,7 @@ def claim(
     *,
     file: str = "settings.json",
     begun: str | None = None,
+    new: Collection[str] = (),
     further: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Work in `folder`, which is to hold results of `settings` alone; they are written to `file`.
@@ -38,18 +39,19 @@ def claim(
         settings: What decides the results, as JSON holds it.
         other: What the folder holds if they differ, such as "an evaluation with other settings".
         begun: Pattern of the files whose results would be spoilt by other settings; None: `file` itself is enough.
+        new: Settings that an earlier release did not write down. Any other that is missing counts as None.
         further: What is written beside the settings, whatever stood there. All else in `file` is kept.
 
     Raises:
-        UserError: the folder holds something else, is in use, or cannot be written.
+        UserError: the folder holds something else, or results without `file`; it is in use, or cannot be written.
     """
     with work_in(folder):
         place = folder / file
-        held = place.is_file() and (begun is None or any(path != place for path in folder.glob(begun)))
+        held = place.is_file() if begun is None else any(path != place for path in folder.glob(begun))
         there = read_json(place) if held else {}
         if not isinstance(there, dict):
             raise UserError(f"{place} is damaged: it holds no settings; choose another --output.")
-        known = {name: there[name] for name in settings if name in there}  # an earlier release may have known fewer
+        known = {name: there.get(name) for name in settings if held and (name in there or name not in new)}
         refuse_changes(f"{folder} holds {other}", known, {name: settings[name] for name in known}, "--output")
         write_json(place, {**there, **settings, **(further or {})})
         yield
