@@ -77,6 +77,7 @@ def test_what_a_method_leaves_no_choice_of(method, key, message):
         ("ggpo", "ggpo.sigma"),
         ("ggpo", "ggpo.noise"),
         ("mgpo", "mgpo.rho"),
+        ("bi-lora", "bi_lora.rank"),
         ("lora-sam", "sam.rho"),
         ("lora-plus", "optimizer.lr_ratio"),
     ],

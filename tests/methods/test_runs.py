@@ -1,14 +1,18 @@
 """Each method carried out by the run engine on MiniLM and real reviews, and its saved weights scored again."""
 
+import json
+import shutil
+
 import pytest
 
 from lora_ggpo.comparison.grid import plan_comparison
-from lora_ggpo.methods.table import METHODS
+from lora_ggpo.methods.table import METHODS, PLAIN, find_method
 from lora_ggpo.recipe.source import read_source
 from lora_ggpo.training.folder import read_run
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
+from tests.training.runs import assert_same, trained, unfinish
 
 # EVA goes round the data until its directions settle, which 64 short reviews do not always allow.
 NAMES = [method.name for method in METHODS if method.name not in ("lora", "eva")] + ["dora+ggpo", "pissa+lora-sam"]
@@ -27,8 +31,22 @@ def test_a_run_of_each_method(name, recipe_file, tmp_path):
     assert again == pytest.approx(trained, rel=1e-4)
 
 
-def test_sam_and_mgpo_change_the_run(recipe_file, tmp_path):
-    names = ["lora", "mgpo", "lora-sam", "sam"]
+@pytest.mark.parametrize("name", ["mgpo", "bi-lora"])
+def test_a_run_that_was_killed_goes_on_exactly(name, recipe_file, tmp_path):
+    """From the second of four steps of two micro-batches."""
+    settings = {**PLAIN, **find_method(name).settings, "training.max_steps": 4, "training.save_steps": 1}
+    settings |= {"training.gradient_accumulation_steps": 2, "training.save_total_limit": None, "validate_every": None}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    whole = trained(recipe_file, *overrides)
+    kept = shutil.copytree(whole, tmp_path / "kept" / "seed-0")
+    unfinish(whole)
+    for step in (3, 4):
+        shutil.rmtree(whole / "checkpoints" / f"checkpoint-{step}")
+    assert_same(trained(recipe_file, *overrides), kept)
+
+
+def test_methods_change_the_run(recipe_file, tmp_path):
+    names = ["lora", "mgpo", "bi-lora", "lora-sam", "sam"]
     grid = plan_comparison(read_source(recipe_file, OVERRIDES), names, 1, 1, (), None, tmp_path)
     losses = {}
     for job in grid.final({("", method.name): {"training.learning_rate": 5e-3} for method in grid.methods}):
@@ -36,4 +54,4 @@ def test_sam_and_mgpo_change_the_run(recipe_file, tmp_path):
         losses[job.method.name] = [row["loss"] for row in read_run(job.folder).log if "loss" in row]
     assert losses["mgpo"][0] == losses["lora"][0]  # without a past there is no momentum
     assert losses["lora-sam"][0] == losses["lora"][0]  # the loss at the weights themselves is logged
-    assert len({run[-1] for run in losses.values()}) == 4
+    assert len({run[-1] for run in losses.values()}) == len(names)

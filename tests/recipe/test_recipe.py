@@ -117,6 +117,26 @@ def test_mgpo_needs_an_optimizer_that_keeps_the_momentum_it_follows(optim):
         parse_recipe(TEXT, "r.yaml", [*mgpo, f"training.optim={optim}"])
 
 
+@pytest.mark.parametrize("name", ["mgpo", "bi_lora"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("adapter=null", "moves the weights under LoRA layers, and there are none"),
+        ("adapter.use_dora=true", "moves W0, which the norms of DoRA would not see"),
+        ("optimizer.kind=lora-fa", "takes steps of A too, which LoRA-FA does not"),
+        ("training.torch_compile=true", "by hooks, which a compiled model may not call"),
+    ],
+)
+def test_what_a_moved_weight_cannot_be_with(name, setting, message):
+    with pytest.raises(UserError, match=f"{name} .*{message}"):
+        parse_recipe(TEXT, "r.yaml", ["ggpo=null", f"{name}.rho=0.05", setting])
+
+
+def test_mgpo_does_not_average_scaled_gradients():
+    with pytest.raises(UserError, match="mgpo averages gradient norms, which fp16 scales"):
+        parse_recipe(TEXT, "r.yaml", ["ggpo=null", "mgpo.rho=0.05", "training.fp16=true"])
+
+
 def test_a_bad_value_is_found_on_its_line():
     with pytest.raises(UserError, match=r"r.yaml, line 7: ggpo.sigma must be a finite number >= 0, not -0.05"):
         parse_recipe(TEXT.replace("0.05", "-0.05"), "r.yaml")

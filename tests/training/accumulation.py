@@ -99,9 +99,9 @@ def by_hand(recipe, folder, rows_a_step, ascent=None, rows_a_part=None):
     """
     model, tokenizer, rows, args = begun(recipe, folder)
     ggpo = recipe.ggpo and GGPO(model, recipe.ggpo_config(0))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[args.optim](parameters)
+    optimizer = OPTIMIZERS[args.optim]([p for p in model.parameters() if p.requires_grad])
     move = ascent(model, optimizer).backward if ascent else lambda closure: closure()
+    parameters = [p for p in model.parameters() if p.requires_grad]
     collate, losses, norms = recipe.task.type.collator(tokenizer), [], []
     steps = split(list(EpochSampler([1] * len(rows), 0, None)), rows_a_step)
     for step in steps[: args.max_steps if args.max_steps > 0 else None]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from lora_ggpo.methods.ascent import MGPO, SAM
+from lora_ggpo.methods.ascent import SAM
+from lora_ggpo.methods.thin import MGPO, BiLoRA
 from tests.training.accumulation import (
     ADAM,
     CASES,
@@ -62,10 +63,18 @@ def test_adalora_regularises_once_a_step(models, data, tmp_path):
     assert (loss, norm) == (pytest.approx(expected[0], rel=1e-5), pytest.approx(expected[1], rel=1e-5))
 
 
-def test_mgpo_looks_ahead_from_one_point_a_step(models, data, tmp_path):
+@pytest.mark.parametrize(("batch", "micro_batches"), SPLITS)
+def test_mgpo_follows_the_gradient_of_each_micro_batch(models, data, batch, micro_batches, tmp_path):
+    recipe = make_recipe(models, data, "classification", batch, micro_batches, ["mgpo.rho=0.5", *ADAM])
+    expected = by_hand(recipe, tmp_path, batch * micro_batches, lambda *of: MGPO(*of, rho=0.5), batch)
+    assert_same(by_trainer(recipe, tmp_path), expected)
+
+
+def test_bi_lora_ascends_once_a_step(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", lambda weight, **_: torch.nn.init.eye_(weight))
     for batch, micro_batches in SPLITS:
-        recipe = make_recipe(models, data, "sft", batch, micro_batches, ["mgpo.rho=0.5", *ADAM])
-        expected = by_hand(recipe, tmp_path, batch * micro_batches, lambda *of: MGPO(*of, rho=0.5))
+        recipe = make_recipe(models, data, "sft", batch, micro_batches, ["bi_lora={rho: 0.5, rank: 3}", *ADAM])
+        expected = by_hand(recipe, tmp_path, batch * micro_batches, lambda *of: BiLoRA(*of, rho=0.5, rank=3))
         assert_same(by_trainer(recipe, tmp_path), expected)
 
 

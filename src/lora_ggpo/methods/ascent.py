@@ -1,19 +1,25 @@
-"""SAM and MGPO: take the gradient at a worse point nearby, and step from where the weights were."""
+"""SAM: take the gradient at a worse point nearby, and step from where the weights were."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 Closure = Callable[[], Tensor]
 """Runs a forward and a backward pass and returns the loss."""
+
+
+class Ascent(Protocol):
+    """Decides at which weights a micro-batch takes its gradient."""
+
+    def backward(self, closure: Closure) -> Tensor:
+        """Call `closure` once or more, leave the gradient, added to what has been accumulated; return the loss."""
 
 
 class SAM:
@@ -60,51 +66,6 @@ class SAM:
         with _move(self._moved, _scale(gradients, self.rho)):
             closure()
         return loss
-
-
-class MGPO:
-    r"""Momentum-guided perturbation (LoRA-MGPO, arXiv 2502.14538v2): SAM without its second pass.
-
-    The gradient is taken at w + e, where e points along the optimizer's momentum and its length is normalised by an
-    exponential moving average of gradient norms::
-
-        e = rho m / sqrt(sum v),    m = E_t[g],  v = E_t[g^2]
-
-    with Adam's own bias-corrected moments, m summed and v normalised over the adapter: nothing is kept beyond the
-    optimizer's state, so a resumed run goes on exactly. ||e|| is at most about rho, and shrinks where gradients of
-    successive steps disagree. The published text leaves the average open; taking Adam's is our reading. Before the
-    first step e is 0.
-
-    Args:
-        model: Any module with trainable parameters; A and B of its LoRA layers are moved (without LoRA, all).
-        optimizer: An Adam-like optimizer (``exp_avg`` and ``exp_avg_sq`` in its state) of these parameters.
-        rho: Largest length of e.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer, rho: float = 0.05) -> None:
-        self.rho = rho
-        self._optimizer = optimizer
-        self._moved = adapter_parameters(model)
-
-    def backward(self, closure: Closure) -> Tensor:
-        """Leave the gradient at w + e; return the loss there."""
-        with _move(self._moved, self._displacements()):
-            return closure()
-
-    def _displacements(self) -> list[Tensor | None]:
-        momenta: list[Tensor | None] = [None] * len(self._moved)
-        energy = 0.0
-        betas = {id(p): group["betas"] for group in self._optimizer.param_groups for p in group["params"]}
-        for i, parameter in enumerate(self._moved):
-            state = self._optimizer.state.get(parameter)
-            if not state:
-                continue
-            beta1, beta2 = betas[id(parameter)]
-            step = float(state["step"])
-            momenta[i] = state["exp_avg"] / (1 - beta1**step)
-            energy += float(state["exp_avg_sq"].sum(dtype=_wide(state["exp_avg_sq"]))) / (1 - beta2**step)
-        factor = self.rho / energy**0.5 if energy > 0 else 0.0
-        return [None if m is None else m * factor for m in momenta]
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

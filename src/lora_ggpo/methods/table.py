@@ -44,6 +44,7 @@ PLAIN: Mapping[str, Any] = {
     "ggpo": None,
     "sam": None,
     "mgpo": None,
+    "bi_lora": None,
     "optimizer": None,
     "freeze_body": False,
 }
@@ -95,6 +96,7 @@ METHODS: tuple[Method, ...] = (
         tuned=_SIGMAS,
     ),
     Method("mgpo", "LoRA-MGPO", "2502.14538v2", {"mgpo.rho": 0.05}, tuned={"mgpo.rho": _RHOS}),
+    Method("bi-lora", "Bi-LoRA", "2508.19564", {"bi_lora.rho": 0.05}, tuned={"bi_lora.rho": _RHOS}),
     Method("lora-sam", "LoRA-SAM", "2010.01412", {"sam.space": "adapter"}, tuned={"sam.rho": _RHOS}),
     Method("sam", "SAM (full weight)", "2010.01412", {"sam.space": "weights"}, tuned={"sam.rho": _RHOS}),
 )

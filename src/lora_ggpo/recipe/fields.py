@@ -251,8 +251,22 @@ class SAMFields(BaseModel):
 
 
 class MGPOFields(BaseModel):
-    """LoRA-MGPO: the gradient is taken ahead along the optimizer's momentum (arXiv 2502.14538v2)."""
+    """LoRA-MGPO: the gradient is taken ahead along the optimizer's momentum (arXiv 2502.14538v2).
+
+    Its mu is ``training.adam_beta1``. Its authors set rho, mu and beta to 0.05, 0.9 and 0.9 for understanding, and to
+    0.01, 0.8 and 0.8 for generation.
+    """
 
     model_config = _STRICT
 
-    rho: float = Field(0.05, gt=0, description="Largest distance of that point.")
+    rho: float = Field(0.05, gt=0, description="Length of a layer's move where its average gradient norm is 1.")
+    beta: float = Field(0.9, ge=0, lt=1, description="Weight of the past in that average.")
+
+
+class BiLoRAFields(BaseModel):
+    """Bi-LoRA: a second adapter, dropped in the end, ascends the loss as the first descends (arXiv 2508.19564)."""
+
+    model_config = _STRICT
+
+    rho: float = Field(0.05, gt=0, description="Largest norm of the second adapter's part of the weights, all layers.")
+    rank: int = Field(8, ge=1, description="Its rank.")

@@ -29,7 +29,7 @@ _LEAVES_W0 = (True, False, "gaussian", "eva")
 
 def broken_rules(recipe: Recipe) -> Iterator[str]:
     """The rules that `recipe` breaks, each in words that begin with the setting at fault."""
-    for rules in (_of_adapter, _of_task, _of_methods, _of_weights, _of_run):
+    for rules in (_of_adapter, _of_task, _of_methods, _of_moves, _of_weights, _of_run):
         yield from rules(recipe)
 
 
@@ -63,8 +63,7 @@ def _of_other_tasks(own: type[Task], look_at: Callable[[type[Task]], frozenset[s
 
 def _of_methods(recipe: Recipe) -> Iterator[str]:
     """What decides where the gradient is taken, and the step along it."""
-    ggpo, sam, mgpo, optimizer = recipe.ggpo, recipe.sam, recipe.mgpo, recipe.optimizer
-    has_lora = recipe.adapter is not None and not recipe.adalora
+    ggpo, sam, optimizer, has_lora = recipe.ggpo, recipe.sam, recipe.optimizer, _has_lora(recipe)
     if ggpo:
         try:
             recipe.ggpo_config(seed=0)
@@ -74,20 +73,40 @@ def _of_methods(recipe: Recipe) -> Iterator[str]:
         yield "ggpo perturbs a LoRA adapter, but adapter is null; set ggpo: null as well, or an adapter"
     if ggpo and recipe.adalora:
         yield "ggpo perturbs LoRA layers, which those of AdaLoRA are not; choose adapter.type lora"
-    first, *others = [name for name in ("ggpo", "sam", "mgpo") if getattr(recipe, name)] or [""]
+    first, *others = [name for name in ("ggpo", "sam", "mgpo", "bi_lora") if getattr(recipe, name)] or [""]
     for other in others:
         yield f"{other} and {first} both decide where the gradient is taken; set one of them to null"
     if sam and sam.space == "weights" and not has_lora:
         yield "sam with space weights moves the full weights of LoRA layers, and there are none; use space adapter"
-    if mgpo and optimizer and optimizer.kind == "lora-fa":
-        yield "mgpo follows Adam's momentum, which LoRA-FA does not keep; set optimizer: null"
-    if mgpo and recipe.training_fields.get("optim", _MOMENTUM_KEPT[0]) not in _MOMENTUM_KEPT:
-        yield f"mgpo follows the momentum of torch's Adam; set training.optim to {' or '.join(_MOMENTUM_KEPT)}"
     if optimizer and not has_lora:
         yield f"optimizer {optimizer.kind} treats A and B of LoRA differently, and there is no LoRA; set it to null"
     if optimizer and optimizer.kind == "lora-fa":
         for name in (*_changed(optimizer, ["lr_ratio"]), *_set(recipe.training, _OF_ADAMS)):
             yield f"optimizer lora-fa has an Adam of its own, which takes no {name}; leave that out"
+
+
+def _has_lora(recipe: Recipe) -> bool:
+    return recipe.adapter is not None and not recipe.adalora
+
+
+def _of_moves(recipe: Recipe) -> Iterator[str]:
+    """What moves the full weight by thin factors: mgpo and bi_lora."""
+    optimizer, training = recipe.optimizer, recipe.training_fields
+    for name in ("mgpo", "bi_lora"):
+        if not getattr(recipe, name):
+            continue
+        if not _has_lora(recipe):
+            yield f"{name} moves the weights under LoRA layers, and there are none; set it to null"
+        elif (recipe.adapter_fields or {}).get("use_dora"):
+            yield f"{name} moves W0, which the norms of DoRA would not see; set adapter.use_dora to false"
+        if optimizer and optimizer.kind == "lora-fa":
+            yield f"{name} needs an optimizer that takes steps of A too, which LoRA-FA does not; set optimizer: null"
+        if training.get("torch_compile"):
+            yield f"{name} moves layers by hooks, which a compiled model may not call; leave training.torch_compile out"
+    if recipe.mgpo and training.get("optim", _MOMENTUM_KEPT[0]) not in _MOMENTUM_KEPT:
+        yield f"mgpo follows the momentum of torch's Adam; set training.optim to {' or '.join(_MOMENTUM_KEPT)}"
+    if recipe.mgpo and training.get("fp16"):
+        yield "mgpo averages gradient norms, which fp16 scales; use training.bf16, or neither"
 
 
 def _of_weights(recipe: Recipe) -> Iterator[str]:

@@ -24,8 +24,9 @@ from transformers.trainer_utils import SaveStrategy
 from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError, explain_rejection
 from lora_ggpo.integrations.callback import GGPOCallback
-from lora_ggpo.methods.ascent import MGPO, SAM
+from lora_ggpo.methods.ascent import SAM
 from lora_ggpo.methods.optimizers import OPTIMIZERS, AdaLoraCallback
+from lora_ggpo.methods.thin import MGPO, BiLoRA
 from lora_ggpo.models.adapters import add_adapter, freeze_body, load_adapter
 from lora_ggpo.models.load import check_tokens
 from lora_ggpo.models.quantise import Quantisation
@@ -199,11 +200,13 @@ def build_trainer(
 
 
 def _ascent(recipe: Recipe) -> MakeAscent | None:
-    sam, mgpo = recipe.sam, recipe.mgpo
+    sam, mgpo, bi_lora = recipe.sam, recipe.mgpo, recipe.bi_lora
     if sam:
         return lambda model, optimizer: SAM(model, sam.rho, sam.space)
     if mgpo:
-        return lambda model, optimizer: MGPO(model, optimizer, mgpo.rho)
+        return lambda model, optimizer: MGPO(model, optimizer, mgpo.rho, mgpo.beta)
+    if bi_lora:
+        return lambda model, optimizer: BiLoRA(model, optimizer, bi_lora.rho, bi_lora.rank)
     return None
 
 

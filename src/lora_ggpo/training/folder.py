@@ -141,7 +141,7 @@ def weights_folder(folder: Path, recipe: Recipe) -> Path:
 
 def summary(recipe: dict[str, Any]) -> str:
     """The recipe of a run in a few lines."""
-    data, sections = recipe["data"], ("sam", "mgpo", "optimizer")
+    data, sections = recipe["data"], ("sam", "mgpo", "bi_lora", "optimizer")
     lines = {
         "model": recipe["model"] + (f" in {recipe['quantise']}" if recipe["quantise"] else ""),
         "task": recipe["task"]["kind"],

@@ -16,11 +16,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.training_args import OptimizerNames
 
 from lora_ggpo.errors import DivergedError, UserError, explain_rejection
-from lora_ggpo.methods.ascent import MGPO, SAM
+from lora_ggpo.methods.ascent import Ascent
 from lora_ggpo.tasks import NO_LOSS
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
-MakeAscent = Callable[[nn.Module, Any], SAM | MGPO]
+MakeAscent = Callable[[nn.Module, Optimizer], Ascent]
 
 _EPOCH_STRIDE = 1_000_003
 
@@ -95,7 +95,7 @@ class RunTrainer(Trainer):
         super().__init__(**arguments)
         self._lengths, self._settings = lengths, settings
         self._make_optimizer, self._make_ascent = make_optimizer, make_ascent
-        self._ascent: SAM | MGPO | None = None
+        self._ascent: Ascent | None = None
         self.model_accepts_loss_kwargs = True  # Trainer then knows that compute_loss sees the whole optimizer step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -116,7 +116,11 @@ class RunTrainer(Trainer):
         elif self.args.optim_args and _same_without_optim_args(self.args, model or self.model):
             optim = OptimizerNames(self.args.optim).value
             raise UserError(f"training.optim_args changes nothing with optim {optim}; leave it out.")
-        return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        if self._make_ascent and self._ascent is None:
+            inner: Any = self.model  # before DDP wraps it, and before the optimizer gets its schedule and its past
+            self._ascent = self._make_ascent(inner, optimizer)
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """As Trainer's.
@@ -180,9 +184,6 @@ class RunTrainer(Trainer):
         def backward() -> Tensor:
             return super(RunTrainer, self).training_step(model, *arguments, **options)
 
-        if self._make_ascent and self._ascent is None:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper holds the real one
-            self._ascent = self._make_ascent(self.accelerator.unwrap_model(model), optimizer)
         loss = self._ascent.backward(backward) if self._ascent else backward()
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
