@@ -7,6 +7,8 @@ BIN = $(VENV)/bin
 CORE_TESTS = tests/integrations/test_callback.py -k 'not compiled' $(patsubst %,tests/perturbation/test_%.py,\
     coverage follow ggpo layers passes quantised rows watch)
 
+unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites each test file once, not in every process that imports it
+
 .PHONY: demo check test docs lint oldest setup clean
 
 # A worker takes a file at a time, in the order of conftest.py.

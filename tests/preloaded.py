@@ -1,5 +1,7 @@
 """What `tests.processes` imports once, so that its processes need not."""
 
+import gc
+
 import datasets
 import matplotlib.pyplot
 import peft
@@ -9,5 +11,9 @@ import transformers.trainer
 
 import lora_ggpo.cli
 import lora_ggpo.training.run
+from tests import quick
 
-__all__ = ["datasets", "lora_ggpo", "matplotlib", "peft", "sklearn", "torch", "transformers"]
+__all__ = ["datasets", "lora_ggpo", "matplotlib", "peft", "quick", "sklearn", "torch", "transformers"]
+
+gc.collect()
+gc.freeze()  # see conftest.py

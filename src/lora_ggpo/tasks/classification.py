@@ -129,18 +129,25 @@ def _bootstrap_f1_mcc(labels: Integers, predicted: Integers) -> tuple[float, flo
     cells, counts = np.unique(labels * classes + predicted, return_counts=True)
     rows, columns = cells // classes, cells % classes
     draws = np.random.default_rng(SEED).multinomial(len(labels), counts / counts.sum(), size=RESAMPLES)
-    scores = np.array([_f1_mcc(rows, columns, draw, classes) for draw in draws])
+    scores = _f1_mcc(rows, columns, draws, classes)
     f1_se, mcc_se = scores.std(axis=0, ddof=1)
     return float(f1_se), float(mcc_se)
 
 
-def _f1_mcc(rows: Integers, columns: Integers, counts: Integers, classes: int) -> tuple[float, float]:
-    """Macro F1 and Matthews correlation of a confusion table given as its filled cells."""
-    right = np.bincount(rows, weights=counts * (rows == columns), minlength=classes)
-    true = np.bincount(rows, weights=counts, minlength=classes)
-    said = np.bincount(columns, weights=counts, minlength=classes)
+def _f1_mcc(rows: Integers, columns: Integers, counts: Integers, classes: int) -> Floats:
+    """Macro F1 and Matthews correlation, (tables, 2), of confusion tables given as the counts in the same cells."""
+    tables = len(counts)
+    first = classes * np.arange(tables)[:, None]
+
+    def totals(places: Integers, weights: Integers) -> Floats:
+        """(tables, classes): the counts of each class, to which a cell belongs by its row or its column."""
+        counted = np.bincount((first + places).ravel(), weights.ravel(), tables * classes)
+        return counted.astype(np.float64).reshape(tables, classes)
+
+    right, true, said = totals(rows, counts * (rows == columns)), totals(rows, counts), totals(columns, counts)
     occurs = true + said > 0
-    f1 = float(np.mean(2 * right[occurs] / (true + said)[occurs]))
-    n = float(counts.sum())
-    spread = (n * n - float(true @ true)) * (n * n - float(said @ said))
-    return f1, (n * float(right.sum()) - float(true @ said)) / math.sqrt(spread) if spread > 0 else 0.0
+    f1 = (2 * right / np.where(occurs, true + said, 1)).sum(axis=1) / occurs.sum(axis=1)
+    n = counts.sum(axis=1)
+    spread = (n**2 - (true**2).sum(axis=1)) * (n**2 - (said**2).sum(axis=1))
+    agreement = n * right.sum(axis=1) - (true * said).sum(axis=1)
+    return np.stack([f1, np.where(spread > 0, agreement / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)], axis=1)

@@ -7,11 +7,13 @@ import io
 import logging
 import platform
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 
 _DECIDING = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "scipy")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what a run computes."""
     return {"python": platform.python_version()} | {name: version(name) for name in _DECIDING}
