@@ -60,6 +60,7 @@ def test_keys_can_be_held_to_a_section():
         ("ggpo", "ggpo.rule", "which sets ggpo.rule to relative"),
         ("ggpo", "ggpo", "which sets ggpo.rule to relative"),
         ("dora+ggpo", "ggpo.beta", r"method dora\+ggpo, which sets ggpo.beta to 0.5"),
+        ("lora", "adapter.monteclora_config.num_samples", "which sets adapter.monteclora_config to null"),
         ("lora-plus", "optimizer.kind", "which sets optimizer.kind to lora-plus"),
     ],
 )
@@ -78,6 +79,7 @@ def test_what_a_method_leaves_no_choice_of(method, key, message):
         ("ggpo", "ggpo.noise"),
         ("mgpo", "mgpo.rho"),
         ("bi-lora", "bi_lora.rank"),
+        ("monteclora", "adapter.monteclora_config.sample_scaler"),
         ("lora-sam", "sam.rho"),
         ("lora-plus", "optimizer.lr_ratio"),
     ],

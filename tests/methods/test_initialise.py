@@ -195,3 +195,46 @@ def test_head_only(base):
 def test_what_does_not_go_together(base, minilm, fields, message):
     with pytest.raises(UserError, match=message):
         add_adapter(base, FIELDS | fields, HEADED, batches=batches_of(minilm))
+
+
+MONTECLORA = {"monteclora_config": {"num_samples": 3, "sample_scaler": 0.2, "kl_loss_weight": 1e-3}}
+
+
+def test_monteclora_is_a_mixture_of_draws_around_a(base):
+    """A + sum_k p_k c Z_k diag(sd): log-normal weights p, and variances e^(2 s) W_ii of a Wishart draw W."""
+    model = add_adapter(base, FIELDS | MONTECLORA, HEADED).train()
+    layer = next(iter(lora_layers(model).values()))
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    sampler, drawn = layer.lora_monteclora_sampler["default"], []
+    get = sampler.sampler.get
+    sampler.sampler.get = lambda: drawn.append(get()) or drawn[-1]
+    x = torch.randn(5, layer.in_features)
+    y = layer(x)
+    z = drawn[0]
+    w, s = sampler.expert_weights_prior.detach(), sampler.std_prior.detach()
+    inverse = (-w).exp()
+    spread = torch.sqrt(inverse * (1 - 2 / 3) + inverse.sum() / 9 + 1e-6)
+    p = torch.softmax(w - w.mean() + spread * z["z_dirichlet"], dim=0)
+    sd = ((2 * s).exp() * z["z_wishart"].diag()).clamp(min=1e-3).sqrt()
+    A = layer.lora_A["default"].weight + 0.2 * torch.einsum("k,kir,r->ri", p, z["z_mvn"], sd)
+    expected = layer.base_layer(x) + layer.scaling["default"] * x @ A.T @ layer.lora_B["default"].weight.T
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    layer(x)
+    assert not torch.equal(drawn[1]["z_mvn"], z["z_mvn"])
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ product(layer).T)
+
+
+def test_checkpointed_layers_draw_the_same_again(base, minilm):
+    model = add_adapter(base, FIELDS | MONTECLORA, HEADED).train()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        model.zero_grad()
+        (model(**next(iter(batches_of(minilm)()))).loss + model.base_model._get_monteclora_loss()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)

@@ -31,7 +31,7 @@ def test_a_run_of_each_method(name, recipe_file, tmp_path):
     assert again == pytest.approx(trained, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mgpo", "bi-lora"])
+@pytest.mark.parametrize("name", ["mgpo", "bi-lora", "monteclora"])
 def test_a_run_that_was_killed_goes_on_exactly(name, recipe_file, tmp_path):
     """From the second of four steps of two micro-batches."""
     settings = {**PLAIN, **find_method(name).settings, "training.max_steps": 4, "training.save_steps": 1}

@@ -132,6 +132,13 @@ def test_what_a_moved_weight_cannot_be_with(name, setting, message):
         parse_recipe(TEXT, "r.yaml", ["ggpo=null", f"{name}.rho=0.05", setting])
 
 
+def test_monteclora_needs_checkpoints_that_keep_the_graph():
+    settings = ["ggpo=null", "adapter.monteclora_config={num_samples: 4}", "training.gradient_checkpointing=true"]
+    parse_recipe(TEXT, "r.yaml", settings)
+    with pytest.raises(UserError, match="a loss that reentrant checkpoints have no gradient of"):
+        parse_recipe(TEXT, "r.yaml", [*settings, "training.gradient_checkpointing_kwargs={use_reentrant: true}"])
+
+
 def test_mgpo_does_not_average_scaled_gradients():
     with pytest.raises(UserError, match="mgpo averages gradient norms, which fp16 scales"):
         parse_recipe(TEXT, "r.yaml", ["ggpo=null", "mgpo.rho=0.05", "training.fp16=true"])

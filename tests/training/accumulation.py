@@ -6,6 +6,7 @@ import math
 import os
 
 import torch
+from peft.tuners.lora.monteclora import MontecloraSampler
 from torch.nn import functional as F
 
 from lora_ggpo import GGPO
@@ -28,6 +29,18 @@ OPTIMIZERS = {
 ADAM = ["training.optim=adamw_torch", "training.learning_rate=0.01", "training.adam_epsilon=1e-3"]
 CASES = {kind: (kind, []) for kind in TASKS} | {"packed": ("sft", ["task.packing=true"])}
 ROWS = 80  # 64 to train on
+WISHART = 1.5
+
+
+def constant_draws(buffer):
+    """In place of MonteCLoRA's random ones."""
+    sampler = buffer.model
+    shape = sampler.num_samples, sampler.in_features, sampler.out_features
+    return {
+        "z_mvn": torch.linspace(-2, 2, math.prod(shape)).view(shape),
+        "z_wishart": WISHART * torch.eye(sampler.out_features),
+        "z_dirichlet": torch.linspace(-1, 1, sampler.num_samples),
+    }
 
 
 def write_data(folder):
@@ -148,13 +161,30 @@ def mean_loss(model, batch, smoothing):
 
 
 def regularisation(model):
-    """AdaLoRA's: how far its factors are from orthogonal, on average."""
+    """AdaLoRA's: how far its factors are from orthogonal, on average. MonteCLoRA's: the mean of its divergences."""
+    samplers = [module for module in model.modules() if isinstance(module, MontecloraSampler)]
+    if samplers:
+        return torch.stack([divergence(sampler) for sampler in samplers]).mean()
     if model.peft_type != "ADALORA":
         return 0.0
     named = dict(model.named_parameters())
     factors = [p if "lora_A" in name else p.T for name, p in named.items() if "lora_A" in name or "lora_B" in name]
     far = [torch.linalg.matrix_norm(factor @ factor.T - torch.eye(len(factor))) for factor in factors]
     return model.peft_config["default"].orth_reg_weight * torch.stack(far).mean()
+
+
+def divergence(sampler):
+    """Of MonteCLoRA's variational distribution from its prior, as peft weighs it."""
+    r, count, weight = sampler.out_features, sampler.num_samples, sampler.kl_loss_weight
+    alpha, prior = sampler.expert_weights_prior.exp(), torch.full((count,), sampler.dirichlet_prior)
+    above = (alpha - prior) * (torch.digamma(alpha) - torch.digamma(alpha.sum()))
+    norms = torch.lgamma(alpha.sum()) - torch.lgamma(prior.sum())
+    dirichlet = norms + (torch.lgamma(alpha) - torch.lgamma(prior)).sum() + above.sum()
+    scales = 2 * sampler.std_prior  # logarithms of the diagonal of std std^T
+    wishart = r / 2 * (scales.exp() - scales - 1).sum()
+    variances = (scales.exp() * WISHART).clamp(min=1e-3)
+    normal = count / 2 * (variances - variances.log() - 1).sum()
+    return weight * (dirichlet + wishart + normal)
 
 
 def run_process(rank, models, data, folder, cases, port):

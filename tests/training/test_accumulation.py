@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from peft.tuners.lora.monteclora import BufferedMontecloraSampler
 from torch import distributed, multiprocessing
 
 from lora_ggpo.methods.ascent import SAM
@@ -17,6 +18,7 @@ from tests.training.accumulation import (
     assert_same,
     by_hand,
     by_trainer,
+    constant_draws,
     make_recipe,
     run_process,
     write_data,
@@ -61,6 +63,14 @@ def test_adalora_regularises_once_a_step(models, data, tmp_path):
     recipe = make_recipe(models, data, "sft", 16, 4, settings)
     (loss, norm, _), expected = by_trainer(recipe, tmp_path), by_hand(recipe, tmp_path, 64)
     assert (loss, norm) == (pytest.approx(expected[0], rel=1e-5), pytest.approx(expected[1], rel=1e-5))
+
+
+def test_monteclora_adds_its_divergence_once_a_step(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(BufferedMontecloraSampler, "get", constant_draws)
+    settings = ["adapter.monteclora_config={num_samples: 3, sample_scaler: 0.1, kl_loss_weight: 0.01}", *ADAM]
+    for batch, micro_batches in SPLITS:
+        recipe = make_recipe(models, data, "sft", batch, micro_batches, settings)
+        assert_same(by_trainer(recipe, tmp_path), by_hand(recipe, tmp_path, batch * micro_batches))
 
 
 @pytest.mark.parametrize(("batch", "micro_batches"), SPLITS)

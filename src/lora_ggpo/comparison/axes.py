@@ -79,7 +79,7 @@ def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
     """
     if not method.plain:
         return
-    used = {key.partition(".")[0] for key in method.settings if "." in key}
+    used = {key.rpartition(".")[0] for key in method.settings}
     fixed = {key: value for key, value in {**PLAIN, **method.settings}.items() if key not in {*method.tuned, *used}}
     for key in keys:
         for other, value in fixed.items():

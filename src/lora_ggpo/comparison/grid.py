@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from lora_ggpo.comparison.axes import FIXED, Values, parse_axes, refuse_fixed, settings_of
 from lora_ggpo.errors import UserError
@@ -138,13 +139,23 @@ class Grid:
         changed = copy.deepcopy(self.source.values)
         if method.plain:
             changed["adapter"] = changed.get("adapter") or dict(ADAPTER_DEFAULT)
-        for key, value in {**(PLAIN if method.plain else {}), **method.settings, **values}.items():
+        plain = {
+            key: value for key, value in PLAIN.items() if method.plain and (value is not None or _has(changed, key))
+        }
+        for key, value in {**plain, **method.settings, **values}.items():
             set_value(changed, key.split("."), copy.deepcopy(value), f"{key}={value}")
         source = Source(self.source.name, changed, self.source.lines, self.source.overrides)
         try:
             return check_recipe(source)
         except UserError as error:
             raise UserError(f"Method {method.name!r} cannot be run here: {error}") from error
+
+
+def _has(values: Any, key: str) -> bool:
+    """Whether a recipe says anything of a setting; what it leaves unsaid is not recorded as null."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values is not None
 
 
 def plan_comparison(

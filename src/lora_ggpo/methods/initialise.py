@@ -16,6 +16,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.lora.monteclora import MontecloraSampler
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as _USUAL_TARGETS
 from safetensors.torch import load_file, save_file
@@ -58,6 +59,8 @@ def initialise(model: PreTrainedModel, fields: Mapping[str, Any], batches: Batch
         name, cls = _CONFIGS[init]
         fields = {**fields, name: cls(**(fields.get(name) or {}))}
     config = LoraConfig(**fields)
+    if config.monteclora_config:
+        config.monteclora_config.buffer_size = 1
     if init not in _CONFIGS:
         adapted: PeftModel = peft.get_peft_model(model, config)
     elif batches is None:
@@ -65,7 +68,19 @@ def initialise(model: PreTrainedModel, fields: Mapping[str, Any], batches: Batch
     else:
         adapted = {"eva": _eva, "corda": _corda, "lora_ga": _lora_ga}[init](model, config, batches)
     _check_layers(adapted, init)
+    _draw_afresh(adapted)
     return adapted
+
+
+def _draw_afresh(model: PeftModel) -> None:
+    """Have MonteCLoRA draw in each forward pass, as the state of torch's generator says: a resumed run draws the same.
+
+    peft draws ahead, and uses up what it has drawn: a checkpoint holds none of it, a checkpointed layer that runs again
+    gets the next draw instead of its own.
+    """
+    for sampler in model.modules():
+        if isinstance(sampler, MontecloraSampler):
+            sampler.sampler.index = sampler.sampler.buffer_size
 
 
 def _check_fields(init: str, fields: Mapping[str, Any]) -> None:

@@ -41,6 +41,7 @@ PLAIN: Mapping[str, Any] = {
     "adapter.use_dora": False,
     "adapter.use_rslora": False,
     "adapter.init_lora_weights": True,
+    "adapter.monteclora_config": None,
     "ggpo": None,
     "sam": None,
     "mgpo": None,
@@ -69,6 +70,13 @@ METHODS: tuple[Method, ...] = (
     Method("corda", "CorDA", "2406.05223", {"adapter.init_lora_weights": "corda"}, learning_rate=0.5),
     Method("lora-ga", "LoRA-GA", "2407.05000", {"adapter.init_lora_weights": "lora_ga"}, learning_rate=0.5),
     Method("adalora", "AdaLoRA", "2303.10512", {"adapter.type": "adalora"}, learning_rate=2.0),
+    Method(
+        "monteclora",
+        "MonteCLoRA",
+        "2411.04358",
+        {"adapter.monteclora_config.num_samples": 8},
+        tuned={"adapter.monteclora_config.sample_scaler": (1e-4, 3e-4, 1e-3)},
+    ),
     # Optimizers
     Method(
         "lora-plus",

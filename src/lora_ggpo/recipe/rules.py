@@ -39,6 +39,10 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
     if recipe.adapter and not recipe.adalora:
         for name in _set(recipe.adapter, _ADALORA_ONLY):
             yield f"adapter.{name} is a setting of AdaLoRA; set adapter.type to adalora as well"
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if fields.get("monteclora_config") and (recipe.training_fields.get(name) or {}).get("use_reentrant"):
+            divergence = "adapter.monteclora_config adds a loss that reentrant checkpoints have no gradient of"
+            yield f"{divergence}; leave training.{name} out"
     if recipe.adapter and recipe.adalora:
         if init_r is not None and init_r < r:
             yield f"adapter.init_r is the rank AdaLoRA starts from: it must be at least adapter.r, {r}, not {init_r}"

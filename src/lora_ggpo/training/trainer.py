@@ -8,6 +8,7 @@ from copy import copy
 from typing import Any
 
 import torch
+from peft.helpers import MontecloraTrainerMixin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
@@ -67,14 +68,14 @@ def _same_without_optim_args(args: TrainingArguments, model: Any) -> bool:
     return bool(make(args, model) == make(without, model))
 
 
-class RunTrainer(Trainer):
+class RunTrainer(MontecloraTrainerMixin, Trainer):
     """The Trainer of a run.
 
     The loss of an optimizer step is the mean over all its items, however they are spread over micro-batches and
     processes: rows where a row has one label, else tokens with a label. Trainer leaves that mean to the models, but
     few divide by the ``num_items_in_batch`` that it hands them: those with a classification head, encoder-decoders and
     AdaLoRA's regularisation do not, and their micro-batches would add up. So each model gives the mean of its own
-    micro-batch, which counts by its share of the items.
+    micro-batch, which counts by its share of the items. MonteCLoRA's divergence is added to it by peft.
 
     Args:
         lengths: Tokens of each training row.
@@ -158,7 +159,7 @@ class RunTrainer(Trainer):
         model: Any = self.model
         return bool(model.config.is_encoder_decoder)
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
