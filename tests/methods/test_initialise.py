@@ -163,7 +163,7 @@ def test_adalora(base):
 def test_lora_plus_learns_b_faster(base, tmp_path):
     model = add_adapter(base, FIELDS, HEADED)
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.01, use_cpu=True)
-    optimizer = lora_plus(8.0, model, args)
+    optimizer = lora_plus(model, args, 8.0)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -175,7 +175,7 @@ def test_lora_plus_learns_b_faster(base, tmp_path):
 def test_lora_fa_freezes_a(base, tmp_path):
     model = add_adapter(base, FIELDS, HEADED)
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, use_cpu=True)
-    assert isinstance(lora_fa(1.0, model, args), LoraFAOptimizer)
+    assert isinstance(lora_fa(model, args), LoraFAOptimizer)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             assert parameter.requires_grad == ("lora_B" in name), name

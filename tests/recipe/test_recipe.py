@@ -86,12 +86,11 @@ def test_bad_sections(override, message):
         (["data.single_turn=true"], "data sets single_turn, which task classification does not look at"),
         (["task.kind=sft", "data.text=body"], "data sets text, which task sft does not look at"),
         (["task.kind=sft", "data.label=stars"], "data sets label, which task sft does not look at"),
-        (["optimizer={kind: lora-fa, lr_ratio: 4}"], "lora-fa has an Adam of its own, which takes no lr_ratio"),
-        (["optimizer.kind=lora-fa", "training.adam_beta2=0.9"], "an Adam of its own, which takes no adam_beta2"),
-        (
-            ["optimizer.kind=lora-fa", "training.optim=sgd"],
-            "optimizer lora-fa has an Adam of its own, which takes no op",
-        ),
+        (["optimizer={kind: lora-fa, lr_ratio: 4}"], "optimizer lora-fa takes no lr_ratio"),
+        (["optimizer.kind=lora-fa", "training.adam_beta2=0.9"], "optimizer lora-fa takes no adam_beta2"),
+        (["optimizer.kind=lora-fa", "training.optim=sgd"], "optimizer lora-fa takes no optim"),
+        (["optimizer={kind: ivon, lr_ratio: 4}", "ggpo=null"], "optimizer ivon takes no lr_ratio"),
+        (["optimizer={kind: lora-plus, ess: 4}"], "optimizer lora-plus takes no ess"),
     ],
 )
 def test_settings_without_effect(overrides, message):
@@ -142,6 +141,18 @@ def test_monteclora_needs_checkpoints_that_keep_the_graph():
 def test_mgpo_does_not_average_scaled_gradients():
     with pytest.raises(UserError, match="mgpo averages gradient norms, which fp16 scales"):
         parse_recipe(TEXT, "r.yaml", ["ggpo=null", "mgpo.rho=0.05", "training.fp16=true"])
+
+
+@pytest.mark.parametrize("section", ["ggpo.sigma=0.05", "mgpo.rho=0.1", "bi_lora.rho=0.1", "sam.rho=0.1"])
+def test_ivon_decides_where_the_gradient_is_taken(section):
+    with pytest.raises(UserError, match=r"optimizer ivon and \w+ both decide where the gradient is taken"):
+        parse_recipe(TEXT, "r.yaml", ["ggpo=null", section, "optimizer=ivon"])
+
+
+def test_ivon_does_not_read_scaled_gradients():
+    parse_recipe(TEXT, "r.yaml", ["ggpo=null", "optimizer=ivon", "adapter=null"])
+    with pytest.raises(UserError, match="optimizer ivon reads gradients that fp16 scales"):
+        parse_recipe(TEXT, "r.yaml", ["ggpo=null", "optimizer=ivon", "training.fp16=true"])
 
 
 def test_a_bad_value_is_found_on_its_line():

@@ -10,6 +10,7 @@ from peft.tuners.lora.monteclora import MontecloraSampler
 from torch.nn import functional as F
 
 from lora_ggpo import GGPO
+from lora_ggpo.methods.optimizers import ivon
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.tasks import TASKS
 from lora_ggpo.training.build import build_model, build_trainer, training_arguments
@@ -27,6 +28,7 @@ OPTIMIZERS = {
     "adamw_torch": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-3, weight_decay=0),
 }
 ADAM = ["training.optim=adamw_torch", "training.learning_rate=0.01", "training.adam_epsilon=1e-3"]
+IVON = ["optimizer={kind: ivon, ess: 1e4, hess_init: 0.01}", "training.learning_rate=20.0"]
 CASES = {kind: (kind, []) for kind in TASKS} | {"packed": ("sft", ["task.packing=true"])}
 ROWS = 80  # 64 to train on
 WISHART = 1.5
@@ -73,7 +75,7 @@ def make_recipe(models, data, case, batch, micro_batches, overrides=()):
             "num_train_epochs": 1,
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": micro_batches,
-            "optim": "sgd",
+            **({} if overrides == IVON else {"optim": "sgd"}),
             "learning_rate": 0.5,
             "lr_scheduler_type": "constant",
             "max_grad_norm": CLIP,
@@ -112,7 +114,8 @@ def by_hand(recipe, folder, rows_a_step, ascent=None, rows_a_part=None):
     """
     model, tokenizer, rows, args = begun(recipe, folder)
     ggpo = recipe.ggpo and GGPO(model, recipe.ggpo_config(0))
-    optimizer = OPTIMIZERS[args.optim]([p for p in model.parameters() if p.requires_grad])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ivon(model, args, 1e4, 0.01) if recipe.optimizer else OPTIMIZERS[args.optim](parameters)
     move = ascent(model, optimizer).backward if ascent else lambda closure: closure()
     parameters = [p for p in model.parameters() if p.requires_grad]
     collate, losses, norms = recipe.task.type.collator(tokenizer), [], []

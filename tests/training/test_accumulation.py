@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from peft.tuners.lora.monteclora import BufferedMontecloraSampler
 from torch import distributed, multiprocessing
 
 from lora_ggpo.methods.ascent import SAM
+from lora_ggpo.methods.optimizers import Posterior
 from lora_ggpo.methods.thin import MGPO, BiLoRA
 from tests.training.accumulation import (
     ADAM,
     CASES,
+    IVON,
     METHODS,
     assert_same,
     by_hand,
@@ -73,6 +76,14 @@ def test_monteclora_adds_its_divergence_once_a_step(models, data, tmp_path, monk
         assert_same(by_trainer(recipe, tmp_path), by_hand(recipe, tmp_path, batch * micro_batches))
 
 
+@pytest.mark.skipif(not find_spec("ivon"), reason="ivon-opt is not installed")
+def test_ivon_draws_once_a_step(models, data, tmp_path):
+    for batch, micro_batches in SPLITS:
+        recipe = make_recipe(models, data, "sft", batch, micro_batches, IVON)
+        expected = by_hand(recipe, tmp_path, batch * micro_batches, lambda _, optimizer: Posterior(optimizer, 0))
+        assert_same(by_trainer(recipe, tmp_path), expected)
+
+
 @pytest.mark.parametrize(("batch", "micro_batches"), SPLITS)
 def test_mgpo_follows_the_gradient_of_each_micro_batch(models, data, batch, micro_batches, tmp_path):
     recipe = make_recipe(models, data, "classification", batch, micro_batches, ["mgpo.rho=0.5", *ADAM])
@@ -104,6 +115,9 @@ def sam(space):
 TOGETHER = [(case, method) for case, method in COMBINED if method != "smoothed" or case == "sft"]
 PROCESSES = {f"{case}-{method}": (case, 4, 4, METHODS[method]) for case, method in TOGETHER if case != "packed"}
 PROCESSES |= {f"sam-{space}": ("classification", 4, 4, [SAM_IN[space]]) for space in SAM_IN}
+if find_spec("ivon"):
+    PROCESSES["ivon"] = ("classification", 4, 4, IVON)
+AGREE = {name: ("classification", 4, 4, [f"{name}.rho=0.5", *ADAM]) for name in ("mgpo", "bi_lora")}
 # Of packed rows there are not two full steps, and accelerate takes some twice so that all processes have as many.
 PROCESSES["packed"] = ("packed", 4, 4, ["training.max_steps=1"])
 
@@ -115,8 +129,9 @@ def processes(models, data, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(run_process, (models, data, folder, PROCESSES, port), nprocs=2)
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in PROCESSES}
+    cases = PROCESSES | AGREE
+    multiprocessing.spawn(run_process, (models, data, folder, cases, port), nprocs=2)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in cases}
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
@@ -125,6 +140,15 @@ def test_processes_are_one_batch(models, data, processes, name, tmp_path):
     """Steps of 2 processes x 4 micro-batches x 4 rows."""
     recipe = make_recipe(models, data, *PROCESSES[name])
     ascent = (sam(recipe.sam.space), 8) if recipe.sam else ()
+    ascent = (lambda _, optimizer: Posterior(optimizer, 0),) if recipe.optimizer else ascent
     expected = by_hand(recipe, tmp_path, 32, *ascent)
     for found in processes[name]:
         assert_same(found, expected)
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("name", AGREE)
+def test_processes_that_move_weights_of_their_own_agree(processes, name):
+    (*_, one), (*_, other) = processes[name]
+    assert one.keys() == other.keys()
+    assert all(torch.equal(weight, other[key]) for key, weight in one.items())

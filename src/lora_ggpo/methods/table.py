@@ -87,6 +87,14 @@ METHODS: tuple[Method, ...] = (
         tuned={"optimizer.lr_ratio": (4.0, 16.0, 2.0)},
     ),
     Method("lora-fa", "LoRA-FA", "2308.03303", {"optimizer.kind": "lora-fa"}),
+    Method(
+        "ivon",
+        "IVON",
+        "2411.04421",
+        {"optimizer.kind": "ivon"},
+        learning_rate=600.0,  # 0.03 where LoRA has 5e-5: its steps are clipped at a thousandth of the rate
+        tuned={"optimizer.ess": (1e7, 1e6, 1e8)},
+    ),
     # Flat minima
     Method(
         "flat-lora",

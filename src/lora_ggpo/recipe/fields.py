@@ -231,12 +231,22 @@ else:
 
 
 class OptimizerFields(BaseModel):
-    """An optimizer of peft's for LoRA; the learning rate and weight decay are those of ``training``."""
+    """An optimizer of another package; the learning rate and weight decay are those of ``training``."""
 
     model_config = _STRICT
 
-    kind: Literal["lora-plus", "lora-fa"] = Field(description="lora-plus (2402.12354) or lora-fa (2308.03303).")
+    kind: Literal["lora-plus", "lora-fa", "ivon"] = Field(
+        description="lora-plus (2402.12354), lora-fa (2308.03303) or ivon (2411.04421)."
+    )
     lr_ratio: float = Field(16.0, ge=1, description="lora-plus: learning rate of B in units of that of A.")
+    ess: float = Field(1e7, gt=0, description="ivon: effective sample size; the more, the smaller its draws.")
+    hess_init: float = Field(3e-4, gt=0, description="ivon: what its Hessian begins with; the more, the smaller draws.")
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The settings that this kind has."""
+        names = {"lora-plus": ["lr_ratio"], "lora-fa": [], "ivon": ["ess", "hess_init"]}[self.kind]
+        return {name: getattr(self, name) for name in names}
 
 
 class SAMFields(BaseModel):

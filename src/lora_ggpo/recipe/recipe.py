@@ -65,7 +65,7 @@ class Recipe(BaseModel):
     sam: SAMFields | None = Field(None, description="Sharpness-aware minimisation; null is none.")
     mgpo: MGPOFields | None = Field(None, description="LoRA-MGPO; null is none.")
     bi_lora: BiLoRAFields | None = Field(None, description="Bi-LoRA; null is none.")
-    optimizer: OptimizerFields | None = Field(None, description="peft's optimizers; null is training.optim.")
+    optimizer: OptimizerFields | None = Field(None, description="Optimizers of other packages; null is training.optim.")
     freeze_body: bool = Field(False, description="With adapter: null, train the new classification head alone.")
     training: TrainingFields = Field(TrainingFields(), description="Fields of transformers.TrainingArguments.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")

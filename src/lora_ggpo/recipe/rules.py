@@ -77,16 +77,21 @@ def _of_methods(recipe: Recipe) -> Iterator[str]:
         yield "ggpo perturbs a LoRA adapter, but adapter is null; set ggpo: null as well, or an adapter"
     if ggpo and recipe.adalora:
         yield "ggpo perturbs LoRA layers, which those of AdaLoRA are not; choose adapter.type lora"
-    first, *others = [name for name in ("ggpo", "sam", "mgpo", "bi_lora") if getattr(recipe, name)] or [""]
+    ivon = ["optimizer ivon"] if optimizer and optimizer.kind == "ivon" else []
+    first, *others = [n for n in ("ggpo", "sam", "mgpo", "bi_lora") if getattr(recipe, n)] + ivon or [""]
     for other in others:
         yield f"{other} and {first} both decide where the gradient is taken; set one of them to null"
     if sam and sam.space == "weights" and not has_lora:
         yield "sam with space weights moves the full weights of LoRA layers, and there are none; use space adapter"
-    if optimizer and not has_lora:
+    if optimizer and not ivon and not has_lora:
         yield f"optimizer {optimizer.kind} treats A and B of LoRA differently, and there is no LoRA; set it to null"
-    if optimizer and optimizer.kind == "lora-fa":
-        for name in (*_changed(optimizer, ["lr_ratio"]), *_set(recipe.training, _OF_ADAMS)):
-            yield f"optimizer lora-fa has an Adam of its own, which takes no {name}; leave that out"
+    if optimizer:
+        own = [] if optimizer.kind == "lora-plus" else _set(recipe.training, _OF_ADAMS)
+        idle = type(optimizer).model_fields.keys() - {"kind", *optimizer.options}
+        for name in (*_changed(optimizer, sorted(idle)), *own):
+            yield f"optimizer {optimizer.kind} takes no {name}; leave that out"
+    if ivon and recipe.training_fields.get("fp16"):
+        yield "optimizer ivon reads gradients that fp16 scales; use training.bf16, or neither"
 
 
 def _has_lora(recipe: Recipe) -> bool:

@@ -25,7 +25,7 @@ from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError, explain_rejection
 from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.ascent import SAM
-from lora_ggpo.methods.optimizers import OPTIMIZERS, AdaLoraCallback
+from lora_ggpo.methods.optimizers import OPTIMIZERS, AdaLoraCallback, Posterior
 from lora_ggpo.methods.thin import MGPO, BiLoRA
 from lora_ggpo.models.adapters import add_adapter, freeze_body, load_adapter
 from lora_ggpo.models.load import check_tokens
@@ -186,8 +186,8 @@ def build_trainer(
         trainer = RunTrainer(
             lengths=list(rows["length"]),
             settings=recipe.training.model_fields_set,
-            make_optimizer=partial(OPTIMIZERS[optimizer.kind], optimizer.lr_ratio) if optimizer else None,
-            make_ascent=_ascent(recipe),
+            make_optimizer=partial(OPTIMIZERS[optimizer.kind], **optimizer.options) if optimizer else None,
+            make_ascent=_ascent(recipe, args.seed),
             model=model,
             args=args,
             train_dataset=rows,
@@ -199,7 +199,7 @@ def build_trainer(
     return trainer
 
 
-def _ascent(recipe: Recipe) -> MakeAscent | None:
+def _ascent(recipe: Recipe, seed: int) -> MakeAscent | None:
     sam, mgpo, bi_lora = recipe.sam, recipe.mgpo, recipe.bi_lora
     if sam:
         return lambda model, optimizer: SAM(model, sam.rho, sam.space)
@@ -207,6 +207,8 @@ def _ascent(recipe: Recipe) -> MakeAscent | None:
         return lambda model, optimizer: MGPO(model, optimizer, mgpo.rho, mgpo.beta)
     if bi_lora:
         return lambda model, optimizer: BiLoRA(model, optimizer, bi_lora.rho, bi_lora.rank)
+    if recipe.optimizer and recipe.optimizer.kind == "ivon":
+        return lambda model, optimizer: Posterior(optimizer, seed)
     return None
 
 

@@ -272,7 +272,9 @@ def _parts(trainer: RunTrainer) -> dict[str, int]:
     frozen = sum(stored_bytes(p) for p in model.parameters() if not p.requires_grad)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     optimizer: Any = trainer.optimizer
-    state = {id(t): t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, torch.Tensor) and t.dim() > 0}
+    groups = [{name: of for name, of in group.items() if name != "params"} for group in optimizer.param_groups]
+    kept = tree_leaves([dict(optimizer.state), groups])
+    state = {id(t): t for t in kept if isinstance(t, torch.Tensor) and t.dim() > 0}
     return {
         "frozen weights": frozen + sum(buffer.nbytes for buffer in model.buffers()),
         "trained parameters": trained,
