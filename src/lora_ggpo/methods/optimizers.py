@@ -68,6 +68,7 @@ class Posterior:
 
     def __init__(self, optimizer: Any, seed: int) -> None:
         self._optimizer, self._seed = optimizer, seed
+        self._parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self._draw: AbstractContextManager[None] | None = None
         optimizer.current_step = self._step = torch.zeros((), dtype=torch.long)  # IVON adds to it in place
         keep_with(optimizer, "ivon", [self._step])
@@ -78,14 +79,15 @@ class Posterior:
         """Leave the gradient at the draw; return the loss there."""
         if self._draw is None:
             self._draw = self._optimizer.sampled_params(train=True)
-            with torch.random.fork_rng():
-                torch.manual_seed(self._seed + _STEP_STRIDE * int(self._step))
+            device = self._parameters[0].device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(self._seed + _STEP_STRIDE * (1 + int(self._step)))
                 self._draw.__enter__()
         return closure()
 
     def _collect(self) -> None:
         if self._draw is not None:
-            for parameter in self._parameters():
+            for parameter in self._parameters:
                 if parameter.grad is None:  # of a layer that has not been used
                     parameter.grad = torch.zeros_like(parameter)
             self._draw.__exit__(None, None, None)
@@ -94,10 +96,7 @@ class Posterior:
     def _place(self) -> None:
         """Put what was loaded beside the parameters: torch moves the state of a parameter, not that of a group."""
         for group in self._optimizer.param_groups:
-            group.update({name: group[name].to(group["params"][0].device) for name in ("momentum", "hess")})
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+            group.update({name: group[name].to(self._parameters[0].device) for name in ("momentum", "hess")})
 
 
 class AdaLoraCallback(TrainerCallback):
