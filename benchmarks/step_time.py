@@ -32,11 +32,13 @@ from lora_ggpo import GGPO, GGPOConfig
 from lora_ggpo.models import load_model
 from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.models.architecture import CAUSAL
+from lora_ggpo.perturbation.fuse import fuse_lora
 from lora_ggpo.perturbation.noise import NOISES
 from lora_ggpo.training.memory import peak, reset_peak
 
 Step = Callable[[], None]
 PLAIN = "plain LoRA"
+FUSED = "fused LoRA without noise"
 SIGMA = 0.03
 RHO = 0.05
 
@@ -73,10 +75,18 @@ def plain(bench: Bench) -> Iterator[Step]:
     yield step
 
 
-def ggpo(noise: str) -> Callable[[Bench], contextmanager]:
+@contextmanager
+def fused(bench: Bench) -> Iterator[Step]:
+    detach = fuse_lora(bench.model)
+    with plain(bench) as step:
+        yield step
+    detach()
+
+
+def ggpo(**settings: object) -> Callable[[Bench], contextmanager]:
     @contextmanager
     def way(bench: Bench) -> Iterator[Step]:
-        perturbation = GGPO(bench.model, GGPOConfig(sigma=SIGMA, rule="relative", beta=0.5, noise=noise))
+        perturbation = GGPO(bench.model, GGPOConfig(sigma=SIGMA, rule="relative", beta=0.5, **settings))
 
         def step() -> None:
             bench.backward()
@@ -151,7 +161,9 @@ def sam(bench: Bench) -> Iterator[Step]:
 
 WAYS: dict[str, Callable[[Bench], contextmanager]] = {
     PLAIN: plain,
-    **{f"GGPO, {kind} noise": ggpo(kind) for kind in NOISES},
+    FUSED: fused,
+    **{f"GGPO, {kind} noise": ggpo(noise=kind) for kind in NOISES},
+    "GGPO, factored noise, sketched gradient": ggpo(gradient="sketch"),
     "sd-scripts (output noise)": sd_scripts,
     "Flat-LoRA (in place)": in_place,
     "SAM over A and B": sam,

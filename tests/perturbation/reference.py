@@ -1,11 +1,12 @@
 """A dense float64 reference of the method: every matrix materialised, every derivative left to autograd.
 
 Written from the equations of the paper (arXiv 2502.14538v1) and from PEFT's documentation of its adapters. Of the code
-under test it uses the unit noise z alone, a block at a time, because z is a free choice that nothing else determines.
+under test it uses the unit noise z alone, because z is a free choice that nothing else determines.
 """
 
 import copy
 import math
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_ggpo.perturbation import GGPOConfig
-from lora_ggpo.perturbation.noise import NOISES, mix, noise_kind, row_blocks
-
-CPU = torch.device("cpu")
+from lora_ggpo.perturbation.noise import NOISES
 
 
-def unsigned_noise(kind: str, seed: int, m: int, n: int) -> Tensor:
-    """z (m, n), float64, as a perturbed layer draws it."""
-    return torch.cat([NOISES[kind].rows(seed, a, b - a, n, CPU).double() for a, b in row_blocks(m, n, CPU)])
-
-
-def unit_noise(kind: str, seed: int, m: int, n: int) -> Tensor:
-    """z (m, n), float64, with the random signs that its rows get with each draw."""
-    signs = NOISES[kind].signs
-    return unsigned_noise(kind, seed, m, n) * (signs(seed, m, CPU).double()[:, None] if signs else 1)
+def unit_noise(config: GGPOConfig, number: int, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """z (m, n) of each layer, float64, of draw ``number``: what the layers' noise is for tau = 1."""
+    ones = [SimpleNamespace(index=i, m=m, n=n, tau=torch.ones(m).double()) for i, (m, n) in enumerate(shapes)]
+    for layer in ones:
+        layer.w0_norms = layer.tau
+    return [noise.matrix() for noise in NOISES[config.noise](ones, config.seed, number, config.noise_rank, None)]
 
 
 def row_norms_squared(matrix: Tensor) -> Tensor:
@@ -42,15 +38,20 @@ def gradient_estimate(estimator: str, b: Tensor, a: Tensor, db: Tensor, da: Tens
     return torch.linalg.lstsq(s * a, db.T, driver="gelsd").solution.T
 
 
-def tau(rule: str, sigma: float, beta: float, weight: Tensor, gradient: Tensor | None) -> Tensor:
-    """Noise size of each row (m,) from the m x n matrices W' and G (None: there was no step before)."""
+def tau(
+    rule: str, sigma: float, beta: float, weight: Tensor, gradient: Tensor | None, w0: Tensor, product: Tensor
+) -> Tensor:
+    """Noise size of each row (m,) from the m x n matrices W', G (None: there was no step before), W0 and B A."""
     m, n = weight.shape
     w = row_norms_squared(weight)
     g = torch.zeros_like(w) if gradient is None else row_norms_squared(gradient)
     if rule == "paper":
         return (sigma**2 / n * (w + beta * g)).sqrt()
     if rule == "sd-scripts":
-        return (sigma * w.sqrt() + beta * g) / math.sqrt(m)
+        if gradient is None:
+            return torch.zeros_like(w)
+        mean_norm = w0.norm(dim=1).mean()
+        return (sigma * (mean_norm**2 + row_norms_squared(product)).sqrt() + beta * g) / math.sqrt(m)
     assert rule == "relative"
     if g.sum() == 0:
         return (sigma**2 / n * w).sqrt()
@@ -98,12 +99,15 @@ class DenseLora(nn.Module):
     def _sum(self) -> Tensor:
         return self.w0 + sum(self.s[k] * self.b[k] @ self.a[k] for k in self.adapters)
 
+    def product(self) -> Tensor:
+        return sum(self.b[k] @ self.a[k] for k in self.adapters)
+
     def weight(self) -> Tensor:
         return self.gain() * self._sum()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0:
-            return F.linear(x, self.weight() + self.gain() * self.eps, self.bias)
+            return F.linear(x, self.weight() + self.eps, self.bias)
         return F.linear(x, self.w0 + self.eps, self.bias) + F.linear(F.dropout(x, self.p), self.weight() - self.w0)
 
     def estimate(self, estimator: str) -> Tensor:
@@ -136,16 +140,16 @@ class Twin:
         c = self.config
         with torch.no_grad():
             return {
-                name: tau(c.rule, self.factor * c.sigma, c.beta, layer.weight(), layer.gradient)
+                name: tau(c.rule, c.sigma, c.beta, layer.weight(), layer.gradient, layer.w0, layer.product())
+                * self.factor
                 for name, layer in self.layers.items()
             }
 
     def __call__(self, x: Tensor, number: int) -> Tensor:
-        for index, (layer, size) in enumerate(zip(self.layers.values(), self.taus().values(), strict=True)):
-            seed = mix(self.config.seed, number, index)
-            eps = size[:, None] * unit_noise(noise_kind(self.config.noise, CPU), seed, *layer.w0.shape)
-            # Without dropout the noise is put on W0 and DoRA scales it to eps on W', its magnitude being trained.
-            layer.eps = eps / layer.gain().detach().abs() if layer.p == 0 else eps
+        layers = list(self.layers.values())
+        z = unit_noise(self.config, number, [tuple(layer.w0.shape) for layer in layers])
+        for layer, size, unit in zip(layers, self.taus().values(), z, strict=True):
+            layer.eps = size[:, None] * unit
         return self.model(x)
 
     def step(self, lr: float) -> None:

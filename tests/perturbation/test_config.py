@@ -10,7 +10,8 @@ CHANGED = {
     "sigma": 0.1,
     "beta": 0.5,
     "rule": "relative",
-    "noise": "rademacher",
+    "noise": "dense",
+    "noise_rank": 3,
     "schedule": "cosine",
     "redraw": "optimizer-step",
     "ranks": "agree",
@@ -33,11 +34,13 @@ CHANGED = {
         ({"beta": None}, "number"),
         ({"beta": 1.5, "rule": "relative"}, "[0, 1]"),
         ({"rule": "papers"}, "paper, relative, sd-scripts"),
-        ({"noise": "uniform"}, "table, gaussian, rademacher"),
+        ({"noise": "uniform"}, "factored, dense"),
+        ({"noise_rank": 0}, "integer >= 1"),
+        ({"noise_rank": 2.0}, "integer >= 1"),
         ({"schedule": "step"}, "constant, cosine, linear"),
         ({"redraw": 3}, "micro-batch, optimizer-step"),
         ({"ranks": "both"}, "differ, agree"),
-        ({"gradient": ["lora"]}, "lora, lstsq"),
+        ({"gradient": ["lora"]}, "lora, lstsq, sketch"),
         ({"seed": -1}, ">= 0"),
         ({"seed": 1.0}, "integer"),
         ({"seed": True}, "integer"),
@@ -79,3 +82,9 @@ def test_from_dict_names_the_unknown_key_and_checks_values():
         GGPOConfig.from_dict({"sgima": 0.1})
     with pytest.raises(ValueError, match=r"GGPOConfig\.sigma"):
         GGPOConfig.from_dict({"sigma": -1})
+
+
+def test_noises_of_release_0_1_0_are_what_comes_closest():
+    assert GGPOConfig.from_dict({"noise": "auto"}) == GGPOConfig()
+    for name in ("table", "gaussian", "rademacher"):
+        assert GGPOConfig(noise=name) == GGPOConfig(noise="dense")

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
@@ -202,23 +202,6 @@ def test_out_proj_of_multihead_attention_is_skipped_with_the_reason(targets, num
     assert ggpo.metrics()["ggpo/coverage"] == 1 / number
     entries = 36 + 36 + (3 * 36 if number == 3 else 0)
     assert ggpo.metrics()["ggpo/coverage_parameters"] == 36 / entries
-
-
-def test_another_tuner_is_named():
-    model = get_peft_model(Net(), LoHaConfig(r=2, target_modules=TARGETS))
-    with pytest.raises(ValueError, match=r"model\.inp \(LoHa on Linear, not LoRA\).* and 1 more"):
-        GGPO(model)
-
-
-@pytest.mark.parametrize("name", ["AdaLora", "LoHa", "LoKr", "OFT", "Vera", "IA3", "BOFT"])
-def test_each_tuner_is_named_as_its_configuration_is(name):
-    import peft
-
-    extra = {"IA3": {"feedforward_modules": []}, "AdaLora": {"total_step": 9}, "OFT": {"oft_block_size": 2, "r": 0}}
-    extra |= {"BOFT": {"boft_block_size": 2}}
-    config = getattr(peft, f"{name}Config")(target_modules=["up"], **extra.get(name, {}))
-    with pytest.raises(ValueError, match=rf"\({name} on Linear, not LoRA\)"):
-        GGPO(get_peft_model(Net(), config))
 
 
 # --- DataParallel ---

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from torch import nn
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
@@ -58,10 +59,7 @@ def assert_equals_twin(model, ggpo, twin, steps=3, micro_batches=2, number=0):
             torch.testing.assert_close(gradients(model), twin.gradients(), **CLOSE)
         noise = {layer.name: layer.tau for layer in ggpo.layers}
         for name, tau in twin.taus().items():
-            layer = twin.layers[name]
-            # Without dropout DoRA scales the base layer's output, noise included: W' has gain times the tau of W0.
-            gain = layer.gain().detach().abs()[:, 0] if layer.p == 0 else 1
-            torch.testing.assert_close(noise[name] * gain, tau, **CLOSE)
+            torch.testing.assert_close(noise[name], tau, **CLOSE)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.grad is not None:
@@ -78,17 +76,17 @@ def test_network_equals_dense_autograd_over_several_steps(case, rule):
     model, configs = build(case)
     beta = {"paper": 3.0, "relative": 0.6, "sd-scripts": 0.05}[rule]
     gradient = "lora" if case in ("plain", "dora", "pissa") else "lstsq"
-    config = GGPOConfig(sigma=0.3, beta=beta, rule=rule, noise="gaussian", gradient=gradient, seed=4)
+    config = GGPOConfig(sigma=0.3, beta=beta, rule=rule, gradient=gradient, seed=4)
     twin = Twin(model, configs, config)
     ggpo = GGPO(model, config)
     assert len(ggpo.layers) == len(twin.layers) == len(configs["default"].target_modules)
     assert_equals_twin(model, ggpo, twin)
 
 
-@pytest.mark.parametrize("noise", ["table", "rademacher"])
-def test_network_equals_dense_autograd_with_other_noise(noise):
-    model, configs = build("plain")
-    config = GGPOConfig(sigma=0.3, beta=1.0, noise=noise)
+@pytest.mark.parametrize("case", ["plain", "conv1d", "bias", "dora", "dropout"])
+def test_network_equals_dense_autograd_with_dense_noise(case):
+    model, configs = build(case)
+    config = GGPOConfig(sigma=0.3, beta=1.0, noise="dense")
     twin = Twin(model, configs, config)
     assert_equals_twin(model, GGPO(model, config), twin)
 
@@ -232,14 +230,14 @@ def test_detach_leaves_the_model_as_it_was(case):
 
 def test_detach_gives_back_a_forward_that_was_set_on_the_instance():
     model, _ = build("plain")
-    base = model.base_model.model.up.base_layer
-    calls, original = [], base.forward
-    base.forward = lambda x: calls.append(1) or original(x)
-    own = base.forward
+    layer = model.base_model.model.up
+    calls, original = [], layer.forward
+    layer.forward = lambda x: calls.append(1) or original(x)
+    own = layer.forward
     ggpo = GGPO(model)
     model.eval()(batch(0))
     ggpo.detach()
-    assert base.forward is own
+    assert layer.forward is own
     assert calls == [1]
 
 
@@ -263,51 +261,53 @@ def test_a_parameter_returned_by_the_model_keeps_no_hook():
 
 
 class Mixed(nn.Module):
-    """Layers of three types that PEFT can adapt."""
+    """A layer that can be perturbed, and one that PEFT can adapt and that cannot."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.conv, self.up = nn.Embedding(11, 6), nn.Conv1d(6, 6, 3, padding=1), nn.Linear(6, 5)
+        self.up, self.norm = nn.Linear(6, 5), nn.LayerNorm(5)
 
     def forward(self, x):
-        return self.up(self.conv(self.embedding(x).mT).mT)
+        return self.norm(self.up(x))
 
 
 def mixed(targets):
-    return get_peft_model(Mixed(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).train()
+    model = get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    if "norm" in targets:
+        config = LNTuningConfig(target_modules=["norm"])
+        model.base_model.model.norm = LNTuningLayer(model.base_model.model.norm, "default", config)
+    return model.train()
 
 
 def test_layers_that_cannot_be_perturbed_are_named_once_and_trained_plainly():
-    model = mixed(["embedding", "conv", "up"])
+    model = mixed(["norm", "up"])
     with pytest.warns(UserWarning, match="cannot perturb") as caught:
         ggpo = GGPO(model, GGPOConfig(sigma=0.3))
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert "model.embedding (LoRA on Embedding)" in message
-    assert "model.conv (LoRA on Conv1d)" in message
+    assert "model.norm (an adapter on LayerNorm)" in message
     assert "model.up" not in message
     assert caught[0].filename == __file__
     assert [layer.name for layer in ggpo.layers] == ["base_model.model.up"]
-    y = model(torch.arange(5)[None])
-    y.sum().backward()
+    model(batch(0, dtype=torch.float32)).sum().backward()
     ggpo.step()
-    assert all(p.grad is not None for k, p in model.named_parameters() if "lora_" in k)
+    assert all(p.grad is not None for k, p in model.named_parameters() if "ln_tuning" in k and p.requires_grad)
 
 
 def test_strict_refuses_layers_that_cannot_be_perturbed():
-    with pytest.raises(ValueError, match=r"model\.embedding \(LoRA on Embedding\).*target_modules"):
-        GGPO(mixed(["embedding", "up"]), GGPOConfig(strict=True))
+    with pytest.raises(ValueError, match=r"model\.norm \(an adapter on LayerNorm\).*target_modules"):
+        GGPO(mixed(["norm", "up"]), GGPOConfig(strict=True))
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), Mixed()])
-def test_no_lora_layer_is_an_error(model):
-    with pytest.raises(ValueError, match="no LoRA layer"):
+def test_no_adapted_layer_is_an_error(model):
+    with pytest.raises(ValueError, match="no adapted layer"):
         GGPO(model)
 
 
 def test_only_layers_that_cannot_be_perturbed_is_an_error():
-    with pytest.raises(ValueError, match="no LoRA layer"):
-        GGPO(mixed(["embedding"]))
+    with pytest.raises(ValueError, match="no adapted layer"):
+        GGPO(get_peft_model(Mixed(), LNTuningConfig(target_modules=["norm"])))
 
 
 def test_attaching_twice_is_refused_and_leaves_the_first_intact():
@@ -324,7 +324,7 @@ def test_row_norms_of_w0_over_several_blocks_and_layouts():
     for linear in (nn.Linear, conv1d):
         wide = nn.Sequential(linear(5000, 301))
         config = LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=linear is conv1d)
-        (layer,), _ = find_layers(get_peft_model(wide, config), "table")
+        (layer,), _ = find_layers(get_peft_model(wide, config))
         w0 = layer.base.weight.detach().double()
         w0 = w0.T if linear is conv1d else w0
         torch.testing.assert_close(layer.w0_norms.double(), w0.square().sum(1), rtol=1e-5, atol=0)
@@ -334,7 +334,7 @@ def test_row_norms_of_w0_over_several_blocks_and_layouts():
 
 def test_copy_of_a_perturbed_model_is_independent():
     model = adapted(net())
-    ggpo = GGPO(model, GGPOConfig(sigma=0.3, noise="gaussian"))
+    ggpo = GGPO(model, GGPOConfig(sigma=0.3, noise="dense"))
     model(batch(0))
     twin = copy.deepcopy(model)
     x = batch(1)
@@ -384,7 +384,7 @@ def test_two_perturbed_models_do_not_disturb_each_other():
 
 def test_an_adapter_made_anew_under_the_same_name_is_the_one_perturbed():
     model, configs = build("plain")
-    ggpo = GGPO(model, GGPOConfig(sigma=0.3, beta=0, noise="gaussian"))
+    ggpo = GGPO(model, GGPOConfig(sigma=0.3, beta=0, noise="dense"))
     model(batch(0))
     model.delete_adapter("default")
     model.add_adapter("default", configs["default"])

@@ -8,7 +8,7 @@ from lora_ggpo.perturbation import GGPO, GGPOConfig
 
 from .nets import adapted, batch, loss_of, net
 
-SIGMA, DRAWS = 0.05, 1400
+SIGMA, DRAWS = 0.05, 1600
 NAMES = ["inp", "up", "down", "head"]
 
 
@@ -39,7 +39,7 @@ def half_trace(dense, x, taus, loss_at):
     return total
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("table", 1), ("gaussian", 2), ("rademacher", 3)])
+@pytest.mark.parametrize(("kind", "seed"), [("factored", 1), ("dense", 2)])
 def test_mean_loss_under_noise_has_the_curvature_term(kind, seed):
     model, x = adapted(net()), 1.5 * batch(0, 30)
     stock = adapted(net())

@@ -67,8 +67,9 @@ def shake(model):
             nn.init.normal_(parameter, std=0.1)
 
 
-def noise_of(layer):
+def noise_of(ggpo, layer):
     """eps (m, n): what the layer adds to each unit vector."""
+    layer.noise = ggpo._drawn[ggpo.layers.index(layer)]
     eye = torch.eye(layer.n)
     layer.passes.begin(training=True)
     with torch.no_grad():
@@ -99,7 +100,7 @@ def test_output_and_gradients_are_those_of_the_dense_noisy_weight(kind):
     for _ in range(2):  # the second step has gradient norms
         x1 = x.clone().requires_grad_()
         model(x1).square().sum().backward()
-        eps = {name: noise_of(layer) for name, layer in layers.items()}
+        eps = {name: noise_of(ggpo, layer) for name, layer in layers.items()}
         assert all(one.norm() > 0.1 * w0[name].norm() for name, one in eps.items())
         x2 = x.clone().requires_grad_()
         found = dense_forward(x2, w0, eps, layers)
@@ -126,9 +127,10 @@ def test_noise_alone_has_the_gradient_of_a_dense_product(kind):
     ggpo = GGPO(model, GGPOConfig(sigma=0.3))
     model(torch.randn(2, N))
     layer = ggpo.layers[0]
-    eps = noise_of(layer)
+    eps = noise_of(ggpo, layer)
     x = torch.randn(5, layer.n, requires_grad=True)
     dy = torch.randn(5, layer.m)
+    layer.noise = ggpo._drawn[0]
     layer.passes.begin(training=True)
     (noisy,) = torch.autograd.grad(layer(x), x, dy)
     (plain,) = torch.autograd.grad(layer.original(x), x, dy)
@@ -151,11 +153,11 @@ def test_row_norms_are_those_of_the_weight_it_stands_for(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_has_the_variance_of_tau(kind):
     model, _ = build(kind)
-    ggpo = GGPO(model, GGPOConfig(sigma=0.3, noise="gaussian"))
+    ggpo = GGPO(model, GGPOConfig(sigma=0.3, noise="dense"))
     layer, squares, draws = ggpo.layers[0], 0.0, 300
     for _ in range(draws):
         model(torch.randn(1, N))
-        squares = squares + noise_of(layer).square().mean(1)
+        squares = squares + noise_of(ggpo, layer).square().mean(1)
     ratio = squares / draws / layer.tau.square()
     assert (ratio - 1).abs().max() < 5 * (2 / (draws * layer.n)) ** 0.5
 

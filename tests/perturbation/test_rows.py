@@ -200,8 +200,10 @@ def test_metrics_against_dense_numbers(model, rule):
         w = (module.base_layer.weight + module.get_delta_weight("default")).detach()
         gradient = torch.zeros_like(w)
         gradient[:, 0] = g.sqrt()
-        total[name] = tau(rule, SIGMA, beta, w, gradient).square().sum().item()
-        alone = tau(rule, SIGMA, beta, w, None).square().sum().item() * (1 - beta if rule == "relative" else 1)
+        others = module.base_layer.weight, module.lora_B["default"].weight @ module.lora_A["default"].weight
+        total[name] = tau(rule, SIGMA, beta, w, gradient, *others).square().sum().item()
+        alone = tau(rule, SIGMA, beta, w, 0 * gradient, *others).square().sum().item()
+        alone *= 1 - beta if rule == "relative" else 1
         guided[name], weights[name], rows[name] = total[name] - alone, w.square().sum().item(), w.shape[0]
         n = w.shape[1]
         assert found[f"ggpo/{name}/gradient_share"] == pytest.approx(guided[name] / total[name], rel=1e-7)

@@ -91,6 +91,12 @@ def test_lstsq_survives_rows_of_a_that_depend_on_each_other(layers):
     torch.testing.assert_close(found, (g @ basis).square().sum(-1), rtol=1e-8, atol=1e-12)
 
 
+def norms_of(weight, gradient, w0, product):
+    """What a rule reads, from matrices (L, m, n)."""
+    squares = [None if matrix is None else matrix.square().sum(-1) for matrix in (weight, gradient, w0, product)]
+    return scales.Norms(*squares[:3], lambda: squares[3], weight.shape[-1])
+
+
 @pytest.mark.parametrize("rule", ["paper", "relative", "sd-scripts"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["first step", "zero", "some"])
@@ -99,12 +105,14 @@ def test_tau_of_each_rule(rule, beta, kind):
     gradient = None if kind == "first step" else normal(L, M, N, seed=1) * torch.tensor([1e-3, 1, 10]).view(L, 1, 1)
     if kind == "zero":
         gradient[1] = 0
-    norms = torch.zeros(L, M, dtype=torch.float64) if gradient is None else gradient.square().sum(-1)
-    tau2, guided = scales.RULES[rule].tau_squared(0.2, beta, weight.square().sum(-1), norms, N)
+    w0, product = normal(L, M, N, seed=2), normal(L, M, N, seed=3)
+    tau2, guided = scales.RULES[rule].tau_squared(0.2, beta, norms_of(weight, gradient, w0, product))
     for i in range(L):
-        expected = reference.tau(rule, 0.2, beta, weight[i], None if gradient is None else gradient[i])
+        others, g = (w0[i], product[i]), None if gradient is None else gradient[i]
+        expected = reference.tau(rule, 0.2, beta, weight[i], g, *others)
         torch.testing.assert_close(tau2[i].sqrt(), expected, **CLOSE)
-        without = reference.tau(rule, 0.2, 0 if rule != "relative" else beta, weight[i], None).square()
+        g = None if g is None else 0 * g
+        without = reference.tau(rule, 0.2, beta, weight[i], g, *others).square()
         active = gradient is not None and bool(gradient[i].any())
         unguided = without * (1 - beta) if rule == "relative" and active else without
         torch.testing.assert_close(guided[i], expected.square() - unguided, rtol=1e-9, atol=1e-15)
@@ -114,13 +122,13 @@ def test_relative_keeps_the_energy_of_the_layer_and_follows_the_gradient():
     weight, gradient = normal(L, M, N).square().sum(-1), normal(L, M, N, seed=1).square().sum(-1)
     energies, taus = [], []
     for beta in (0.0, 0.5, 1.0):
-        tau2, _ = scales.relative(0.03, beta, weight, gradient, N)
+        tau2, _ = scales.relative(0.03, beta, scales.Norms(weight, gradient, weight, weight.clone, N))
         energies.append(tau2.sum(-1))
         taus.append(tau2)
     torch.testing.assert_close(energies[1], energies[0], rtol=1e-13, atol=0)
     torch.testing.assert_close(energies[2], energies[0], rtol=1e-13, atol=0)
     torch.testing.assert_close(taus[2] / taus[2].sum(-1, keepdim=True), gradient / gradient.sum(-1, keepdim=True))
-    rescaled, _ = scales.relative(0.03, 0.5, weight, gradient * 1e-30, N)
+    rescaled, _ = scales.relative(0.03, 0.5, scales.Norms(weight, gradient * 1e-30, weight, weight.clone, N))
     torch.testing.assert_close(rescaled, taus[1])
 
 

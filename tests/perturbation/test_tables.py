@@ -9,22 +9,29 @@ import torch
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
 from lora_ggpo.perturbation.config import CHOICES
-from lora_ggpo.perturbation.noise import NOISES, Noise, mix
+from lora_ggpo.perturbation.noise import NOISES, Factors, mix
 from lora_ggpo.perturbation.scales import ESTIMATORS, RAMPS, RULES, Rule
 
 from .nets import adapted, batch, loss_of, net
 
 
-def uniform_rows(seed, start, rows, columns, device):
-    generator = torch.Generator(device).manual_seed(mix(seed, start))
-    return (2 * torch.rand(rows, columns, generator=generator, device=device) - 1) * math.sqrt(3)
+def uniform_factors(layers, seed, number, rank, dtype):
+    """eps = diag(tau) u, with u uniform in [-sqrt(3), sqrt(3)]: one factor is the identity."""
+    generator = torch.Generator().manual_seed(mix(seed, number))
+    sized = [(layer, (2 * torch.rand(layer.m, layer.n, generator=generator) - 1) * math.sqrt(3)) for layer in layers]
+    return [Factors(torch.eye(layer.n).double(), layer.tau[:, None] * u) for layer, u in sized]
+
+
+def constant(sigma, beta, norms):
+    guided = torch.zeros_like(norms.weight) if norms.gradient is None else beta * norms.gradient
+    return sigma**2 + guided, guided
 
 
 NEW = {
-    "rule": (RULES, "constant", Rule(lambda sigma, beta, w, g, n: (sigma**2 + beta * g, beta * g))),
+    "rule": (RULES, "constant", Rule(constant)),
     "gradient": (ESTIMATORS, "columns of B", lambda of: of.db().square().sum(-1)),
     "schedule": (RAMPS, "half", lambda progress: 0.5),
-    "noise": (NOISES, "uniform", Noise(uniform_rows)),
+    "noise": (NOISES, "uniform", uniform_factors),
 }
 
 
@@ -51,6 +58,7 @@ def test_one_entry_each_makes_a_new_rule_estimator_schedule_and_noise(entries):
         torch.testing.assert_close(layer.tau, 0.5 * (0.2**2 + gradients[layer.name]).sqrt())
     layer = ggpo.layers[0]
     layer.passes.begin(training=True)
+    layer.noise = ggpo._drawn[0]
     eps = (layer(x) - layer.original(x)).T
     assert 0 < (eps.abs() / layer.tau[:, None]).max() <= math.sqrt(3)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -13,13 +12,16 @@ from .scales import ESTIMATORS, RAMPS, RULES
 
 CHOICES: Mapping[str, Collection[str]] = {
     "rule": RULES,
-    "noise": ChainMap[str, Any]({"auto": None}, NOISES),
+    "noise": NOISES,
     "schedule": RAMPS,
     "redraw": ("micro-batch", "optimizer-step"),
     "ranks": ("differ", "agree"),
     "gradient": ESTIMATORS,
 }
 """What the fields that are a choice may be."""
+
+OLD_NOISES = {"auto": "factored", "table": "dense", "gaussian": "dense", "rademacher": "dense"}
+"""Noises of release 0.1.0, and what they are now."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class GGPOConfig:
             (arXiv 2409.14396; it also ramps sigma with ``schedule="cosine"``).
         rule: How row norms become noise sizes: ``"paper"``, ``"relative"`` or ``"sd-scripts"``, functions of
             :mod:`~lora_ggpo.perturbation.scales`.
-        noise: Where unit-variance noise comes from: ``"table"``, ``"gaussian"`` or ``"rademacher"`` of
-            :mod:`~lora_ggpo.perturbation.noise`. ``"auto"`` is what costs least: fresh Gaussian draws on a GPU, the
-            table on a CPU.
+        noise: The joint law of the rows: ``"factored"``, or ``"dense"`` as in the paper; see
+            :mod:`~lora_ggpo.perturbation.noise`. Each row has the same law with both. Names of release 0.1.0 are
+            taken for what comes closest (``OLD_NOISES``).
+        noise_rank: k of factored noise, >= 1: its cost is that of a LoRA adapter of this rank.
         schedule: ``"constant"``, or a ramp of sigma from 0 to its full size over the run: ``"cosine"`` is
             (1 - cos(pi t / T)) / 2, ``"linear"`` is t / T, with t the optimizer step and T the number of them.
         redraw: New noise for each forward pass (``"micro-batch"``) or one draw for all micro-batches of an
@@ -46,9 +49,8 @@ class GGPOConfig:
             as in tensor parallelism, must agree.
         seed: Seed of the noise; the noise is a function of (seed, draw, layer) alone and never touches torch's
             global generators.
-        gradient: Estimator of the gradient's row norms, ``"lstsq"`` or the published ``"lora"``: see
-            :func:`~lora_ggpo.perturbation.scales.lstsq_row_norms_squared` and
-            :func:`~lora_ggpo.perturbation.scales.lora_row_norms_squared`.
+        gradient: Estimator of the gradient's row norms, ``"lstsq"``, ``"sketch"`` or the published ``"lora"``: see
+            :mod:`~lora_ggpo.perturbation.scales`. Layers without LoRA's A and B have ``"sketch"`` whatever this says.
         ema: Decay of the moving average of squared gradient row norms over optimizer steps, in [0, 1); 0 uses the
             step before alone.
         strict: Raise, instead of warn, if the adapter has layers that cannot be perturbed.
@@ -60,7 +62,8 @@ class GGPOConfig:
     sigma: float = 0.03
     beta: float = 0.01
     rule: str = "paper"
-    noise: str = "auto"
+    noise: str = "factored"
+    noise_rank: int = 8
     schedule: str = "constant"
     redraw: str = "micro-batch"
     ranks: str = "differ"
@@ -70,12 +73,15 @@ class GGPOConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        if self.noise in OLD_NOISES:
+            object.__setattr__(self, "noise", OLD_NOISES[self.noise])
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in tuple(choices), f"one of {', '.join(choices)}")
         for name in ("sigma", "beta"):
             self._require(name, _is_number(getattr(self, name)), "a finite number >= 0")
         if RULES[self.rule].shares:
             self._require("beta", self.beta <= 1, f'in [0, 1] with rule="{self.rule}"')
+        self._require("noise_rank", type(self.noise_rank) is int and self.noise_rank >= 1, "an integer >= 1")
         self._require("ema", _is_number(self.ema) and self.ema < 1, "in [0, 1)")
         self._require("seed", type(self.seed) is int and self.seed >= 0, "an integer >= 0")
         self._require("strict", type(self.strict) is bool, "true or false")

@@ -5,16 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
+from .kinds import Kind, kind_of
 from .layers import QUANTISED, PerturbedLayer
 from .passes import Passes
 from .weights import class_of
@@ -52,9 +49,9 @@ class Skipped:
 
 
 def find_layers(
-    model: nn.Module, noise: str, passes: Passes | None = None, known: Sequence[PerturbedLayer] = ()
+    model: nn.Module, passes: Passes | None = None, known: Sequence[PerturbedLayer] = ()
 ) -> tuple[list[PerturbedLayer], list[Skipped]]:
-    """The LoRA layers of a model that can be perturbed, those ``known`` before first, and the adapted ones that cannot.
+    """The adapted layers of a model that can be perturbed, those ``known`` before first, and those that cannot.
 
     Raises:
         ValueError: the model is, or contains, a ``DataParallel`` over several devices.
@@ -69,11 +66,12 @@ def find_layers(
             never_called.add(id(module.out_proj))
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer) or id(module) in done:
             continue
-        reason = _ATTENTION if id(module) in never_called else _unsupported(module)
-        if reason:
-            skipped.append(Skipped(name, module, reason))
+        kind = kind_of(module.get_base_layer())
+        reason = _ATTENTION if id(module) in never_called else _unsupported(module, kind)
+        if reason or kind is None:
+            skipped.append(Skipped(name, module, reason or ""))
         else:
-            layers.append(PerturbedLayer(name, len(layers), cast(LoraLinear, module), noise, passes))
+            layers.append(PerturbedLayer(name, len(layers), module, kind, passes))
     return layers, skipped
 
 
@@ -85,8 +83,8 @@ def check_layers(model: nn.Module, layers: Sequence[PerturbedLayer], skipped: Se
     """
     if not layers:
         why = f": GGPO cannot perturb {_names(skipped)}" if skipped else _without_layers(model)
-        raise ValueError(f"GGPO found no LoRA layer on a linear base layer in this model{why}")
-    if any(isinstance(layer.base.__dict__.get("forward"), PerturbedLayer) for layer in layers):
+        raise ValueError(f"GGPO found no adapted layer that it can perturb in this model{why}")
+    if any(isinstance(layer.module.__dict__.get("forward"), PerturbedLayer) for layer in layers):
         raise ValueError("the model is perturbed already; detach() the first GGPO before attaching another")
 
 
@@ -112,23 +110,17 @@ def _names(skipped: Sequence[Skipped]) -> str:
 _ATTENTION = "nn.MultiheadAttention reads the weight of its out_proj and never calls it"
 
 
-def _unsupported(module: BaseTunerLayer) -> str | None:
-    base: Any = module.get_base_layer()
-    kind = class_of(cast(nn.Module, module))
-    tuner = next(cls.__name__ for cls in kind.__mro__ if cls.__name__.endswith("Layer")).removesuffix("Layer")
-    if tuner != "Lora":
-        return f"{tuner} on {type(base).__name__}, not LoRA"
-    quantised = kind.__name__ in QUANTISED
+def _unsupported(module: Any, kind: Kind | None) -> str | None:
+    """Why a layer cannot be perturbed."""
+    base = module.get_base_layer()
+    if kind is None:
+        return f"an adapter on {type(base).__name__}"
+    quantised = class_of(module).__name__ in QUANTISED
     if quantised and is_cut(base.weight):
         return "a quantised weight under ZeRO-3"
-    if not quantised:
-        if kind is not LoraLinear or class_of(base) not in (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D):
-            return f"LoRA on {type(base).__name__}"
-        if not base.weight.is_floating_point() or base.weight.is_meta:
-            return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
-    layer = cast(LoraLayer, module)
-    variants = {type(variant).__name__ for variant in layer.lora_variant.values()} - {"DoraLinearVariant"}
-    return f"the {min(variants)} of LoRA" if variants else None
+    if not quantised and (not base.weight.is_floating_point() or base.weight.is_meta):
+        return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
+    return None
 
 
 def _without_layers(model: nn.Module) -> str:

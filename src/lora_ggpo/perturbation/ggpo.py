@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from .compiled import draw, register
 from .config import GGPOConfig
 from .find import DATA_PARALLEL, check_layers, find_layers, report_skipped
-from .noise import NOISES
+from .noise import NOISES, Noise, Seeded, buckets, joint_factors, mix, split_factors
 from .passes import Passes, tied_tensors
 from .rows import LayerGroup, group_layers
-from .scales import ramp
+from .scales import RULES, ramp
 from .watch import Coverage, Watch, noise_metrics
+from .weights import whole
 from .zero import StepHook, zero_optimizer
+
+_SKETCH = 0x536B
 
 
 class GGPO:
@@ -65,15 +70,19 @@ class GGPO:
         self._model = model
         self._passes = Passes()
         self._coverage, self._watch = Coverage(self._passes, self.config.strict), Watch(self.config)
-        self.layers, self._skipped = find_layers(model, self.config.noise, self._passes)
+        self.layers, self._skipped = find_layers(model, self._passes)
         check_layers(model, self.layers, self._skipped)
         report_skipped(self._skipped, self.config.strict)
         self._zero = zero_optimizer((p for layer in self.layers for p in layer.trained()), optimizer)
         self._handles: list[Any] = []
-        self._steps = self._forwards = self._draw = 0
+        self._watched: list[Any] = []
+        self._number = register(self)
+        self._steps = self._forwards = 0
+        self._drawn: list[Noise] = []
         self._stale = True
         self._captured = self._warned = False
         self._zero_scale = 1.0
+        self._norm_squared = 0.0  # of the gradients as they were read
         self._groups: list[LayerGroup] = []
         self._regroup()
         if self.config.sigma > 0:  # sigma = 0 must be plain LoRA bit for bit: nothing is attached at all
@@ -95,10 +104,13 @@ class GGPO:
         if scaler is not None:
             grad_scale = scaler.get_scale()
         self._warn_if_blind()
+        self._capture_late()
         self._coverage.step(self._groups)
+        scale = grad_scale * self._zero_scale / math.sqrt(self._clip_factor_squared())
         for group in self._groups:
-            group.commit(grad_scale * self._zero_scale, self.config.ema)
+            group.commit(scale, self.config.ema)
         self._steps += 1
+        self._draw_sketches()
         self._stale = True
         self._captured = False
         self._watch.step(self._groups, self._steps)
@@ -116,17 +128,17 @@ class GGPO:
             FloatingPointError: the squares of the adapted weights are not finite.
         """
         self._watch.look(self._groups)
-        return self._coverage.metrics() | noise_metrics(self._groups, self._passes.reached)
+        return self._coverage.metrics() | noise_metrics(self._groups)
 
     def memory(self) -> dict[str, int]:
-        """Bytes that the method keeps: the ``table`` of noise that all layers read, row ``statistics``, and the
-        ``block`` of a noisy weight that is formed at a time. The first and the last are 0 if nothing was attached."""
-        layers = self.layers if self.config.sigma > 0 else []
-        tables = {(NOISES[layer.noise].table, layer.w0_norms.device) for layer in layers}
+        """Bytes that the method keeps: the ``factors`` of the last draw, row ``statistics``, and the ``block`` of a
+        noisy weight that dense noise forms at a time. All are 0 before the first pass, or if nothing was attached."""
+        factors = [tensor for noise in self._drawn if not isinstance(noise, Seeded) for tensor in noise or ()]
+        seeded = any(isinstance(noise, Seeded) for noise in self._drawn)
         return {
-            "table": sum(table(device).nbytes for table, device in tables if table),
+            "factors": sum(tensor.nbytes for tensor in factors),
             "statistics": sum(tensor.nbytes for group in self._groups for tensor in group.tensors()),
-            "block": max((layer.block_bytes() for layer in layers), default=0),
+            "block": max(layer.block_bytes() for layer in self.layers) if seeded else 0,
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -152,13 +164,19 @@ class GGPO:
         self._steps, self._forwards = int(state["steps"]), int(state["forwards"])
         for group in self._groups:
             group.load(norms)
+        self._draw_sketches()
         self._stale = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # of a copy, which draws for itself
+        self._number = register(self)
 
     def detach(self) -> None:
         """Remove every trace from the model: afterwards it is the stock PEFT model."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._watched):
             handle.remove()
         self._handles.clear()
+        self._watched.clear()
         for layer in self.layers:
             layer.detach()
 
@@ -177,7 +195,7 @@ class GGPO:
         if not any(layer.has_changed() for layer in (self.layers if self._stale else self.layers[:1])):
             return
         known = {skipped.name for skipped in self._skipped}
-        self.layers, self._skipped = find_layers(self._model, self.config.noise, self._passes, self.layers)
+        self.layers, self._skipped = find_layers(self._model, self._passes, self.layers)
         report_skipped([skipped for skipped in self._skipped if skipped.name not in known], self.config.strict)
         for layer in self.layers:
             layer.attach()
@@ -191,16 +209,27 @@ class GGPO:
                 rows = zip(group.layers, group.gradient, strict=True)
                 kept |= {layer.name: row for layer, row in rows if not layer.has_other_factors()}
         self._groups, self._stale = group_layers(self.layers), True
+        self._active = [layer for layer in self.layers if layer.active]
         for group in self._groups:
             group.load(kept)
         self._coverage.set_layers(self._groups, self._skipped)
+        self._draw_sketches()
 
-    @torch.compiler.disable
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         if getattr(model, "_is_replica", False):
             raise RuntimeError(DATA_PARALLEL)
-        if not self._passes.begin(model.training):
-            return
+        if torch.compiler.is_compiling():
+            if model.training and torch.is_grad_enabled():
+                self._show(self._draw_in_graph())
+        elif self._passes.begin(model.training):
+            config, number = self.config, self._advance()
+            self._drawn = NOISES[config.noise](self.layers, config.seed, number, config.noise_rank, _autocast_dtype())
+            self._show(self._drawn)
+        elif not self._passes.in_backward():
+            self._show(None)
+
+    def _advance(self) -> int:
+        """Go on to the forward pass that begins, with sizes of now; returns the number of its draw."""
         self._forwards += 1
         self._follow()
         if self._stale:
@@ -208,8 +237,53 @@ class GGPO:
             for group in self._groups:
                 group.refresh(self.config, factor)
             self._stale = False
+        for layer in self.layers:
+            layer.reached = False
         by_step = self.config.redraw == "optimizer-step"
-        self._redraw(self._own(self._steps) if by_step else self._own(self._forwards - 1) + 1)
+        return self._own(self._steps) if by_step else self._own(self._forwards - 1) + 1
+
+    # A graph of torch.compile has the operator `draw` in it, which calls draw_joint() whenever the graph runs.
+
+    def _draw_in_graph(self) -> list[Noise]:
+        joint = draw(self.layers[0].w0_norms, self._number)
+        return split_factors(self.layers, self._active, joint, self.config.noise_rank)
+
+    def draw_joint(self) -> list[Tensor]:
+        """The factors of a new draw, for a compiled forward pass."""
+        number = self._advance()
+        self._passes.any = True
+        if not self._watched:  # the output of a compiled model has no hook that a backward pass would call
+            parameters = [parameter for layer in self.layers for parameter in layer.trained()]
+            self._watched = [p.register_post_accumulate_grad_hook(self._on_accumulated) for p in parameters]
+        return joint_factors(self._active, self.config.seed, number, self.config.noise_rank, None)
+
+    def joint_shapes(self) -> list[tuple[torch.device, torch.dtype, tuple[int, ...]]]:
+        """Device, dtype and shape of each tensor that :meth:`draw_joint` returns."""
+        shapes: list[tuple[torch.device, torch.dtype, tuple[int, ...]]] = []
+        rank = self.config.noise_rank
+        for (device, dtype), members in buckets(self._active).items():
+            shapes.append((device, dtype, (rank * sum(layer.n for layer in members),)))
+            shapes.append((device, dtype, (sum(layer.m for layer in members), rank)))
+        return shapes
+
+    def _on_accumulated(self, _: Tensor) -> None:
+        self._passes.enter_backward(self._after_backward)
+
+    def _show(self, drawn: list[Noise] | None) -> None:
+        """Have the layers use a draw, or none."""
+        for layer, noise in zip(self.layers, drawn or [None] * len(self.layers), strict=False):
+            layer.noise = noise
+
+    def _draw_sketches(self) -> None:
+        """The same R in all processes, whose gradients are averaged."""
+        if self.config.beta > 0 and self.config.sigma > 0:
+            generator = torch.Generator().manual_seed(mix(self.config.seed, self._steps, _SKETCH))
+            for group in self._sketching():
+                group.draw_sketches(self.config.noise_rank, generator)
+
+    def _sketching(self) -> list[LayerGroup]:
+        chosen = self.config.gradient
+        return [group for group in self._groups if group.estimator(chosen) == "sketch"] if self.config.beta > 0 else []
 
     def _own(self, draw: int) -> int:
         """This process's number of the draw that is the run's ``draw``-th."""
@@ -217,30 +291,27 @@ class GGPO:
             return draw
         return draw * distributed.get_world_size() + distributed.get_rank()
 
-    @torch.compiler.disable
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         """Tie the output to its draw: when its gradient arrives, the layers that gradient checkpointing runs again
         must see the noise of this forward pass, even if others have run since."""
-        if not self._passes.end():
+        if torch.compiler.is_compiling():
+            self._show(None)
+        if torch.compiler.is_compiling() or not self._passes.end():
             return
-        draw = self._draw
+        drawn = self._drawn
+        self._show(None)
 
         def on_gradient(_: Tensor) -> None:
-            if self._draw != draw:
-                self._redraw(draw)
+            self._show(drawn)
             self._passes.enter_backward(self._after_backward)
 
         for tensor in tied_tensors(output):
             tensor.register_hook(on_gradient)
 
     def _after_backward(self) -> None:
+        self._show(None)
         if self._zero is None:
             self._capture()
-
-    def _redraw(self, draw: int) -> None:
-        self._draw = draw
-        for layer in self.layers:
-            layer.redraw(self.config.seed, draw)
 
     def _capture(self) -> None:
         """Read the gradients accumulated so far, as a backward pass ends: before clipping can change them."""
@@ -249,8 +320,28 @@ class GGPO:
             self._zero_scale = float(self._zero.loss_scale)
         with torch.no_grad():
             for group in self._groups:
-                group.capture(self.config.gradient)
+                if (estimator := group.estimator(self.config.gradient)) != "sketch":
+                    group.capture(estimator)
+        if RULES[self.config.rule].clipped:
+            self._norm_squared = self._gradient_norm_squared()
         self._coverage.note_gradients(always=self._zero is not None)
+
+    def _capture_late(self) -> None:
+        """Sketches, which no optimizer clips or clears, are read as the optimizer step is counted."""
+        if self._captured:
+            with torch.no_grad():
+                for group in self._sketching():
+                    group.capture("sketch")
+
+    def _clip_factor_squared(self) -> float:
+        """What clipping has multiplied the squared norm of the gradients with since they were read; 1 if they are gone,
+        or if the rule means them unclipped."""
+        now = self._gradient_norm_squared() if RULES[self.config.rule].clipped else 0.0
+        return now / self._norm_squared if now and self._norm_squared else 1.0
+
+    def _gradient_norm_squared(self) -> float:
+        gradients = [p.grad for layer in self.layers for p in layer.trained() if p.grad is not None]
+        return float(sum(whole(gradient).double().square().sum() for gradient in gradients))
 
     def _warn_if_blind(self) -> None:
         if self._captured or self._warned or not self._handles:
@@ -264,3 +355,9 @@ class GGPO:
         if self.config.strict:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=3)
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    """The dtype of products under the autocast that is on; None where none is."""
+    on = next((kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)), None)
+    return None if on is None else torch.get_autocast_dtype(on)

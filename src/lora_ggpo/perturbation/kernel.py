@@ -1,13 +1,9 @@
-r"""Rows of W0 + diag(scale) z in one pass over W0 on a GPU, with z made in registers (Triton).
+r"""Rows of W0 + diag(tau) z in one pass over W0 on a GPU, with z made in registers (Triton).
 
 z_ij is a function of (seed, i, j) alone. A counter-based generator, Philox-4x32 of 7 rounds (Salmon et al., 2011), with
-key ``seed`` and counter (j // 8, i, 0, 0) gives four words of 32 bits, each the noise of two neighbouring entries:
-
-``"gaussian"``
-    The word is cut in 16, 14 and 2 bits, which are u in (0, 1), phi in (0, pi/2) and two signs:
-    z = +-sqrt(-2 ln u) (cos phi, sin phi) (Box and Muller). Its tails end at 4.9; its variance is 1 within 1e-4.
-``"rademacher"``
-    The two signs.
+key ``seed`` and counter (j // 8, i, 0, 0) gives four words of 32 bits, each the noise of two neighbouring entries.
+A word is cut in 16, 14 and 2 bits, which are u in (0, 1), phi in (0, pi/2) and two signs, and
+z = +-sqrt(-2 ln u) (cos phi, sin phi) (Box and Muller). Its tails end at 4.9; its variance is 1 within 1e-4.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -30,14 +26,13 @@ _RANK = 128
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def perturb_rows(out: Tensor, weight: Tensor | None, scale: Tensor, noise: str, seed: int, first: int) -> None:
-    """Write rows ``first``, ``first + 1``, ... of W0 + diag(scale) z to ``out``.
+def perturb_rows(out: Tensor, weight: Tensor | None, tau: Tensor, seed: int, first: int) -> None:
+    """Write rows ``first``, ``first + 1``, ... of W0 + diag(tau) z to ``out``.
 
     Args:
         out: (rows, n), contiguous, of any floating dtype; the sum is taken in float32.
         weight: The same rows of W0 (rows, n), of any strides; None is zero.
-        scale: Factor of each of these rows' noise (rows,), float32.
-        noise: ``"gaussian"`` or ``"rademacher"``.
+        tau: Noise size of each of these rows (rows,), float32.
         seed: Seed of the layer's draw, below 2^63.
         first: Number of the first row.
     """
@@ -47,8 +42,7 @@ def perturb_rows(out: Tensor, weight: Tensor | None, scale: Tensor, noise: str, 
     source = out if weight is None else weight  # is not read where there is no weight
     with torch.cuda.device_of(out):  # Triton launches on the current device
         _perturb_rows[grid](
-            *(out, source, scale, seed, first, rows, columns, *strides),
-            GAUSSIAN=noise == "gaussian",
+            *(out, source, tau, seed, first, rows, columns, *strides),
             WEIGHTED=weight is not None,
             NVIDIA=out.is_cuda and torch.version.cuda is not None,
             ROWS=_ROWS,
@@ -60,14 +54,13 @@ def perturb_rows(out: Tensor, weight: Tensor | None, scale: Tensor, noise: str, 
 def _perturb_rows(
     out,
     weight,
-    scale,
+    sizes,
     seed,
     first,
     rows,
     columns,
     row_stride,
     column_stride,
-    GAUSSIAN: tl.constexpr,
     WEIGHTED: tl.constexpr,
     NVIDIA: tl.constexpr,
     ROWS: tl.constexpr,
@@ -76,8 +69,8 @@ def _perturb_rows(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    tau = tl.load(scale + row, mask=row < rows)
-    value = tau * unit_tile(seed, first + row, tl.program_id(1) * (COLUMNS // 8), GAUSSIAN, NVIDIA, COLUMNS)
+    tau = tl.load(sizes + row, mask=row < rows)
+    value = tau * unit_tile(seed, first + row, tl.program_id(1) * (COLUMNS // 8), NVIDIA, COLUMNS)
     if WEIGHTED:
         address = weight + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
         value += tl.load(address, mask=inside).to(tl.float32)
@@ -85,29 +78,25 @@ def _perturb_rows(
 
 
 @triton.jit
-def unit_tile(seed, row, eighth, GAUSSIAN: tl.constexpr, NVIDIA: tl.constexpr, COLUMNS: tl.constexpr):
+def unit_tile(seed, row, eighth, NVIDIA: tl.constexpr, COLUMNS: tl.constexpr):
     """z (rows, COLUMNS) of the rows ``row`` (rows, 1), from column 8 ``eighth`` on."""
     counter = eighth + tl.arange(0, COLUMNS // 8)[None, :] + tl.zeros_like(row)
     a, b, c, d = tl.philox(seed, counter, row + tl.zeros_like(counter), 0, 0, n_rounds=7)
-    first, second = _two_of_each(tl.join(tl.join(a, c), tl.join(b, d)), GAUSSIAN, NVIDIA)
+    first, second = _two_of_each(tl.join(tl.join(a, c), tl.join(b, d)), NVIDIA)
     return tl.reshape(tl.join(first, second), (row.shape[0], COLUMNS))
 
 
 @triton.jit
-def _two_of_each(word, GAUSSIAN: tl.constexpr, NVIDIA: tl.constexpr):
-    if GAUSSIAN:
-        u = ((word & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536)
-        log2 = libdevice.fast_log2f(u) if NVIDIA else tl.log2(u)  # one instruction instead of ten
-        half = tl.sqrt(-0.6931471805599453 * log2)  # sqrt(-2 ln u) / sqrt(2)
-        # sqrt(2) (cos phi, sin phi) = (cos x - sin x, cos x + sin x) of x = phi - pi / 4, where few terms are enough.
-        x = (((word >> 16) & 0x3FFF).to(tl.float32) + 0.5) * (1.5707963267948966 / 16384) - 0.7853981633974483
-        square = x * x
-        sine = x * (1 + square * (-1 / 6 + square * (1 / 120)))
-        cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720)))
-        first, second = half * (cosine - sine), half * (cosine + sine)
-    else:
-        first = tl.full(word.shape, 1.0, tl.float32)
-        second = first
+def _two_of_each(word, NVIDIA: tl.constexpr):
+    u = ((word & 0xFFFF).to(tl.float32) + 0.5) * (1.0 / 65536)
+    log2 = libdevice.fast_log2f(u) if NVIDIA else tl.log2(u)  # one instruction instead of ten
+    half = tl.sqrt(-0.6931471805599453 * log2)  # sqrt(-2 ln u) / sqrt(2)
+    # sqrt(2) (cos phi, sin phi) = (cos x - sin x, cos x + sin x) of x = phi - pi / 4, where few terms are enough.
+    x = (((word >> 16) & 0x3FFF).to(tl.float32) + 0.5) * (1.5707963267948966 / 16384) - 0.7853981633974483
+    square = x * x
+    sine = x * (1 + square * (-1 / 6 + square * (1 / 120)))
+    cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720)))
+    first, second = half * (cosine - sine), half * (cosine + sine)
     return _signed(first, word), _signed(second, word << 1)
 
 

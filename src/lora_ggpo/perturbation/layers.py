@@ -1,49 +1,61 @@
-"""One PEFT LoRA layer as the method sees it: thin factors, and a base layer whose forward is perturbed."""
+"""One adapted layer as the method sees it: thin factors where it has them, and a forward that is perturbed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from .linear import largest_block, perturbed_linear
-from .noise import NOISES, mix, noise_kind
+from .kinds import Kind
+from .linear import Thin, largest_block, perturbed_linear, product_dtype, thin_linear
+from .noise import Factors, Noise, Seeded
 from .passes import Passes
 from .weights import BaseWeight, class_of
+from .zero import is_cut
 
 QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
 """PEFT's LoRA layers on bitsandbytes' and torchao's weights; named, since to import them needs these libraries."""
 
+PLAIN_FORWARD = ("Linear", *QUANTISED)
+"""PEFT's LoRA layers whose forward is base(x) + s B A x."""
+
 
 class PerturbedLayer:
-    """A LoRA layer W' = W0 + s B A with W0 (m, n), B (m, r), A (r, n).
+    """A layer of a PEFT adapter with the weight W' = W0 + delta, W0 (m, n); for LoRA delta = s B A, B (m, r), A (r, n).
 
-    Attached, it stands in for ``base_layer.forward``, so that LoRA's own ``base_layer(x)`` computes x (W0 + eps)^T
-    while an active, unmerged adapter trains in one of the model's ``passes``; outside them, in evaluation, under
-    ``disable_adapter()`` and once merged it is the forward it replaced.
+    Attached, it stands in for the ``forward`` of PEFT's layer, and adds x eps^T to what that returns while an active,
+    unmerged adapter trains in one of the model's ``passes``. Outside them, in evaluation, under ``disable_adapter()``
+    and once merged it is the forward it replaced. Whatever the adapter does to W0, eps is on the whole of W'.
 
     Attributes:
-        tau: Noise size of each row of W0 (m,); None is no noise.
-        scale: tau with the signs of this draw.
-        a, b, magnitudes: The modules of the active adapters: A, B, and DoRA's magnitudes.
+        tau: Noise size of each row of W' (m,); None is no noise.
+        noise: eps of the pass that is running; None outside.
+        sketch: R (k, n) and S (m, k) = 0 of the optimizer step: x (S R)^T is added too, which is 0, so that
+            dL/dS = G R^T; None if it is not asked for.
+        a, b, magnitudes: The modules of the active LoRA adapters: A, B, and DoRA's magnitudes.
         w0_norms: ||W0_i||^2 (m,).
+        reached, reached_in_step: Whether the last pass, or one of this optimizer step, has called it.
     """
 
     original: Callable[..., Tensor]
 
-    def __init__(self, name: str, index: int, module: LoraLinear, noise: str, passes: Passes) -> None:
-        self.name, self.index, self.module, self.passes = name, index, module, passes
+    def __init__(self, name: str, index: int, module: Any, kind: Kind, passes: Passes) -> None:
+        self.name, self.index, self.module, self.kind, self.passes = name, index, module, kind, passes
         self.base: Any = module.get_base_layer()
-        self.w0 = BaseWeight(self.base, class_of(module).__name__ in QUANTISED)
+        self.w0 = BaseWeight(self.base, class_of(module).__name__ in QUANTISED, kind.transposed)
         self.m, self.n = self.w0.m, self.w0.n
-        self.noise = noise_kind(noise, self.w0.device)
         self.tau: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.draw_seed = 0
+        self.noise: Noise = None
+        self.sketch: Factors | None = None
+        self.reached = self.reached_in_step = False
         self._attached = False
+        self.a: list[Any] = []
         self._measure()
         self.follow()
 
@@ -52,114 +64,193 @@ class PerturbedLayer:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self._perturbs():
             return self.original(x, *args, **kwargs)
-        return (self._uncompiled if torch.compiler.is_compiling() else self._forward)(x, *args, **kwargs)
-
-    # TorchDynamo cannot trace noise seeded from Python: a compiled model breaks its graph here and goes on behind it.
-    @torch.compiler.disable
-    def _uncompiled(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._forward(x, *args, **kwargs)
-
-    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.passes.noisy(self.index) or self.scale is None:
+        self.reached = self.reached_in_step = True
+        if self.noise is None and self.sketch is None and not self.passes.fuse:
             return self.original(x, *args, **kwargs)
-        return self._perturbed(x, self.scale)
+        if self._fusable and not args and not kwargs and not isinstance(self.a[0].weight, DTensor):
+            return self._fused(x)
+        return self._with_noise(self.original(x, *args, **kwargs), x, self.noise)
 
-    def _perturbed(self, x: Tensor, scale: Tensor) -> Tensor:
-        base, noise = self.base, (scale, self.noise, self.draw_seed)
-        if self.w0.quantised:
-            y = self.original(x)
-            return y + perturbed_linear(x, None, None, *noise).to(y.dtype)
-        return perturbed_linear(x, base.weight, base.bias, *noise, self.w0.transposed)
+    def _fused(self, x: Tensor) -> Tensor:
+        """PEFT's LoRA forward, with the noise in it."""
+        noise, base, given = self.noise, self.base, x
+        names, scaling = self._names(), self.module.scaling
+        pairs = zip(self.a, self.b, names, strict=True)
+        adapters = [Thin(a.weight, b.weight, scaling[name]) for a, b, name in pairs]
+        x, extra = self._input(given), None
+        if isinstance(noise, Seeded):
+            if self._has_plain_w0():
+                y = perturbed_linear(given, base.weight, base.bias, noise.tau, noise.seed, self.kind.transposed)
+            else:
+                y, extra = self._own(base(given)), noise
+            y = thin_linear(x, y, adapters, None)
+        elif self._is_frozen() and x.dtype == product_dtype(given):
+            w0 = base.weight.t() if self.kind.transposed else base.weight
+            y = thin_linear(x, (w0, base.bias), adapters, noise)
+        else:
+            y = thin_linear(x, self._own(base(given)), adapters, noise)
+        for thin, b in zip(adapters, self.b, strict=True):
+            y = y if b.bias is None else y + thin.s * b.bias.to(y.dtype)
+        return self._with_noise(y, given, extra)
+
+    def _with_noise(self, y: Tensor, x: Tensor, noise: Noise) -> Tensor:
+        """y + x (eps + S R)^T."""
+        dtype = product_dtype(x) if x.is_floating_point() else y.dtype
+        if isinstance(noise, Factors):
+            y = y + self.kind.thin(self.base, x, noise.v.to(dtype), noise.u.to(dtype)).to(y.dtype)
+        elif isinstance(noise, Seeded) and self.kind.linear:
+            y = y + perturbed_linear(x, None, None, noise.tau, noise.seed).to(y.dtype)
+        elif noise is not None:
+            y = y + self.kind.whole(self.base, x, noise.matrix().to(dtype)).to(y.dtype)
+        if self.sketch is not None:
+            v, u = self.sketch
+            y = y + self.kind.thin(self.base, x.detach(), v.to(dtype), u.to(dtype)).to(y.dtype)
+        return y
+
+    def _input(self, x: Tensor) -> Tensor:
+        """x in the dtype in which PEFT takes the adapter's products."""
+        if torch.is_autocast_enabled(x.device.type):
+            return x.to(product_dtype(x))
+        return self.module._cast_input_dtype(x, self.a[0].weight.dtype)
+
+    def _own(self, y: Tensor) -> Tensor:
+        """What the base layer returned, to be written in place: a copy if somebody else may need it."""
+        if torch.compiler.is_compiling():
+            return y
+        shared = self.w0.quantised or y._is_view() or self.base._forward_hooks or y is self.base.weight
+        return y.clone() if shared else y
+
+    def _has_plain_w0(self) -> bool:
+        """Whether calling the base layer is a product with its weight and nothing else."""
+        return self.w0.is_plain() and not is_tampered(self.base)
+
+    def _is_frozen(self) -> bool:
+        """Whether that is so, and neither weight nor bias is trained."""
+        trained = self.base.weight.requires_grad or (self.base.bias is not None and self.base.bias.requires_grad)
+        return not trained and self._has_plain_w0()
 
     def _perturbs(self) -> bool:
         module = self.module
         training = module.training and self.base.training  # after unload(), eval() reaches the base layer alone
-        return training and not module.disable_adapters and not module.merged and bool(self._names())
-
-    def redraw(self, seed: int, number: int) -> None:
-        """Take up draw ``number`` of the noise of ``seed``, at the sizes ``tau`` has now."""
-        self.draw_seed = mix(seed, number, self.index)
-        signs = NOISES[self.noise].signs
-        if self.tau is None or signs is None:
-            self.scale = self.tau
-        else:
-            self.scale = self.tau * signs(self.draw_seed, self.m, self.w0_norms.device)
+        if not training or module.disable_adapters or module.merged or not self._names():
+            return False
+        if torch.compiler.is_compiling():
+            return self.noise is not None
+        return self.passes.active()
 
     def attach(self) -> None:
         if not self._attached:
-            self._attached, self.original = True, self.base.forward
-            self._own_forward = self.base.__dict__.get("forward")
-            self.base.forward = self
+            self._attached, self.original = True, self.module.forward
+            self._own_forward = self.module.__dict__.get("forward")
+            self.module.forward = self
 
     def detach(self) -> None:
-        if self.base.__dict__.get("forward") is self:
-            del self.base.forward
+        if self.module.__dict__.get("forward") is self:
+            del self.module.forward
             if self._own_forward is not None:  # accelerate, for one, sets a forward on the instance too
-                self.base.forward = self._own_forward
+                self.module.forward = self._own_forward
 
     # --- the adapters that are active ---
 
     def _names(self) -> list[str]:
-        return [name for name in self.module.active_adapters if name in self.module.lora_A]
+        """The active adapters that this layer has."""
+        module = self.module
+        kinds = [getattr(module, kind) for kind in module.adapter_layer_names]
+        return [name for name in module.active_adapters if any(name in kind for kind in kinds)]
 
     # Found once: to look them up by name in every step would take longer than all that is computed from them.
     def follow(self) -> None:
         """Take up the modules, ranks and scaling of the adapters that are active now."""
-        names, module = self._names(), self.module
-        self.a: list[Any] = [module.lora_A[name] for name in names]
-        self.b: list[Any] = [module.lora_B[name] for name in names]
-        dora = module.lora_magnitude_vector
-        self.magnitudes: list[Any] = [dora[name] for name in names if name in dora][:1]
-        if any(a not in self._measured for a in self.a):  # PiSSA, for one, changes W0 as it makes an adapter
-            self._measure()
-        self._factors, self._scaling = self._state()
+        names = self._names()
+        self.active = bool(names)
+        self.a, self.b, self.magnitudes = self._factor_modules(names)
+        self._fusable = bool(self.a) and all(self._is_fusable(name) for name in names)
+        if any(all(one is not known for known in self._measured) for one in self._state()[0]):
+            self._measure()  # PiSSA, for one, changes W0 as it makes an adapter
+        self._followed = self._state()
 
     def _measure(self) -> None:
         self.w0_norms = self.w0.row_norms_squared()
-        self._measured = list(self.module.lora_A.values())
+        self._measured = self._state()[0]
+
+    def _factor_modules(self, names: list[str]) -> tuple[list[Any], list[Any], list[Any]]:
+        """A and B of each of LoRA's adapters, modules or parameters, and DoRA's magnitudes; none where the weight that
+        an adapter trains is not W0 + s B A, or that scaled by rows."""
+        module = self.module
+        if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer):
+            return [], [], []
+        variants = {type(module.lora_variant[name]).__name__ for name in names if name in module.lora_variant}
+        kind, dora = ("lora" if module.lora_A else "lora_embedding"), module.lora_magnitude_vector
+        a, b = ([getattr(module, f"{kind}_{factor}")[name] for name in names] for factor in "AB")
+        magnitudes = [dora[name] for name in names if name in dora][:1]
+        fits = all(_shape(x)[1] == self.n and _shape(y) == (self.m, _shape(x)[0]) for x, y in zip(a, b, strict=True))
+        by_rows = all(variant.startswith("Dora") for variant in variants) and "DoraEmbeddingVariant" not in variants
+        return (a, b, magnitudes) if fits and by_rows else ([], [], [])
+
+    def _is_fusable(self, name: str) -> bool:
+        """Whether PEFT's forward is base(x) + s B A x of modules that nothing else hangs on."""
+        module = self.module
+        if not self.kind.linear or class_of(module).__name__ not in PLAIN_FORWARD or name in module.lora_variant:
+            return False
+        factors = module.lora_A[name], module.lora_B[name]
+        bare = all(type(one) is nn.Linear and not is_tampered(one) for one in factors)
+        return bare and isinstance(module.lora_dropout[name], nn.Identity)
 
     def _state(self) -> tuple[list[Any], list[Any]]:
-        """The A of each active adapter and its rank, and the scaling: a tensor written in place, perhaps."""
-        adapters, scaling = self.module.lora_A, self.module.scaling
-        factors: list[Any] = []
-        scales: list[Any] = []
+        """All that hangs on a change of adapters: the modules of each active one, and ranks and scaling."""
+        module, modules, rest = self.module, [], []
         for name in self._names():
-            a, s = adapters[name], scaling[name]
-            factors += a, _rank(a)
-            scales.append((s, s._version) if isinstance(s, Tensor) else s)
-        return factors, scales
+            parts = (getattr(module, kind) for kind in module.adapter_layer_names)
+            modules += [part[name] for part in parts if name in part]
+            scaling = getattr(module, "scaling", {})
+            s = scaling.get(name) if isinstance(scaling, dict) else None
+            rest.append((s, s._version) if isinstance(s, Tensor) else s)  # a tensor may be written in place
+        return modules, [*rest, *(_shape(one)[0] for one in self.a)]
 
     def has_changed(self) -> bool:
         """Whether something is not as it was taken up."""
-        return self._state() != (self._factors, self._scaling)
+        return self.has_other_factors() or self._state()[1] != self._followed[1]
 
     def has_other_factors(self) -> bool:
         """Whether a gradient of before is one of other adapters than those that are active now."""
-        return self._state()[0] != self._factors
+        now, before = self._state()[0], self._followed[0]
+        return len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True))
 
     def ranks(self) -> list[int]:
-        return [_rank(a) for a in self.a]
+        return [_shape(a)[0] for a in self.a]
 
     def column_scaling(self) -> list[float]:
         """s of each of the r columns of B, over all active adapters."""
-        scales = [float(self.module.scaling[name]) for name in self._names()]
+        scales = [float(self.module.scaling[name]) for name in self._names()] if self.a else []
         return [s for s, rank in zip(scales, self.ranks(), strict=True) for _ in range(rank)]
 
     def trained(self) -> list[Tensor]:
-        """A and B of the active adapters, and DoRA's magnitudes."""
-        return [module.weight for module in (*self.a, *self.b, *self.magnitudes)]
-
-    def dora_scales_base_noise(self) -> bool:
-        """Whether DoRA's row scale acts on the noisy base output too: peft reuses that output unless dropout is on."""
-        return all(isinstance(self.module.lora_dropout[name], nn.Identity) for name in self._names())
+        """What the active adapters train here."""
+        found = []
+        for one in self._followed[0]:
+            found += [one] if isinstance(one, Tensor) else list(one.parameters())
+        return found
 
     def block_bytes(self) -> int:
-        """Bytes of the largest block of rows of W0 + eps that is formed at a time."""
-        entries, by_kernel = largest_block(self.m, self.n, self.noise, self.w0_norms.device)
+        """Bytes of the largest block of rows of W0 + eps that is formed at a time for dense noise."""
+        entries, by_kernel = largest_block(self.m, self.n, self.w0_norms.device)
         return entries * (self.base.weight if by_kernel and not self.w0.quantised else self.w0_norms).element_size()
 
 
+def weight_of(one: Any) -> Any:
+    """A or B: a module's weight, or a parameter itself."""
+    return one if isinstance(one, Tensor) else one.weight
+
+
 # Hot-swapping changes the weights of A and B, and leaves the rank that PEFT remembers.
-def _rank(a: Any) -> int:
-    weight = a.weight
-    return int(getattr(weight, "ds_shape", weight.shape)[0])
+def _shape(one: Any) -> tuple[int, int]:
+    """Rows and columns of A or B; a filter of a convolution is a row."""
+    weight = weight_of(one)
+    shape = getattr(weight, "ds_shape", weight.shape)
+    return int(shape[0]), math.prod(shape[1:])
+
+
+def is_tampered(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says, or its weight is not at hand without a call."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in vars(module) or is_cut(module.weight)

@@ -1,60 +1,182 @@
-"""y = x (W0 + eps)^T as one autograd function that keeps a seed and a scale a row, and never writes W0."""
+"""y = x (W0 + s B A + eps)^T without a pass over W0, and y = x (W0 + eps)^T without a copy of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .noise import NOISES, has_kernel, row_blocks, split_rows
+from .noise import Factors, gaussian_rows, has_kernel, row_blocks
 
 _KERNEL_ENTRIES = 1 << 25
-"""Entries of W0 + diag(scale) z that the GPU kernel writes at a time: most layers whole, at 64 MiB in 16 bits."""
+"""Entries of W0 + diag(tau) z that the GPU kernel writes at a time: most layers whole, at 64 MiB in 16 bits."""
+
+
+class Thin(NamedTuple):
+    """A trained part s B A of a weight (m, n): ``a`` is A (r, n), ``b`` is B (m, r), ``s`` a number."""
+
+    a: Tensor
+    b: Tensor
+    s: Any
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast takes products with x in: that of x where it is off."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+# --- thin factors that ride on a product with W0 -------------------------------------------------------------------
+
+
+def thin_linear(
+    x: Tensor,
+    base: Tensor | tuple[Tensor, Tensor | None],
+    adapters: Sequence[Thin],
+    noise: Factors | None,
+) -> Tensor:
+    r"""x (W0 + sum_j s_j B_j A_j + U V)^T + bias, the adapters and the noise in one product on top of that with W0:
+
+        h = x [A; V]^T,   y = x W0^T + bias,   y += h [s B, U]^T,
+
+    with dL/dx, dL/dA and dL/dB. For the backward pass it saves x and x A^T, as PEFT's own forward does.
+
+    Args:
+        x: Input (..., n), in the dtype to take products in.
+        base: A frozen W0 (m, n) and the frozen bias (m,); or, if W0 is not at hand, y = x W0^T + bias (..., m), which
+            is written in place, so nothing else may need it.
+        adapters: Trained parts, at least one.
+        noise: eps, or None.
+
+    Returns:
+        y (..., m).
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses by itself, and cannot trace what writes its input
+        return _composed(x, base, adapters, noise)
+    weights = [weight for thin in adapters for weight in (thin.a, thin.b)]
+    scales = [thin.s for thin in adapters]
+    y, w0, bias = (base, None, None) if isinstance(base, Tensor) else (None, *base)
+    return cast(Tensor, _ThinLinear.apply(y, x, w0, bias, noise, scales, *weights))
+
+
+def _composed(
+    x: Tensor, base: Tensor | tuple[Tensor, Tensor | None], adapters: Sequence[Thin], noise: Factors | None
+) -> Tensor:
+    y = base if isinstance(base, Tensor) else functional.linear(x, *base)
+    parts = [Thin(thin.a, thin.b * thin.s, 1) for thin in adapters]
+    for thin in parts if noise is None else [*parts, Thin(noise.v, noise.u, 1)]:
+        h = functional.linear(x, thin.a.to(x.dtype))
+        y = (y + functional.linear(h, thin.b.to(x.dtype))).to(y.dtype)
+    return y
+
+
+class _ThinLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor | None,
+        x: Tensor,
+        w0: Tensor | None,
+        bias: Tensor | None,
+        noise: Factors | None,
+        scales: list[Any],
+        *weights: Tensor,
+    ) -> Tensor:
+        thin, wide = _joined(weights, scales, noise, x.dtype)
+        h = x.reshape(-1, x.shape[-1]) @ thin.t()
+        ctx.scales, ctx.noise = scales, noise
+        rank = h.shape[1] - (0 if noise is None else len(noise.v))
+        if y is None:
+            assert w0 is not None
+            w0 = w0.to(x.dtype)
+            y = functional.linear(x, w0, None if bias is None else bias.to(x.dtype))
+        else:
+            ctx.mark_dirty(y)
+        ctx.save_for_backward(x, w0, h[:, :rank].contiguous(), *weights)  # a part of h would keep all of it
+        if y.dtype == x.dtype and y.is_contiguous():
+            y.view(-1, y.shape[-1]).addmm_(h, wide.t())
+        else:
+            y.add_((h @ wide.t()).view(y.shape))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return (_thin_gradients_once if torch.is_grad_enabled() else _thin_gradients)(ctx, dy)
+
+
+def _joined(
+    weights: Sequence[Tensor], scales: Sequence[Any], noise: Factors | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[A; V] (q, n) and [s B, U] (m, q)."""
+    rows, columns = list(weights[::2]), [b * s for b, s in zip(weights[1::2], scales, strict=True)]
+    if noise is not None:
+        rows, columns = [*rows, noise.v], [*columns, noise.u]
+    thin, wide = [row.to(dtype) for row in rows], [column.to(dtype) for column in columns]
+    return (thin[0], wide[0]) if len(thin) == 1 else (torch.cat(thin), torch.cat(wide, 1))
+
+
+def _thin_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, w0, h, *weights = ctx.saved_tensors
+    tokens, out = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+    thin, wide = _joined(weights, ctx.scales, ctx.noise, x.dtype)
+    dh = out @ wide
+    dx = None
+    if ctx.needs_input_grad[1]:
+        dx = (dh @ thin if w0 is None else (out @ w0).addmm_(dh, thin)).view(x.shape)
+    gradients: list[Tensor] = []
+    start = 0
+    for a, b, s in zip(weights[::2], weights[1::2], ctx.scales, strict=True):
+        part = slice(start, start := start + len(a))
+        gradients += (dh[:, part].t() @ tokens).to(a.dtype), (out.t() @ h[:, part] * s).to(b.dtype)
+    return dy if w0 is None else None, dx, None, None, None, None, *gradients
+
+
+_thin_gradients_once = once_differentiable(_thin_gradients)
+
+
+# --- dense noise ---------------------------------------------------------------------------------------------------
 
 
 def perturbed_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    scale: Tensor,
-    noise: str,
+    tau: Tensor,
     seed: int,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
-    r"""Apply a linear layer whose weight is perturbed row by row: y = x (W0 + diag(scale) z)^T + bias.
+    r"""Apply a linear layer whose weight is perturbed row by row: y = x (W0 + diag(tau) z)^T + bias.
 
-    z is the unit noise of ``seed`` (:mod:`~lora_ggpo.perturbation.noise`). It is made a block of rows at a time in the
-    forward pass and made again in the backward pass, where dL/dx = dL/dy (W0 + diag(scale) z): gradients that reach
-    earlier layers are those of the perturbed function. Under autocast the product is taken in the autocast dtype;
-    the perturbed block is formed in float32 (float64 for a float64 weight) first.
+    z is the unit Gaussian noise of ``seed``. It is made a block of rows at a time in the forward pass and made again in
+    the backward pass, where dL/dx = dL/dy (W0 + diag(tau) z): gradients that reach earlier layers are those of the
+    perturbed function. Under autocast the product is taken in the autocast dtype; the perturbed block is formed in
+    float32 (float64 for a float64 weight) first.
 
     Args:
         x: Input (..., n).
         weight: W0 (m, n), or (n, m) if ``fan_in_fan_out`` (transformers' Conv1D). None is zero: what is returned then
-            is x (diag(scale) z)^T, which a quantised layer adds to its own output.
+            is x (diag(tau) z)^T.
         bias: (m,) or None.
-        scale: Factor of each row's noise (m,), float32 or float64: tau, times the signs of a noise that has them.
-        noise: Name of the noise.
+        tau: Noise size of each row (m,), float32 or float64.
         seed: Seed of this layer's draw.
         fan_in_fan_out: Whether ``weight`` is stored transposed.
 
     Returns:
         y (..., m), in the dtype of ``x`` or of autocast.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return cast(Tensor, _PerturbedLinear.apply(x, weight, bias, scale, noise, seed, fan_in_fan_out))
+    return cast(Tensor, _PerturbedLinear.apply(x.to(product_dtype(x)), weight, bias, tau, seed, fan_in_fan_out))
 
 
-def largest_block(m: int, n: int, noise: str, device: torch.device) -> tuple[int, bool]:
+def largest_block(m: int, n: int, device: torch.device) -> tuple[int, bool]:
     """Entries of the largest block of an (m, n) weight that is formed at a time, and whether the GPU kernel does it."""
-    by_kernel = _by_kernel(noise, device)
-    return max(stop - start for start, stop in _blocks(m, n, by_kernel, device)) * n, by_kernel
+    by_kernel = has_kernel(device)
+    return max(stop - start for start, stop in _blocks(m, n, by_kernel)) * n, by_kernel
 
 
 class _PerturbedLinear(torch.autograd.Function):
@@ -64,28 +186,27 @@ class _PerturbedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        scale: Tensor,
-        noise: str,
+        tau: Tensor,
         seed: int,
         fan_in_fan_out: bool,
     ) -> Tensor:
         # x is needed for dL/dW0 only, and W0 is frozen in every LoRA run: then nothing the size of x is kept.
-        ctx.save_for_backward(weight, scale, x if weight is not None and weight.requires_grad else None)
-        ctx.noise, ctx.seed, ctx.fan_in_fan_out, ctx.n = noise, seed, fan_in_fan_out, x.shape[-1]
-        ctx.by_kernel = scale.dtype == torch.float32 and _by_kernel(noise, scale.device)
+        ctx.save_for_backward(weight, tau, x if weight is not None and weight.requires_grad else None)
+        ctx.seed, ctx.fan_in_fan_out, ctx.n = seed, fan_in_fan_out, x.shape[-1]
+        ctx.by_kernel = tau.dtype == torch.float32 and has_kernel(tau.device)
         bias = None if bias is None else bias.to(x.dtype)
-        blocks = _blocks(len(scale), ctx.n, ctx.by_kernel, scale.device)
+        blocks = _blocks(len(tau), ctx.n, ctx.by_kernel)
         if len(blocks) == 1:
-            return functional.linear(x, _perturbed_rows(weight, scale, ctx, x.dtype, *blocks[0]), bias)
+            return functional.linear(x, _perturbed_rows(weight, tau, ctx, x.dtype, *blocks[0]), bias)
         tokens = x.reshape(-1, ctx.n)
-        y = tokens.new_empty(len(tokens), len(scale))
+        y = tokens.new_empty(len(tokens), len(tau))
         for start, stop in blocks:
-            rows = _perturbed_rows(weight, scale, ctx, x.dtype, start, stop)
+            rows = _perturbed_rows(weight, tau, ctx, x.dtype, start, stop)
             if bias is None:
                 torch.mm(tokens, rows.t(), out=y[:, start:stop])
             else:
                 torch.addmm(bias[start:stop], tokens, rows.t(), out=y[:, start:stop])
-        return y.view(*x.shape[:-1], len(scale))
+        return y.view(*x.shape[:-1], len(tau))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,61 +214,47 @@ class _PerturbedLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, scale, x = ctx.saved_tensors
+    weight, tau, x = ctx.saved_tensors
     dx = dweight = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = _input_gradient(dy, weight, scale, ctx)
+        dx = _input_gradient(dy, weight, tau, ctx)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        out = dy.reshape(-1, len(scale))
+        out = dy.reshape(-1, len(tau))
         with torch.autocast(dy.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
                 tokens = x.reshape(-1, x.shape[-1])
                 dweight = (tokens.t() @ out if ctx.fan_in_fan_out else out.t() @ tokens).to(weight.dtype)
             if ctx.needs_input_grad[2]:
                 dbias = out.sum(0)
-    return dx, dweight, dbias, None, None, None, None
+    return dx, dweight, dbias, None, None, None
 
 
 _gradients_once = once_differentiable(_gradients)
 
 
 # Products with out= are taken as they are under autocast too, in the dtype that the forward pass had.
-def _input_gradient(dy: Tensor, weight: Tensor | None, scale: Tensor, ctx: Any) -> Tensor:
-    blocks = _blocks(len(scale), ctx.n, ctx.by_kernel, scale.device)
+def _input_gradient(dy: Tensor, weight: Tensor | None, tau: Tensor, ctx: Any) -> Tensor:
+    blocks = _blocks(len(tau), ctx.n, ctx.by_kernel)
     if len(blocks) == 1:
-        return dy @ _perturbed_rows(weight, scale, ctx, dy.dtype, *blocks[0])
-    out = dy.reshape(-1, len(scale))
+        return dy @ _perturbed_rows(weight, tau, ctx, dy.dtype, *blocks[0])
+    out = dy.reshape(-1, len(tau))
     dx = dy.new_empty(len(out), ctx.n)
     for start, stop in blocks:
-        rows = _perturbed_rows(weight, scale, ctx, dy.dtype, start, stop)
+        rows = _perturbed_rows(weight, tau, ctx, dy.dtype, start, stop)
         torch.addmm(dx, out[:, start:stop], rows, beta=1 if start else 0, out=dx)
     return dx.view(*dy.shape[:-1], ctx.n)
 
 
-# Between two large products caches are cold, and every small operation costs tens of microseconds: what runs twice a
-# layer and step is kept to as few of them as it can do with.
-def _perturbed_rows(
-    weight: Tensor | None, scale: Tensor, ctx: Any, dtype: torch.dtype, start: int, stop: int
-) -> Tensor:
-    """Rows [start, stop) of W0 + diag(scale) z. They may lie in a scratch buffer that the next call overwrites."""
-    w0 = None if weight is None else weight.detach().t() if ctx.fan_in_fan_out else weight.detach()
-    if stop - start < len(scale):
-        w0, scale = None if w0 is None else w0[start:stop], scale[start:stop]
+def _perturbed_rows(weight: Tensor | None, tau: Tensor, ctx: Any, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of W0 + diag(tau) z."""
+    w0 = None if weight is None else (weight.detach().t() if ctx.fan_in_fan_out else weight.detach())[start:stop]
     if ctx.by_kernel:
-        rows = torch.empty(stop - start, ctx.n, dtype=dtype, device=scale.device)
-        _kernel()(rows, w0, scale, ctx.noise, ctx.seed, start)
+        rows = torch.empty(stop - start, ctx.n, dtype=dtype, device=tau.device)
+        _kernel()(rows, w0, tau[start:stop], ctx.seed, start)
         return rows
-    z = NOISES[ctx.noise].rows(ctx.seed, start, stop - start, ctx.n, scale.device)
-    rows = _scratch_rows(stop - start, ctx.n, scale.device, scale.dtype)
-    if w0 is None:
-        torch.mul(scale.unsqueeze(1), z, out=rows)
-    else:
-        torch.addcmul(w0.to(scale.dtype), scale.unsqueeze(1), z, out=rows)
-    return rows.to(dtype)
-
-
-def _by_kernel(noise: str, device: torch.device) -> bool:
-    return NOISES[noise].in_kernel and has_kernel(device)
+    z = gaussian_rows(ctx.seed, start, stop - start, ctx.n, tau.device).to(tau.dtype)
+    eps = z.mul_(tau[start:stop, None])
+    return (eps if w0 is None else eps.add_(w0)).to(dtype)
 
 
 @lru_cache(maxsize=1)
@@ -157,21 +264,6 @@ def _kernel() -> Callable[..., None]:
     return perturb_rows
 
 
-def _blocks(rows: int, n: int, by_kernel: bool, device: torch.device) -> tuple[tuple[int, int], ...]:
+def _blocks(rows: int, n: int, by_kernel: bool) -> tuple[tuple[int, int], ...]:
     """The blocks of rows [start, stop) of a weight that are formed one after the other."""
-    return split_rows(rows, n, _KERNEL_ENTRIES) if by_kernel else row_blocks(rows, n, device)
-
-
-@lru_cache(maxsize=256)
-def _scratch_rows(rows: int, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A view (rows, n) of the scratch buffer."""
-    buffer = _scratch(device, dtype)
-    if buffer.numel() < rows * n:
-        buffer.resize_(rows * n)  # views made before keep to the storage, which is what grows
-    return buffer.as_strided((rows, n), (n, 1))
-
-
-@lru_cache(maxsize=16)
-def _scratch(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A buffer kept between calls: fresh memory for each block would cost more in page faults than the noise."""
-    return torch.empty(0, device=device, dtype=dtype)
+    return row_blocks(rows, n, _KERNEL_ENTRIES) if by_kernel else row_blocks(rows, n)

@@ -1,98 +1,137 @@
-r"""Unit-variance noise that can be made again from a seed, a block of rows at a time.
+r"""eps, drawn anew for each forward pass, and never kept longer than its backward pass needs it.
 
-The method needs eps with uncorrelated rows, E eps = 0 and Var eps_ij = tau_i^2: to second order in eps nothing else
-enters the objective, E L(W + eps) = L(W) + 1/2 tr(H diag(tau^2)) + ... . With unit noise z, eps = tau z. ``NOISES`` has
+Each row of eps is N(0, tau_i^2 I), and any two rows are uncorrelated: so E eps = 0, Cov eps = diag(tau^2), and
+E L(W + eps) = L(W) + 1/2 tr(H diag(tau^2)) + ... whatever the rest of the law. ``NOISES`` has two:
 
-``"table"``
-    One standardised table of 2^21 (CPU) or 2^23 (elsewhere) Gaussian draws, shared by all layers and read at a random
-    offset for each block (as OpenAI's evolution strategies do, arXiv 1703.03864), with a fresh random sign for each
-    row. Each row begins 64 entries behind the one before, so a block's noise stays in the processor's cache; rows
-    overlap, and it is the signs that make any two rows, of one layer or of two, exactly uncorrelated. Within a row
-    entries are those of the table. No draw is made in the inner loop.
-``"gaussian"``
-    Fresh N(0, 1) draws. The law of the paper; the slowest on a CPU and, by a kernel that makes the draws in registers
-    (:mod:`~lora_ggpo.perturbation.kernel`), the fastest on a GPU.
-``"rademacher"``
-    Fresh random signs, one random bit an entry. Same two moments, lighter tails.
+``"factored"``
+    eps = U V with U (m, k) = diag(tau) signs / sqrt(k) and V (k, n) standard normal. Given the signs, a row of eps is a
+    sum of k independent normal rows, N(0, tau_i^2 I) exactly; two rows are uncorrelated, since their signs are
+    independent, but not independent: the less so the larger k. x eps^T = (x V^T) U^T costs what an adapter of rank k
+    costs, and W0 is neither read nor written. (Low-rank evolution strategies, arXiv 2511.16652, rest on the same law.)
+``"dense"``
+    Independent N(0, tau_i^2) entries, the joint law of the paper. It is made a block of rows at a time from a seed,
+    once in the forward pass and again in the backward pass (:mod:`~lora_ggpo.perturbation.linear`).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-_TABLE_SEED = 0x6767_706F
 _MASK = (1 << 64) - 1
-_ROW_SHIFT = 64
+_BLOCK_ENTRIES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Noise:
-    """A kind of unit noise z.
+class Factors(NamedTuple):
+    """eps = U V of a layer: ``v`` is V (k, n), ``u`` is U (m, k), tau in it."""
 
-    Attributes:
-        rows: Function of (seed, start, rows, columns, device) that makes rows [start, start + rows) of a layer's z,
-            (rows, columns) in float32, and the same ones for the same arguments: forward and backward each call it,
-            and nothing is kept between them. What it returns is read-only.
-        signs: Function of (seed, rows, device) that makes a factor for each row, (rows,), once for a draw; None where
-            rows are fresh anyway.
-        table: What all layers on a device read; None is nothing.
-        in_kernel: Whether a GPU draws it by :mod:`~lora_ggpo.perturbation.kernel` instead.
-    """
+    v: Tensor
+    u: Tensor
 
-    rows: Callable[[int, int, int, int, torch.device], Tensor]
-    signs: Callable[[int, int, torch.device], Tensor] | None = None
-    table: Callable[[torch.device], Tensor] | None = None
-    in_kernel: bool = False
+    def matrix(self) -> Tensor:
+        """eps (m, n)."""
+        return self.u @ self.v
 
 
-# --- table ---------------------------------------------------------------------------------------------------------
+class Seeded(NamedTuple):
+    """eps = diag(tau) z of a layer, with z a function of the seed: tau is (m,), of n columns."""
+
+    seed: int
+    tau: Tensor
+    n: int
+
+    def matrix(self) -> Tensor:
+        """eps (m, n)."""
+        blocks = row_blocks(len(self.tau), self.n)
+        z = [gaussian_rows(self.seed, start, stop - start, self.n, self.tau.device) for start, stop in blocks]
+        return torch.cat(z).to(self.tau.dtype) * self.tau[:, None]
 
 
-@lru_cache(maxsize=1024)  # a view made by a layer's forward pass serves its backward pass
-def _table_rows(seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    table, shift = noise_table(device), min(_ROW_SHIFT, columns)
-    span = (rows - 1) * shift + columns
-    if span > table.numel():
-        raise ValueError(f'a row of {columns} entries is longer than the noise table; use noise="gaussian"')
-    offset = mix(seed, start) % (table.numel() - span + 1)
-    return table.as_strided((rows, columns), (shift, 1), offset)
+class Sized(Protocol):
+    """A layer that noise is drawn for: W0 (m, n), its number and row norms, and tau (m,) or None."""
+
+    index: int
+    m: int
+    n: int
+    w0_norms: Tensor
+    tau: Tensor | None
 
 
-def _row_signs(seed: int, rows: int, device: torch.device) -> Tensor:
-    generator = _generator(device).manual_seed(seed)
-    return torch.randint(0, 2, (rows,), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
+Noise = Factors | Seeded | None
 
 
-@lru_cache(maxsize=8)
-def noise_table(device: torch.device) -> Tensor:
-    """The shared table: N(0, 1) draws, shifted and scaled to mean 0 and variance 1; float32, made once a device."""
-    generator = torch.Generator().manual_seed(_TABLE_SEED)
-    table = torch.randn(_table_entries(device), generator=generator, dtype=torch.float64)
-    return table.sub_(table.mean()).div_(table.std(correction=0)).float().to(device)
+def draw_factors(layers: Sequence[Sized], seed: int, number: int, rank: int, dtype: torch.dtype | None) -> list[Noise]:
+    """The factors of all layers."""
+    perturbed = [layer for layer in layers if layer.tau is not None]
+    return split_factors(layers, perturbed, joint_factors(perturbed, seed, number, rank, dtype), rank)
 
 
-def _table_entries(device: torch.device) -> int:
-    return 1 << (21 if device.type == "cpu" else 23)
+def joint_factors(
+    layers: Sequence[Sized], seed: int, number: int, rank: int, dtype: torch.dtype | None
+) -> list[Tensor]:
+    """All V, flattened, and all U, one below the other, of the layers of each bucket: a few launches for all."""
+    joint = []
+    for (device, size_dtype), members in buckets(layers).items():
+        generator = _generator(device).manual_seed(mix(seed, number))
+        v = torch.randn(rank * sum(layer.n for layer in members), generator=generator, device=device)
+        u = _signs(sum(layer.m for layer in members), rank, generator).to(size_dtype)
+        taus = [layer.w0_norms.new_zeros(layer.m) if layer.tau is None else layer.tau for layer in members]
+        u.mul_(torch.cat(taus).div_(math.sqrt(rank))[:, None])
+        joint += [v.to(dtype or size_dtype), u.to(dtype or size_dtype)]
+    return joint
 
 
-# --- fresh draws ---------------------------------------------------------------------------------------------------
+def split_factors(
+    layers: Sequence[Sized], perturbed: Sequence[Sized], joint: Sequence[Tensor], rank: int
+) -> list[Noise]:
+    """Each layer's part of the factors of those that are ``perturbed``."""
+    parts: dict[int, Noise] = {}
+    for members, v, u in zip(buckets(perturbed).values(), joint[::2], joint[1::2], strict=True):
+        of_v, of_u = v.split([rank * layer.n for layer in members]), u.split([layer.m for layer in members])
+        for layer, flat, rows in zip(members, of_v, of_u, strict=True):
+            parts[layer.index] = Factors(flat.view(rank, layer.n), rows)
+    return [parts.get(layer.index) for layer in layers]
 
 
-def _gaussian_rows(seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    generator = _generator(device).manual_seed(mix(seed, start))
-    return torch.randn(rows, columns, generator=generator, device=device)
+def buckets(layers: Sequence[Sized]) -> dict[tuple[torch.device, torch.dtype], list[Sized]]:
+    """The layers by the device and dtype of their row norms."""
+    found = defaultdict(list)
+    for layer in layers:
+        found[layer.w0_norms.device, layer.w0_norms.dtype].append(layer)
+    return found
 
 
-def _random_signs(seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    entries, generator = rows * columns, _generator(device).manual_seed(mix(seed, start))
-    packed = torch.randint(0, 256, (-(-entries // 8),), generator=generator, device=device)
-    return _sign_bytes(device).index_select(0, packed).view(-1)[:entries].view(rows, columns)
+def draw_seeds(layers: Sequence[Sized], seed: int, number: int, rank: int, dtype: torch.dtype | None) -> list[Noise]:
+    """A seed for each layer."""
+    return [
+        None if layer.tau is None else Seeded(mix(seed, number, layer.index), layer.tau, layer.n) for layer in layers
+    ]
+
+
+NOISES: dict[str, Callable[[Sequence[Sized], int, int, int, torch.dtype | None], list[Noise]]] = {
+    "factored": draw_factors,
+    "dense": draw_seeds,
+}
+"""``GGPOConfig.noise``: functions of the layers, the seed, the number of the draw, k, and the dtype that products are
+taken in (None is that of tau). The draw is a function of these alone, and never touches torch's global generators."""
+
+
+def gaussian_rows(seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Rows [start, start + rows) of z in float32, the same ones for the same arguments."""
+    return torch.randn(rows, columns, generator=_generator(device).manual_seed(mix(seed, start)), device=device)
+
+
+def _signs(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Random signs (rows, columns), a random bit each."""
+    packed = torch.randint(0, 256, (-(-rows * columns // 8),), generator=generator, device=generator.device)
+    return _sign_bytes(generator.device).index_select(0, packed).view(-1)[: rows * columns].view(rows, columns)
 
 
 @lru_cache(maxsize=8)
@@ -105,22 +144,6 @@ def _sign_bytes(device: torch.device) -> Tensor:
 @lru_cache(maxsize=8)
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device)
-
-
-# --- all of them ---------------------------------------------------------------------------------------------------
-
-
-NOISES: dict[str, Noise] = {
-    "table": Noise(_table_rows, _row_signs, noise_table),
-    "gaussian": Noise(_gaussian_rows, in_kernel=True),
-    "rademacher": Noise(_random_signs, in_kernel=True),
-}
-"""``GGPOConfig.noise``, beside ``"auto"``."""
-
-
-def noise_kind(choice: str, device: torch.device) -> str:
-    """The name in ``NOISES`` of what ``choice`` is on ``device``: ``"auto"`` is what costs least there."""
-    return choice if choice != "auto" else "gaussian" if has_kernel(device) else "table"
 
 
 @lru_cache(maxsize=8)
@@ -140,13 +163,8 @@ def mix(*parts: int) -> int:
     return state >> 1
 
 
-def row_blocks(rows: int, columns: int, device: torch.device) -> tuple[tuple[int, int], ...]:
-    """Split rows into blocks of at most half the noise table: the only m x n storage the method ever uses."""
-    return split_rows(rows, columns, _table_entries(device) // 2)
-
-
 @lru_cache(maxsize=256)
-def split_rows(rows: int, columns: int, entries: int) -> tuple[tuple[int, int], ...]:
+def row_blocks(rows: int, columns: int, entries: int = _BLOCK_ENTRIES) -> tuple[tuple[int, int], ...]:
     """Split rows into blocks [start, stop) of at most so many entries, or of one row."""
     step = max(1, entries // columns)
     return tuple((start, min(start + step, rows)) for start in range(0, rows, step))

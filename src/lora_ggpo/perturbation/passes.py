@@ -17,21 +17,20 @@ class Passes:
     Whether a forward pass is noisy is decided where it enters the model, not layer by layer: reentrant gradient
     checkpointing switches gradients off inside a pass that has them. Between the end of that pass and the arrival of
     its gradient nothing is noisy, nor behind a pass that raised.
+
+    Attributes:
+        forward: Whether a forward pass with gradients is running.
+        any: Whether there was one.
+        fuse: Whether layers without noise take the fused forward too.
     """
 
     def __init__(self) -> None:
-        self.forward = False  # a forward pass with gradients is running
-        self.any = False  # there was one
-        self.reached: set[int] = set()  # indices of the layers that the last one called
-        self.reached_in_step: set[int] = set()  # and all of them since the last optimizer step
+        self.forward = self.any = self.fuse = False
         self._backward: weakref.ref[Any] | None = None  # to what lives as long as the backward pass of one
 
-    def noisy(self, index: int) -> bool:
-        """Whether a layer that is called now is to be noisy; a forward pass has then reached it."""
-        if self.forward:
-            self.reached.add(index)
-            return True
-        return self.in_backward()
+    def active(self) -> bool:
+        """Whether a layer that is called now is to be noisy."""
+        return self.forward or self.in_backward()
 
     def in_backward(self) -> bool:
         """Whether a backward pass that was announced is running."""
@@ -42,14 +41,12 @@ class Passes:
         not: gradient checkpointing runs something again, under the draw that is in force."""
         self.forward = training and torch.is_grad_enabled() and not _inside_any_backward()
         if self.forward:
-            self.any, self.reached = True, set()
+            self.any = True
         return self.forward
 
     def end(self) -> bool:
         """A forward pass leaves the model; returns whether it was one of training."""
         was, self.forward = self.forward, False
-        if was:
-            self.reached_in_step |= self.reached
         return was
 
     def enter_backward(self, at_end: Callable[[], None]) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .config import GGPOConfig
-from .layers import PerturbedLayer
-from .noise import has_kernel
-from .scales import ESTIMATORS, RULES, weight_row_norms_squared
+from .layers import PerturbedLayer, weight_of
+from .noise import Factors, has_kernel
+from .scales import ESTIMATORS, RULES, Norms, product_row_norms_squared, weight_row_norms_squared
 from .weights import whole
 from .zero import full_gradient, gather, is_cut, is_zero
 
@@ -39,32 +39,53 @@ class LayerGroup:
     def tensors(self) -> list[Tensor]:
         """All statistics that are kept, those of the layers included."""
         own = (self.w0_norms, self.s, self.pending, self.gradient, self.weight, self.tau2, self.guided, self.gain)
-        layers = (tensor for layer in self.layers for tensor in (layer.w0_norms, layer.tau, layer.scale))
+        layers = (tensor for layer in self.layers for tensor in (layer.w0_norms, layer.tau, *(layer.sketch or ())))
         return [tensor for tensor in (*own, *layers) if tensor is not None]
+
+    def estimator(self, chosen: str) -> str:
+        """The estimator of ||G_i||^2 for these layers: those without A and B have the one that needs neither."""
+        return chosen if self.layers[0].a else "sketch"
 
     def refresh(self, config: GGPOConfig, factor: float) -> None:
         """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
-        sb, a = self.b() * self.s[:, None], self.a()
-        lora = weight_row_norms_squared(self.w0_norms, w0_terms(self.layers, sb, a), sb, a)
-        self.weight, on_base = lora, torch.ones_like(lora)
-        if self.layers[0].magnitudes:
-            # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G,
-            # and noise put on W0 reaches W' times g.
-            self.weight = self._stacked("magnitudes", _value, 0).square()
-            self.gain = (self.weight / lora).clamp_min(torch.finfo(lora.dtype).tiny)
-            on_base = self.gain if self.layers[0].dora_scales_base_noise() else on_base
-        gradient = torch.zeros_like(self.weight) if self.gradient is None else self.gradient
-        tau2, guided = RULES[config.rule].tau_squared(config.sigma, config.beta, self.weight, gradient, self.n)
+        self.weight = self._weight_norms()
+        norms = Norms(self.weight, self.gradient, self.w0_norms, self._product_norms, self.n)
+        tau2, guided = RULES[config.rule].tau_squared(config.sigma, config.beta, norms)
         self.tau2, self.guided = tau2 * factor**2, guided * factor**2
         # Of weights whose squares overflow no noise is made; Watch says that training diverges.
-        sizes = (self.tau2 / on_base).sqrt().nan_to_num(0.0, 0.0)
+        sizes = self.tau2.sqrt().nan_to_num(0.0, 0.0)
         for layer, tau in zip(self.layers, sizes, strict=True):
             layer.tau = tau if factor > 0 else None
 
+    def _weight_norms(self) -> Tensor:
+        """||W'_i||^2; of an adapter without thin factors ||W0_i||^2 stands for it."""
+        if not self.layers[0].a:
+            return self.w0_norms
+        sb, a = self.b() * self.s[:, None], self.a()
+        lora = weight_row_norms_squared(self.w0_norms, w0_terms(self.layers, sb, a), sb, a)
+        if not self.layers[0].magnitudes:
+            return lora
+        # DoRA trains W' = diag(g) (W0 + sBA) with g = magnitude / ||W0 + sBA||, so that dL/d(W0 + sBA) = diag(g) G.
+        weight = self._stacked("magnitudes", _value, 0).flatten(1).square()
+        self.gain = (weight / lora).clamp_min(torch.finfo(lora.dtype).tiny)
+        return weight
+
+    def _product_norms(self) -> Tensor:
+        """||(B A)_i||^2."""
+        return product_row_norms_squared(self.b(), self.a()) if self.layers[0].a else torch.zeros_like(self.w0_norms)
+
+    def draw_sketches(self, rank: int, generator: torch.Generator) -> None:
+        """A new R (k, n) and S = 0 (m, k) for each layer, to be held by it for an optimizer step."""
+        for layer in self.layers:
+            device, dtype = layer.w0_norms.device, layer.w0_norms.dtype
+            r = torch.randn(rank, layer.n, generator=generator).to(device, dtype)
+            layer.sketch = Factors(r, torch.zeros(layer.m, rank, device=device, dtype=dtype, requires_grad=True))
+
     def capture(self, estimator: str) -> None:
-        """Take the estimate of ||G_i||^2 from the gradients that A and B hold now."""
-        norms = ESTIMATORS[estimator](self)  # of dL/d(W0 + sBA)
-        self.pending = norms if self.gain is None else norms / self.gain
+        """Take the estimate of ||G_i||^2 from the gradients that A and B, or the sketches, hold now."""
+        norms = ESTIMATORS[estimator](self)
+        # DoRA's A and B have gradients of dL/d(W0 + sBA); a sketch is of dL/dW' itself.
+        self.pending = norms if self.gain is None or estimator == "sketch" else norms / self.gain
 
     def commit(self, grad_scale: float, ema: float) -> None:
         """Make the captured norms those of the last optimizer step; a step of non-finite gradients is passed over."""
@@ -98,26 +119,35 @@ class LayerGroup:
         """dL/dB of all layers (L, m, r)."""
         return self._stacked("b", _gradient, 1)
 
+    def sketches(self) -> Tensor:
+        """G R^T of all layers (L, m, k), averaged over processes as gradients are."""
+        own = [layer.sketch.u for layer in self.layers if layer.sketch is not None]
+        total = torch.stack([torch.zeros_like(s) if s.grad is None else s.grad for s in own])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(total)
+            total /= distributed.get_world_size()
+        return total
+
     @torch.no_grad()
     def _stacked(self, factor: str, read: Callable[[Tensor], Tensor], dim: int) -> Tensor:
         modules = [getattr(layer, factor) for layer in self.layers]
         # To read each weight from its module anew is what makes ZeRO wait for those that it fetches ahead already.
-        cut = [one.weight for layer in modules for one in layer] if self.cut and read is _value else []
+        cut = [weight_of(one) for layer in modules for one in layer] if self.cut and read is _value else []
         with gather(cut):
-            parts = [[read(one.weight) for one in layer] for layer in modules]
+            parts = [[read(weight_of(one)) for one in layer] for layer in modules]
             joined = [part[0] if len(part) == 1 else torch.cat(part, dim) for part in parts]
             return torch.stack(joined).to(self.w0_norms.dtype)
 
 
 def _value(parameter: Tensor) -> Tensor:
-    return whole(parameter)
+    return whole(parameter).flatten(1) if parameter.dim() > 2 else whole(parameter)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
     """The gradient of the global batch, put together; 0 where none has arrived."""
     if is_zero(parameter):
         return full_gradient(parameter)
-    return whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return _value(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 def w0_terms(layers: list[PerturbedLayer], sb: Tensor, a: Tensor) -> Tensor:
@@ -139,8 +169,8 @@ def group_layers(layers: list[PerturbedLayer]) -> list[LayerGroup]:
     for layer in layers:
         layer.tau = None
         layer.follow()
-        if layer.a:
-            kind = (bool(layer.magnitudes), layer.dora_scales_base_noise(), layer.w0.dtype, layer.w0_norms.device)
+        if layer.active:
+            kind = (bool(layer.magnitudes), layer.w0.dtype, layer.w0_norms.device)
             by_shape[(layer.m, layer.n, *layer.ranks(), *kind)].append(layer)
     return [_group(members) for members in by_shape.values()]
 

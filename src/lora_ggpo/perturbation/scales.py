@@ -63,7 +63,13 @@ def lstsq_row_norms_squared(a: Tensor, db: Tensor, s: Tensor) -> Tensor:
     return ((db @ torch.linalg.pinv(sa @ sa.mT, hermitian=True)) * db).sum(-1).clamp_min(0)
 
 
-class Factors(Protocol):
+def sketch_row_norms_squared(sketches: Tensor) -> Tensor:
+    """||(G R^T)_i||^2 / k of G R^T (L, m, k) with R (k, n) standard normal: unbiased for any layer, without A and B.
+    Its standard deviation is sqrt(2 / k) of it. Returns (L, m)."""
+    return sketches.square().mean(-1)
+
+
+class Readings(Protocol):
     """What an estimator may read of L layers. Each method reads its tensors anew."""
 
     s: Tensor
@@ -72,11 +78,13 @@ class Factors(Protocol):
     def b(self) -> Tensor: ...
     def da(self) -> Tensor: ...
     def db(self) -> Tensor: ...
+    def sketches(self) -> Tensor: ...
 
 
-ESTIMATORS: dict[str, Callable[[Factors], Tensor]] = {
+ESTIMATORS: dict[str, Callable[[Readings], Tensor]] = {
     "lora": lambda of: lora_row_norms_squared(of.b(), of.a(), of.db(), of.da(), of.s),
     "lstsq": lambda of: lstsq_row_norms_squared(of.a(), of.db(), of.s),
+    "sketch": lambda of: sketch_row_norms_squared(of.sketches()),
 }
 """``GGPOConfig.gradient``: estimators of ||G_i||^2 (L, m)."""
 
@@ -84,50 +92,78 @@ ESTIMATORS: dict[str, Callable[[Factors], Tensor]] = {
 # --- tau -----------------------------------------------------------------------------------------------------------
 
 
+class Norms(NamedTuple):
+    """What a rule may read of L layers of one shape.
+
+    Attributes:
+        weight: ||W'_i||^2 (L, m).
+        gradient: ||G_i||^2 (L, m); None before the first optimizer step.
+        w0: ||W0_i||^2 (L, m).
+        product: Function that returns ||(B A)_i||^2 (L, m), without s.
+        n: Entries of a row.
+    """
+
+    weight: Tensor
+    gradient: Tensor | None
+    w0: Tensor
+    product: Callable[[], Tensor]
+    n: int
+
+
 class Rule(NamedTuple):
     """How row norms become the variance of each row's noise.
 
     Attributes:
-        tau_squared: Function of sigma, beta, ||W'_i||^2 (L, m), ||G_i||^2 (L, m; 0 before the first optimizer step) and
-            n, at the full size of sigma. It returns tau_i^2 (L, m) and the part of it that the gradient makes.
+        tau_squared: Function of sigma, beta and the norms, at the full size of sigma. It returns tau_i^2 (L, m) and the
+            part of it that the gradient makes.
         shares: Whether beta is a share, in [0, 1], so that only the ratios of gradient norms count.
+        clipped: Whether the gradient is meant after clipping: it is read again as the optimizer step is counted.
     """
 
-    tau_squared: Callable[[float, float, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    tau_squared: Callable[[float, float, Norms], tuple[Tensor, Tensor]]
     shares: bool = False
+    clipped: bool = False
 
 
-def paper(sigma: float, beta: float, weight: Tensor, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _gradient_of(norms: Norms) -> Tensor:
+    return torch.zeros_like(norms.weight) if norms.gradient is None else norms.gradient
+
+
+def paper(sigma: float, beta: float, norms: Norms) -> tuple[Tensor, Tensor]:
     """As published (arXiv 2502.14538v1): tau_i^2 = (sigma^2 / n) (||W'_i||^2 + beta ||G_i||^2)."""
-    unit = sigma**2 / n
-    guided = unit * beta * gradient
-    return unit * weight + guided, guided
+    unit = sigma**2 / norms.n
+    guided = unit * beta * _gradient_of(norms)
+    return unit * norms.weight + guided, guided
 
 
-def relative(sigma: float, beta: float, weight: Tensor, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def relative(sigma: float, beta: float, norms: Norms) -> tuple[Tensor, Tensor]:
     """The total noise energy of beta = 0, shared out by rows; <.> is the mean over a layer's rows:
 
     tau_i^2 = (sigma^2 / n) <||W'||^2> ((1 - beta) ||W'_i||^2 / <||W'||^2> + beta ||G_i||^2 / <||G||^2>).
     """
-    unit, mean = sigma**2 / n, gradient.mean(-1, keepdim=True)
+    weight, gradient = norms.weight, _gradient_of(norms)
+    unit, mean = sigma**2 / norms.n, gradient.mean(-1, keepdim=True)
     # A layer that got no gradient at all (an unused expert) is shared out by weight alone.
     share = beta * (mean > 0).to(mean.dtype)
     guided = unit * share * weight.mean(-1, keepdim=True) * gradient / mean.clamp_min(torch.finfo(mean.dtype).tiny)
     return unit * (1 - share) * weight + guided, guided
 
 
-def sd_scripts(sigma: float, beta: float, weight: Tensor, gradient: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """As public code has it: tau_i = (sigma ||W'_i|| + beta ||G_i||^2) / sqrt(m)."""
-    root_m = math.sqrt(weight.shape[-1])
-    alone = sigma * weight.sqrt() / root_m
-    variance = (alone + beta * gradient / root_m).square()
+def sd_scripts(sigma: float, beta: float, norms: Norms) -> tuple[Tensor, Tensor]:
+    """As public code has it: tau_i = (sigma sqrt(wbar^2 + ||(B A)_i||^2) + beta ||G_i||^2) / sqrt(m), nothing before
+    the first optimizer step. wbar is the layer's mean ||W0_i||, B A is without s, and G is the clipped gradient."""
+    if norms.gradient is None:
+        return torch.zeros_like(norms.weight), torch.zeros_like(norms.weight)
+    root_m = math.sqrt(norms.weight.shape[-1])
+    alone = sigma * (norms.w0.sqrt().mean(-1, keepdim=True).square() + norms.product()).sqrt() / root_m
+    variance = (alone + beta * norms.gradient / root_m).square()
     return variance, variance - alone.square()
 
 
 RULES: dict[str, Rule] = {
     "paper": Rule(paper),
     "relative": Rule(relative, shares=True),
-    "sd-scripts": Rule(sd_scripts),
+    "sd-scripts": Rule(sd_scripts, clipped=True),
 }
 """``GGPOConfig.rule``."""
 

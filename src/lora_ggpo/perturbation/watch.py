@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ IMPLAUSIBLE_JUMP = 1e6
 class Coverage:
     """Counts the layers that a forward pass reached.
 
-    A layer was *bypassed* in an optimizer step if its A and B got a gradient although no pass of the step called its
-    base layer. A layer that did not run (an unused expert) or does not train (a frozen branch) got none.
+    A layer was *bypassed* in an optimizer step if its A and B got a gradient although no pass of the step called it. A
+    layer that did not run (an unused expert) or does not train (a frozen branch) got none.
     """
 
     def __init__(self, passes: Passes, strict: bool) -> None:
@@ -56,7 +56,7 @@ class Coverage:
         """Shares of the last training pass; empty before the first one."""
         if not self._passes.any or not self._number:
             return {}
-        reached = [layer for layer in self._layers if layer.index in self._passes.reached]
+        reached = [layer for layer in self._layers if layer.reached]
         return {
             "ggpo/coverage": len(reached) / self._number,
             "ggpo/coverage_parameters": sum(layer.m * layer.n for layer in reached) / self._entries,
@@ -68,11 +68,7 @@ class Coverage:
         Args:
             always: Whether gradients are elsewhere (ZeRO), so that ``.grad`` says nothing.
         """
-        reached = self._passes.reached_in_step
-        if self._said or len(reached) >= len(self._layers):
-            self._suspects = set()
-            return
-        missing = [layer for layer in self._layers if layer.index not in reached]
+        missing = [] if self._said else [layer for layer in self._layers if not layer.reached_in_step]
         self._suspects = {m.index for m in missing if always or any(p.grad is not None for p in m.trained())}
 
     def step(self, groups: Sequence[LayerGroup]) -> None:
@@ -82,7 +78,9 @@ class Coverage:
             RuntimeError: there are such layers and ``strict`` is set.
         """
         bypassed = self._bypassed(groups) if self._suspects else []
-        self._suspects, self._passes.reached_in_step = set(), set()
+        self._suspects = set()
+        for layer in self._layers:
+            layer.reached_in_step = False
         if not bypassed:
             return
         self._said = True
@@ -90,7 +88,7 @@ class Coverage:
         names += f" and {len(bypassed) - 3} more" if len(bypassed) > 3 else ""
         message = (
             f"{len(bypassed)} of {len(self._layers)} adapted layers train without GGPO's noise: {names}. Their A and B "
-            "got a gradient in this optimizer step, but the forward of their base layer was not called in it. Switch "
+            "got a gradient in this optimizer step, but their forward was not called in it. Switch "
             "off fused LoRA kernels, which read the weights themselves (Axolotl: lora_mlp_kernel, lora_qkv_kernel, "
             "lora_o_kernel; Unsloth's fast LoRA), call the model that was given to GGPO rather than a part of it, and "
             "put no part that trains in evaluation mode"
@@ -183,16 +181,16 @@ def _sizes(group: LayerGroup) -> Tensor:
     return torch.stack([zero if part is None else part.sum(-1) for part in parts], -1)
 
 
-def noise_metrics(groups: Sequence[LayerGroup], reached: Set[int]) -> dict[str, float]:
+def noise_metrics(groups: Sequence[LayerGroup]) -> dict[str, float]:
     """Size of the noise and share of the gradient in it, over all layers and over each group of equally named ones.
 
-    A layer whose index is not in ``reached`` had none: its weight counts, with noise of size 0.
+    A layer that the last pass did not reach had none: its weight counts, with noise of size 0.
     """
     sums: dict[str, Tensor] = {}
     for group in groups:
         if group.tau2 is None or group.guided is None or group.weight is None:
             continue
-        there = group.tau2.new_tensor([[layer.index in reached] for layer in group.layers])
+        there = group.tau2.new_tensor([[layer.reached] for layer in group.layers])
         tau2, guided = group.tau2 * there, group.guided * there
         parts = (guided, tau2, group.n * tau2, group.weight, torch.ones_like(tau2))
         table = torch.stack([part.sum(-1) for part in parts], -1).double().cpu()

@@ -1,7 +1,8 @@
-"""W0 of an adapted layer, however it is kept: plain, transposed (Conv1D), quantised, or cut by FSDP or ZeRO-3."""
+"""W0 of an adapted layer, however it is kept: plain, transposed, quantised, or cut by FSDP or ZeRO-3."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,32 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
-from transformers.pytorch_utils import Conv1D
 
 from .noise import row_blocks
 from .zero import gather, is_cut, local_rows, sum_rows
 
 
 class BaseWeight:
-    """The frozen weight W0 (m, n) of a linear ``base`` layer, to be read.
+    """The frozen weight W0 (m, n) of a ``base`` layer, to be read; a filter of a convolution is a row of it.
 
     Attributes:
         transposed: Whether it is stored as (n, m).
         dtype: What its rows are computed in: float32, or float64.
     """
 
-    def __init__(self, base: Any, quantised: bool) -> None:
-        self.base, self.quantised = base, quantised
-        self.transposed = class_of(base) is Conv1D
+    def __init__(self, base: Any, quantised: bool, transposed: bool) -> None:
+        self.base, self.quantised, self.transposed = base, quantised, transposed
         w0 = self.matrix()
-        shape: Any = base.weight.ds_shape if is_cut(base.weight) else w0.shape
-        self.m, self.n = shape[::-1] if is_cut(base.weight) and self.transposed else shape
+        shape: Any = base.weight.ds_shape if is_cut(base.weight) else (w0.t() if transposed else w0).shape
+        m, n = shape[0], math.prod(shape[1:])
+        self.m, self.n = (n, m) if transposed else (m, n)
         self.dtype = torch.promote_types(w0.dtype, torch.float32)
         self.device = w0.device
 
     def matrix(self) -> Tensor:
         """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
         weight: Tensor = _dequantise(self.base) if self.quantised else self.base.weight
+        if weight.dim() > 2:
+            return weight.detach().flatten(1)
         return weight.detach().t() if self.transposed else weight.detach()
 
     def is_plain(self) -> bool:
@@ -70,7 +72,7 @@ class BaseWeight:
 
     def _by_blocks(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """``function`` of some rows (k, n) in ``dtype``, a block at a time."""
-        blocks = [rows[start:stop] for start, stop in row_blocks(max(len(rows), 1), self.n, rows.device)]
+        blocks = [rows[start:stop] for start, stop in row_blocks(max(len(rows), 1), self.n)]
         results = [function(block.to(self.dtype)) for block in blocks]
         return results[0] if len(results) == 1 else torch.cat(results)
 

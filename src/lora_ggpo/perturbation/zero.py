@@ -15,7 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed
 
 
-def is_cut(parameter: Tensor) -> bool:
+def is_cut(parameter: Any) -> bool:
     """Whether ZeRO-3 has cut the parameter into one piece a process."""
     return hasattr(parameter, "ds_id")
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 from transformers import TrainingArguments
 
-from lora_ggpo.perturbation.config import CHOICES, GGPOConfig
+from lora_ggpo.perturbation.config import CHOICES, OLD_NOISES, GGPOConfig
 
 ADAPTER_DEFAULT: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -46,6 +46,10 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {str(value).lower()}")
     return value
+
+
+def _noise_of_today(value: Any) -> Any:
+    return OLD_NOISES.get(value, value) if isinstance(value, str) else value
 
 
 _Pattern = Annotated[str, AfterValidator(_regular_expression)]
@@ -223,7 +227,8 @@ else:
         _ADAPTER_TYPES,
         type=(Literal["lora", "adalora"], Field("lora", description="adalora: r is the average rank in the end.")),
     )
-    _CHOICES = {name: Literal[*names] for name, names in CHOICES.items()}
+    _CHOICES: dict[str, Any] = {name: Literal[*names] for name, names in CHOICES.items()}
+    _CHOICES |= {"noise": Annotated[Literal[*CHOICES["noise"]], BeforeValidator(_noise_of_today)]}
     GGPOFields = _mirror("GGPOFields", GGPOConfig, "ggpo", types=_CHOICES)
     TrainingFields = _mirror(
         "TrainingFields", TrainingArguments, "training", _TRAINING_RANGES, _TRAINING_TYPES, TRAINING_DEFAULTS

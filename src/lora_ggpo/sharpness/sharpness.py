@@ -29,7 +29,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from lora_ggpo.perturbation.scales import relative
+from lora_ggpo.perturbation.scales import Norms, relative
 from lora_ggpo.sharpness.point import Parameters, Point, move, row_norms_squared, rows_view
 
 NoiseLaw = Literal["isotropic", "rows", "guided"]
@@ -71,7 +71,8 @@ def noise_sizes(point: Point, law: NoiseLaw, beta: float = 0.5) -> Parameters:
     sizes = {}
     for name, norms in weight.items():
         dim = point.row_dims[name]
-        tau2, _ = relative(1.0, beta, norms, guide[name], point.parameters[name].shape[1 - dim])
+        columns = point.parameters[name].shape[1 - dim]
+        tau2, _ = relative(1.0, beta, Norms(norms, guide[name], norms, norms.clone, columns))
         sizes[name] = rows_view(tau2.sqrt(), dim)
     return sizes
 
