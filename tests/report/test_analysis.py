@@ -167,13 +167,12 @@ def test_steps_to_the_baselines_level_at_half_its_steps(tmp_path):
 
 
 def test_mean_ranks_run_over_settings_and_sets(tmp_path):
-    runs = [
-        run("lora", 0, {"accuracy": 0.9}, "a", ("test", "x")),
-        run("dora", 0, {"accuracy": 0.8}, "a", ("test", "x")),
-    ]
+    values = {"lora": 0.9, "dora": 0.8, "sam": 0.8}  # a tie shares its ranks
+    runs = [run(name, 0, {"accuracy": value}, "a", ("test", "x")) for name, value in values.items()]
     runs += [run("lora", 0, {"accuracy": 0.1}, "b"), run("dora", 0, {"accuracy": 0.2}, "b")]
     settings = analyse(read_results(write_results(tmp_path, runs)))
-    assert rank_methods(settings, "accuracy") == {"LoRA": pytest.approx(4 / 3), "DoRA": pytest.approx(5 / 3)}
+    expected = {"LoRA": pytest.approx(4 / 3), "DoRA": 2, "SAM": pytest.approx(8 / 3)}
+    assert rank_methods(settings, "accuracy") == expected
 
 
 def test_a_name_with_a_line_separator(tmp_path):

@@ -8,10 +8,8 @@ from scipy import stats
 
 from lora_ggpo.report.plots import (
     COLOURS,
-    HeatMap,
     Line,
     Tradeoff,
-    curve,
     draw_forest,
     draw_heat_maps,
     draw_learning_curves,
@@ -29,11 +27,6 @@ LOG = [
     {"step": 2, "loss": 0.5, "ggpo/gradient_share": 0.4},
     {"step": 2, "validation/log_loss": 0.7},
 ]
-
-
-def test_curve():
-    assert curve(LOG, "loss") == ([1, 2], [1.0, 0.5])
-    assert curve(LOG, "validation/log_loss") == ([2], [0.7])
 
 
 def test_figures_are_drawn(tmp_path):
@@ -162,9 +155,8 @@ def test_bands_are_t_intervals_on_the_axis_asked_for():
 
 
 def test_heat_maps_leave_out_what_is_missing_and_need_no_image():
-    values = np.array([[1.0, np.nan], [3.0, 2.0]])
-    one = HeatMap((1, 4), (10, 20), values, values > 2)
-    figure = draw_heat_maps({HOSTILE: one, "b": one}, "step", "r", "error, %")
+    cells = {(4, 10): (3.0, True), (1, 10): (1.0, False), (4, 20): (2.0, False)}
+    figure = draw_heat_maps({HOSTILE: cells, "b": cells}, "step", "r", "error, %")
     (mesh,) = figure.axes[0].collections
     assert mesh.get_array().mask.tolist() == [[False, True], [False, False]]
     assert mesh.get_clim() == (1, 3)

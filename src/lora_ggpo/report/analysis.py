@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
 
+import pandas as pd
+
 from lora_ggpo.comparison.results import Results, Row
 from lora_ggpo.statistics.intervals import (
     LEVEL,
@@ -15,18 +17,20 @@ from lora_ggpo.statistics.intervals import (
     detectable_difference,
     holm,
     mean_interval,
-    mean_ranks,
-    paired_difference,
-    paired_p_value,
+    p_value,
     pooled_sd,
     seed_curves,
     vary,
+    verdict,
 )
 from lora_ggpo.statistics.metrics import METRICS
 
 TEST = "test"
 TRAINED: Mapping[str, str] = {"train": "training rows", "train-clean": "right labels", "train-noisy": "wrong labels"}
 """The sets that a run was trained on, and how tables name them."""
+
+Key = tuple[str, str]
+"""A set and a metric."""
 
 Values = Mapping[str, Mapping[int, float]]
 """A metric on a set: by method and seed."""
@@ -40,11 +44,13 @@ class Score:
         mean: Over the method's seeds.
         difference: The method minus the baseline, paired by seed; None for the baseline, or without a common seed.
         p: Of that difference, Holm-adjusted over the methods of the setting; nan where there is no test.
+        verdict: In plain words, what the difference says.
     """
 
     mean: Interval
     difference: Interval | None
     p: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class MethodResult:
     name: str
     title: str
     chosen: Row
-    scores: Mapping[tuple[str, str], Score]
+    scores: Mapping[Key, Score]
     verdicts: Mapping[str, str]
     failed: Mapping[int, str]
     trainable: int | None
@@ -108,15 +114,19 @@ def compared_sets(runs: Sequence[Row]) -> list[str]:
 
 
 def rank_methods(settings: Sequence[SettingResult], metric: str) -> dict[str, float]:
-    """Mean rank of each title by its mean score, over all settings and their sets, the best first."""
-    scores: dict[str, list[float]] = {method.title: [] for setting in settings for method in setting.methods}
-    for setting in settings:
-        own = {method.title: method.scores for method in setting.methods}
-        for key in ((name, metric) for name in setting.sets):
-            for title, of_all in scores.items():
-                of_all.append(own[title][key].mean.mean if key in own.get(title, {}) else math.nan)
-    ranks = mean_ranks(scores, higher_is_better=METRICS[metric].higher_is_better)
-    return dict(sorted(ranks.items(), key=lambda entry: entry[1]))
+    """Mean rank of each title by its mean score, over all settings and their sets, the best first.
+
+    1 is the best; a method without a score ranks last, and ties share the mean of their ranks.
+    """
+    titles = dict.fromkeys(method.title for setting in settings for method in setting.methods)
+    scores = [
+        {one.title: one.scores[name, metric].mean.mean for one in setting.methods if (name, metric) in one.scores}
+        for setting in settings
+        for name in setting.sets
+    ]
+    ascending = not METRICS[metric].higher_is_better
+    ranks = pd.DataFrame(scores, columns=list(titles)).rank(axis=1, ascending=ascending, na_option="bottom").mean()
+    return {str(title): float(rank) for title, rank in ranks.sort_values(kind="stable").items()}
 
 
 def _setting(name: str, results: Results) -> SettingResult:
@@ -130,13 +140,12 @@ def _setting(name: str, results: Results) -> SettingResult:
     runs = [run for of_method in groups.values() for run in of_method]
     sets = [TEST, *(one for one in compared_sets(runs) if one != TEST)]
     trained = tuple(one for one in TRAINED if any(one in run["evaluation"] for run in runs))
-    shown = list(filter(None, [metric, METRICS[metric].beside]))
-    values: dict[tuple[str, str], Values] = {
+    values: dict[Key, Values] = {
         (one, of): {method: _values(runs, one, of) for method, runs in groups.items()}
         for one in (*sets, *trained)
-        for of in shown
+        for of in filter(None, [metric, METRICS[metric].beside])
     }
-    scores = {key: _scores(of_methods, baseline) for key, of_methods in values.items()}
+    scores = {key: _scores(of_methods, baseline, title, key[1]) for key, of_methods in values.items()}
     logs = {method: list(results.logs(name, method).values()) for method in groups}
     level = _level(logs.get(baseline, []))
     methods = tuple(
@@ -145,9 +154,7 @@ def _setting(name: str, results: Results) -> SettingResult:
             title=runs[0]["title"],
             chosen=runs[0]["chosen"],
             scores={key: of_methods[method] for key, of_methods in scores.items() if method in of_methods},
-            verdicts={
-                one: _method_verdict(runs, scores[one, metric].get(method), metric, baseline, title) for one in sets
-            },
+            verdicts={one: _method_verdict(runs, scores[one, metric].get(method)) for one in sets},
             failed={run["seed"]: run["failed"] for run in runs if run["failed"]},
             trainable=next((run["training"]["trainable_parameters"] for run in runs if not run["failed"]), None),
             time_ratio=_ratio(reference, runs, "seconds_per_step"),
@@ -169,20 +176,30 @@ def _values(runs: Sequence[Row], name: str, metric: str) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def _pairs(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[list[float], list[float]]:
-    seeds = sorted(first.keys() & second.keys())
-    return [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-
-
-def _scores(values: Values, baseline: str) -> dict[str, Score]:
-    pairs = {method: _pairs(values.get(baseline, {}), own) for method, own in values.items() if method != baseline}
-    adjusted = dict(zip(pairs, holm([paired_p_value(*pair) for pair in pairs.values()]), strict=True))
-    differences = {method: paired_difference(*pair) for method, pair in pairs.items() if pair[0]}
+def _differences(values: Values, baseline: str) -> dict[str, list[float]]:
+    """Each other method minus the baseline, at the seeds that both have."""
+    reference = values.get(baseline, {})
     return {
-        method: Score(mean_interval(list(own.values())), differences.get(method), adjusted.get(method, math.nan))
+        method: [own[seed] - reference[seed] for seed in sorted(own.keys() & reference.keys())]
         for method, own in values.items()
-        if own
+        if method != baseline
     }
+
+
+def _scores(values: Values, baseline: str, title: str, metric: str) -> dict[str, Score]:
+    differences = _differences(values, baseline)
+    adjusted = dict(zip(differences, holm([p_value(of) for of in differences.values()]), strict=True))
+    words = (f"better than {title}", f"worse than {title}")
+    more, less = words if METRICS[metric].higher_is_better else reversed(words)
+    found = {}
+    for method, own in values.items():
+        difference = mean_interval(differences[method]) if differences.get(method) else None
+        p = adjusted.get(method, math.nan)
+        said = verdict(difference, p, more, less) if difference else f"no seed in common with {title}"
+        if own:
+            said = "baseline" if method == baseline else said
+            found[method] = Score(mean_interval(list(own.values())), difference, p, said)
+    return found
 
 
 def _detectable(values: Values, baseline: str) -> float:
@@ -190,60 +207,38 @@ def _detectable(values: Values, baseline: str) -> float:
 
     Methods whose differences do not vary say nothing about the spread of those that do.
     """
-    pairs = [_pairs(values.get(baseline, {}), own) for method, own in values.items() if method != baseline]
-    samples = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairs]
-    samples = [sample for sample in samples if vary(sample)]
+    samples = [sample for sample in _differences(values, baseline).values() if vary(sample)]
     if not samples:
         return math.nan
     n = median_low(len(sample) for sample in samples)
     return detectable_difference(pooled_sd(samples), n, level=LEVEL / len(samples))
 
 
-def _method_verdict(runs: Sequence[Row], score: Score | None, metric: str, baseline: str, title: str) -> str:
+def _method_verdict(runs: Sequence[Row], score: Score | None) -> str:
     failures = [run["failed"] for run in runs if run["failed"]]
     if len(failures) == len(runs):
         return f"failed: {failures[0]}"
-    words = "baseline" if runs[0]["method"] == baseline else _difference_verdict(score, metric, title)
+    words = score.verdict if score else "not measured"
     return f"{words}; {len(failures)} of {len(runs)} runs failed" if failures else words
 
 
-def _difference_verdict(score: Score | None, metric: str, title: str) -> str:
-    if score is None:
-        return "not measured"
-    if score.difference is None:
-        return f"no seed in common with {title}"
-    if score.difference.n < 2:
-        return "one seed cannot tell"
-    if math.isnan(score.p):
-        return "cannot tell: every seed differs by the same amount"
-    if score.p >= LEVEL:
-        return "no difference found"
-    better = (score.difference.mean > 0) == METRICS[metric].higher_is_better
-    return f"{'better' if better else 'worse'} than {title}"
-
-
-def _set_verdict(methods: Sequence[MethodResult], key: tuple[str, str], title: str, detectable: float) -> str:
+def _set_verdict(methods: Sequence[MethodResult], key: Key, title: str, detectable: float) -> str:
     """One sentence on one set, which claims no more than the tests do."""
-    metric = METRICS[key[1]]
-    compared = [
-        (method.title, method.scores[key].difference, _difference_verdict(method.scores[key], key[1], title))
-        for method in methods
-        if key in method.scores and method.scores[key].difference
-    ]
+    metric, scores = METRICS[key[1]], {one.title: one.scores[key] for one in methods if key in one.scores}
+    compared = {one: (score.verdict, score.difference.mean) for one, score in scores.items() if score.difference}
     if not compared:
         return f"nothing can be compared: no method has a seed in common with {title}"
     found = []
     for words in (f"better than {title}", f"worse than {title}"):
-        names = [f"{one} ({metric.amount(d.mean, sign=True)})" for one, d, said in compared if d and said == words]
+        names = [f"{one} ({metric.amount(mean, sign=True)})" for one, (said, mean) in compared.items() if said == words]
         found += [f"{words}: {', '.join(names)}"] if names else []
     if not found:
-        said = list(dict.fromkeys(words for _, _, words in compared))
+        said = [words for words, _ in compared.values()]
         found = ["no difference found" if "no difference found" in said else said[0]]
-    missing = [method.title for method in methods if key not in method.scores]
+    missing = [method.title for method in methods if method.title not in scores]
     found += [f"no result of {', '.join(missing)}"] if missing else []
     if math.isfinite(detectable):
-        amount = metric.amount(detectable)
-        found.append(f"this grid could have detected {amount} ({100 * POWER:.0f} % power)")
+        found.append(f"this grid could have detected {metric.amount(detectable)} ({100 * POWER:.0f} % power)")
     return "; ".join(found)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.markup import escape
 from rich.table import Table
 
 from lora_ggpo.comparison.results import Results, read_results
@@ -27,8 +26,8 @@ _CAPTIONS = {
         "methods."
     ),
     "curves": (
-        "Mean loss over seeds; bands reach from the lowest seed to the highest. Training loss is as the method has "
-        "it: one that adds noise to the weights has it under its noise."
+        "Mean loss over seeds with its 95 % t interval. Training loss is as the method has it: one that adds noise to "
+        "the weights has it under its noise."
     ),
     "tradeoffs": (
         "Test score with its 95 % t interval against cost. The Pareto front joins the methods that no cheaper one "
@@ -173,10 +172,10 @@ def _values(values: Mapping[str, Any]) -> str:
 def _terminal_table(settings: Sequence[SettingResult], metric: str) -> Table:
     rows = []
     for setting in settings:
-        rows += [[f"[bold]{escape(setting.name)}[/bold]", "", "", ""]] if setting.name else []
+        rows += [[setting.name]] if setting.name else []
         for method in setting.methods:
             mean, difference, _ = _score_cells(method, (TEST, metric))
-            rows.append([escape(method.title), mean, difference, escape(method.verdicts[TEST])])
+            rows.append([method.title, mean, difference, method.verdicts[TEST]])
     header = ["method", f"{TEST} {METRICS[metric].heading}", "difference", "verdict"]
     return rows_table(header, rows, "mean ± 95 % t interval over seeds; differences are paired by seed")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lora_ggpo.comparison.axes import axes_of, setting_name, short_names
@@ -200,19 +201,18 @@ def _over_axis(
 ) -> list[Curve]:
     """The final scores of one method over one axis; they share the interpolation threshold of the training error."""
     chosen = {name: values for name, values in settings.items() if {**values, **others} == values}
-    columns = {values[key]: runs.get((name, method), ()) for name, values in chosen.items()}
-    places = sorted(columns)
+    columns = {float(values[key]): runs.get((name, method), ()) for name, values in chosen.items()}
     name = setting_name(others, next(iter(settings.values())))
     found = []
     for data, (quantity, metric) in itertools.product((TRAIN, *sets), quantities.items()):
-        of_seeds = [_by_seed(columns[place], data, metric) for place in places]
-        kept, seeds, values = _rectangle(of_seeds)
-        if not kept:
+        by_place = {place: _by_seed(columns[place], data, metric) for place in sorted(columns)}
+        table = pd.DataFrame({place: pd.Series(of) for place, of in by_place.items() if of}).dropna().sort_index()
+        if table.empty:
             continue
-        values = 1 - values if quantity == "error" else values
+        values = 1 - table.to_numpy() if quantity == "error" else table.to_numpy()
         descent = None if data == TRAIN else double_descent(values)
-        at = tuple(float(places[index]) for index in kept)
-        found.append(Curve(key, method, others, name, data, quantity, at, seeds, values, descent=descent))
+        places, seeds = tuple(table.columns), tuple(table.index)
+        found.append(Curve(key, method, others, name, data, quantity, places, seeds, values, descent=descent))
     fitted = [curve for curve in found if curve.data == TRAIN]
     threshold = _threshold(fitted[0]) if fitted else None  # the error where there is one
     return [replace(curve, threshold=threshold) for curve in found]
@@ -259,24 +259,11 @@ def _by_seed(runs: Sequence[Row], name: str, metric: str) -> dict[int, float]:
     return found
 
 
-def _rectangle(columns: Sequence[Mapping[int, float]]) -> tuple[list[int], tuple[int, ...], Array]:
-    """The columns that are not empty, the seeds that all of these have, and their values: (seeds, columns)."""
-    kept = [index for index, column in enumerate(columns) if column]
-    seeds = sorted(set.intersection(*(set(columns[index]) for index in kept))) if kept else []
-    if not seeds:
-        return [], (), np.empty((0, 0))
-    return kept, tuple(seeds), np.array([[columns[index][seed] for index in kept] for seed in seeds])
-
-
 def _adjust_p_values(curves: Sequence[Curve]) -> list[Curve]:
-    families = [(curve.axis, curve.data, curve.quantity) for curve in curves]
-    p_values = [curve.descent.p if curve.descent and curve.descent.p is not None else math.nan for curve in curves]
-    adjusted = list(curves)
-    for family in dict.fromkeys(families):
-        members = [index for index, one in enumerate(families) if one == family]
-        for index, p in zip(members, holm([p_values[index] for index in members]), strict=True):
-            adjusted[index] = replace(curves[index], p=p)
-    return adjusted
+    p_values = pd.Series([math.nan if one.descent is None else one.descent.p for one in curves], dtype=float)
+    families = pd.Series([f"{curve.axis}/{curve.data}/{curve.quantity}" for curve in curves], dtype=str)
+    adjusted = p_values.groupby(families).transform(lambda of: np.array(holm(of.tolist())))
+    return [replace(curve, p=p) for curve, p in zip(curves, adjusted, strict=True)]
 
 
 def _steps_per_epoch(curves: Sequence[Row]) -> float | None:

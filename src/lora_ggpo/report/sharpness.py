@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.markup import escape
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.report.page import Report, Section, count
 from lora_ggpo.report.plots import Line, Panels, draw_lines, draw_planes
 from lora_ggpo.report.tables import NOTHING, TextTable, format_interval, rows_table
-from lora_ggpo.statistics.intervals import Interval, mean_interval, paired_difference, verdict
+from lora_ggpo.statistics.intervals import Interval, mean_interval, p_value, verdict
 from lora_ggpo.workspace.files import read_json
 
 Key = tuple[str, str, str | None, float | None]
@@ -57,7 +56,7 @@ def write_sharpness_report(folder: Path) -> Report:
         title="Sharpness",
         lead=f"{', '.join(measured)}; {count(len(listed['runs']), 'run')}",
         findings=_verdicts(measured),
-        table=rows_table([*map(escape, table.header)], table.rows, notes),
+        table=rows_table(table.header, table.rows, notes),
         sections=[Section("", [table])],
         figures=_figures(measured, lines),
         captions=_CAPTIONS,
@@ -93,11 +92,9 @@ def _by_key(measured: Measured) -> dict[Key, dict[str, dict[int, Interval]]]:
     return found
 
 
-def _difference(first: Mapping[int, Interval], second: Mapping[int, Interval]) -> Interval | None:
-    common = sorted(first.keys() & second.keys())
-    if not common:
-        return None
-    return paired_difference([first[seed].mean for seed in common], [second[seed].mean for seed in common])
+def _differences(first: Mapping[int, Interval], second: Mapping[int, Interval]) -> list[float]:
+    """The second less the first, at the seeds of both."""
+    return [second[seed].mean - first[seed].mean for seed in sorted(first.keys() & second.keys())]
 
 
 def _table(measured: Measured) -> TextTable:
@@ -111,7 +108,8 @@ def _table(measured: Measured) -> TextTable:
         for found in (list(of_label.values()) for of_label in values.values()):
             summary = mean_interval([one.mean for one in found]) if found and several else next(iter(found), None)
             cells.append(_cell(summary))
-        cells += [_cell(_difference(values[first], values[other]), sign=True) for other in others]
+        for differences in (_differences(values[first], values[other]) for other in others):
+            cells.append(_cell(mean_interval(differences) if differences else None, sign=True))
         rows.append((describe(key), *cells))
     header = ("measure", *named.values(), *(f"{other} - {first}" for other in others))
     return TextTable("Measures", header, tuple(rows))
@@ -143,12 +141,10 @@ def _verdicts(measured: Measured) -> dict[str, str]:
     for other in others:
         said: dict[str, list[str]] = {}
         for key, values in _by_key(measured).items():
-            difference = _difference(values[first], values[other])
-            if difference is None or key[1] == "loss":
-                continue
-            words = verdict(difference, other, higher_is_better=False)
-            words = {"better": "flatter", "worse": "sharper"}.get(words.rpartition(" ")[2], words)
-            said.setdefault(words, []).append(describe(key))
+            differences = _differences(values[first], values[other])
+            if differences and key[1] != "loss":
+                words = verdict(mean_interval(differences), p_value(differences), "sharper", "flatter")
+                said.setdefault(words, []).append(describe(key))
         counts = (f"{w}: {', '.join(of) if len(of) <= 4 else f'{len(of)} measures'}" for w, of in said.items())
         findings[f"{other} against {first}"] = "; ".join(counts) or "no seed in common"
     return findings

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from lora_ggpo.comparison.results import read_results
@@ -144,10 +143,7 @@ def _score_cells(scores: Mapping[tuple[str, str], list[float]], keys: Sequence[t
 
 def _terminal_table(found: StudyResult) -> Table:
     keys = [(found.sets[0], metric) for metric in found.quantities.values()]
-    rows = [
-        [escape(setting), escape(method), *_score_cells(scores, keys)]
-        for (setting, method), scores in found.scores.items()
-    ]
+    rows = [[*group, *_score_cells(scores, keys)] for group, scores in found.scores.items()]
     header = ["setting", "method", *(_score_heading(*key) for key in keys)]
     return rows_table(header, rows, "mean ± half the 95 % t interval over seeds")
 

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from lora_ggpo.comparison.axes import setting_name
 from lora_ggpo.report.descents import QUANTITIES, STEP, TRAIN, VALIDATION, Curve, StudyResult, set_name
-from lora_ggpo.report.plots import COLOURS, HeatMap, Line, draw_heat_maps, draw_lines
+from lora_ggpo.report.plots import COLOURS, Cells, Line, draw_heat_maps, draw_lines
 from lora_ggpo.statistics.descent import FITTED_ERROR, FITTED_LOSS
 
 _LINES = len(COLOURS) + 2
@@ -25,15 +24,14 @@ def study_figures(found: StudyResult) -> dict[str, Figure]:
         curves = [curve for curve in found.curves if curve.axis == axis]
         if curves:
             figures[_figure_name(axis, found)] = _draw_curves(axis, curves, found)
-    for name, maps, axes in (
-        ("heat-steps", _step_maps(found), (*found.numeric[:1], STEP)),
-        ("heat-axes", _axis_maps(found), found.numeric[:2]),
+    for name, make, data, axes in (
+        ("heat-steps", _step_maps, VALIDATION, (*found.numeric[:1], STEP)),
+        ("heat-axes", _axis_maps, found.sets[0], found.numeric[:2]),
     ):
+        maps = make(found) if len(axes) == 2 else {}
         if maps:
             rows, columns = (_axis_label(axis, found) for axis in axes)
-            data = VALIDATION if name == "heat-steps" else found.sets[0]
-            shown = f"{data} {QUANTITIES[found.best].shown_as}"
-            figures[name] = draw_heat_maps(maps, columns, rows, shown)
+            figures[name] = draw_heat_maps(maps, columns, rows, f"{data} {QUANTITIES[found.best].shown_as}")
     return figures
 
 
@@ -95,48 +93,32 @@ def _groups(curves: Sequence[Curve], found: StudyResult) -> dict[str, list[tuple
     return groups
 
 
-def _step_maps(found: StudyResult) -> dict[str, HeatMap]:
+def _step_maps(found: StudyResult) -> dict[str, Cells]:
     """The first numeric axis over training steps, one map for each method and the values of the other axes."""
-    if not found.numeric:
-        return {}
-    axis, quantity = found.numeric[0], found.best
-    groups: dict[str, dict[float, Curve]] = {}
+    axis, maps = found.numeric[0], dict[str, dict[tuple[float, float], tuple[float, bool]]]()
     for curve in found.curves:
-        if (curve.axis, curve.data, curve.quantity) == (STEP, VALIDATION, quantity):
-            groups.setdefault(_map_title(curve.method, curve.fixed, (axis,), found), {})[curve.fixed[axis]] = curve
-    maps = {}
-    for title, curves in groups.items():
-        rows, steps = sorted(curves), sorted({place for curve in curves.values() for place in curve.places})
-        values = np.full((len(rows), len(steps)), np.nan)
-        fitted = np.zeros(values.shape, dtype=bool)
-        for row, curve in enumerate(curves[value] for value in rows):
-            at = [steps.index(place) for place in curve.places]
-            values[row, at] = curve.values.mean(axis=0) * QUANTITIES[quantity].scale
-            fitted[row, at] = [curve.threshold is not None and place >= curve.threshold for place in curve.places]
-        maps[title] = HeatMap(rows, steps, values, fitted)
-    return maps
+        if (curve.axis, curve.data, curve.quantity) == (STEP, VALIDATION, found.best):
+            cells = maps.setdefault(_map_title(curve.method, curve.fixed, (axis,), found), {})
+            means = (curve.values.mean(axis=0) * curve.metric.scale).tolist()
+            for step, mean in zip(curve.places, means, strict=True):
+                fitted = curve.threshold is not None and step >= curve.threshold
+                cells[curve.fixed[axis], step] = mean, fitted
+    return dict(maps)
 
 
-def _axis_maps(found: StudyResult) -> dict[str, HeatMap]:
+def _axis_maps(found: StudyResult) -> dict[str, Cells]:
     """The final scores over the first two numeric axes."""
-    if len(found.numeric) < 2:
-        return {}
     first, second = found.numeric[:2]
-    rows, columns = sorted(found.axes[first]), sorted(found.axes[second])
-    maps: dict[str, HeatMap] = {}
+    limit = FITTED_ERROR if found.best == "error" else FITTED_LOSS
+    maps = dict[str, dict[tuple[float, float], tuple[float, bool]]]()
     for (setting, method), scores in found.scores.items():
         chosen = found.settings[setting]
         value, train = (_mean_quantity(scores, data, found) for data in (found.sets[0], TRAIN))
-        if value is None:
-            continue
-        blank = np.full((len(rows), len(columns)), np.nan)
-        title = _map_title(method, chosen, (first, second), found)
-        one = maps.setdefault(title, HeatMap(rows, columns, blank, np.zeros(blank.shape, dtype=bool)))
-        cell = rows.index(chosen[first]), columns.index(chosen[second])
-        one.values[cell] = value * QUANTITIES[found.best].scale
-        limit = FITTED_ERROR if found.best == "error" else FITTED_LOSS
-        one.fitted[cell] = train is not None and train <= limit
-    return maps
+        if value is not None:
+            cells = maps.setdefault(_map_title(method, chosen, (first, second), found), {})
+            fitted = train is not None and train <= limit
+            cells[chosen[first], chosen[second]] = value * QUANTITIES[found.best].scale, fitted
+    return dict(maps)
 
 
 def _mean_quantity(scores: Mapping[tuple[str, str], list[float]], data: str, found: StudyResult) -> float | None:

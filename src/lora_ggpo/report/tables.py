@@ -77,18 +77,18 @@ def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
     for name in sets:
         found = [evaluation[name] for evaluation in evaluations if name in evaluation]
         count = str(next(iter(found[0].values()))["n"])
-        rows.append([escape(name), count, *(_metric_cell([one.get(metric) for one in found]) for metric in metrics)])
-    return rows_table(["set", "rows", *map(escape, metrics)], rows, spread)
+        rows.append([name, count, *(_metric_cell([one.get(metric) for one in found]) for metric in metrics)])
+    return rows_table(["set", "rows", *metrics], rows, spread)
 
 
 def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A table of ready-made cells in rich's markup, the first column on the left."""
+    """A table of ready-made cells, the first column on the left; a row of a single cell is a heading."""
     table = Table(box=box.SIMPLE_HEAD, caption=title, caption_justify="left", pad_edge=False)
     for index, name in enumerate(header):
         numbers = index > 0 and name != "verdict"
-        table.add_column(name, justify="right" if index else "left", overflow="fold", no_wrap=numbers)
+        table.add_column(escape(name), justify="right" if index else "left", overflow="fold", no_wrap=numbers)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row), style="bold" if len(row) < len(header) else None)
     return table
 
 

@@ -15,11 +15,9 @@ from typing import Any, get_args
 import numpy as np
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.sharpness.landscape import between, filter_direction, line, plane
 from lora_ggpo.sharpness.point import GRADIENT, LOSS, PRODUCT, Point, Space, check_space, load_point
 from lora_ggpo.sharpness.sharpness import (
-    Estimate,
     NoiseLaw,
     expected_sharpness,
     flat,
@@ -29,6 +27,7 @@ from lora_ggpo.sharpness.sharpness import (
     trace,
     worst_sharpness,
 )
+from lora_ggpo.tasks import Measured
 from lora_ggpo.training.folder import Run, find_runs, finished_metrics
 from lora_ggpo.training.identity import same_model
 from lora_ggpo.workspace.files import json_digest, read_json, write_json
@@ -39,7 +38,7 @@ from lora_ggpo.workspace.progress import Reporter, Task
 STARTS = 3
 """Random starts of the spectral density."""
 
-Row = tuple[str, str | None, float | None, Estimate]
+Row = tuple[str, str | None, float | None, Measured]
 """What is measured, the law of its noise, its size or number, and the value."""
 
 
@@ -124,7 +123,7 @@ def label_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
         depth += 1
     runs: dict[str, dict[int, Run]] = {}
     for folder, run in found:
-        (seed,) = load_recipe(run.folder / "recipe.yaml").seeds
+        (seed,) = run.recipe["seeds"]
         runs.setdefault("/".join(folder.parts[-depth:]), {})[seed] = run
     return runs
 
@@ -208,7 +207,7 @@ def _laws(space: Space) -> tuple[NoiseLaw, ...]:
 
 
 def _rises(point: Point, space: Space, settings: Settings) -> Iterator[Row]:
-    yield "loss", None, None, Estimate(point.loss(point.parameters), 0.0)
+    yield "loss", None, None, Measured(point.loss(point.parameters), 0.0, 1)
     for law in _laws(space):
         sizes = noise_sizes(point, law)
         for sigma in settings.sigmas:
@@ -218,7 +217,7 @@ def _rises(point: Point, space: Space, settings: Settings) -> Iterator[Row]:
         yield "worst", None, rho, _check_finite(worst_sharpness(point, rho), f"at rho {rho:g}", "--rho")
 
 
-def _check_finite(found: Estimate, where: str, option: str) -> Estimate:
+def _check_finite(found: Measured, where: str, option: str) -> Measured:
     if not math.isfinite(found.value):
         raise UserError(f"The loss {where} is not finite; give smaller sizes with {option}.")
     return found

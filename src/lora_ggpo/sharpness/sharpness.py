@@ -18,8 +18,6 @@ curvature
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,29 +29,11 @@ from torch import Tensor
 
 from lora_ggpo.perturbation.scales import Norms, relative
 from lora_ggpo.sharpness.point import Parameters, Point, move, row_norms_squared, rows_view
+from lora_ggpo.tasks.metrics import Measured, measure_mean
 
 NoiseLaw = Literal["isotropic", "rows", "guided"]
 """``"isotropic"``: one tau for all entries. ``"rows"``: tau_i ~ ||W'_i||, LoRA-GGPO's with beta = 0. ``"guided"``:
 LoRA-GGPO's rule "relative" with the exact dL/dW'. All three have the energy sum tau^2 = sigma^2 ||theta*||^2."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and the error of its estimate: the standard error (nan from one draw), if nothing else is said."""
-
-    value: float
-    se: float
-
-    def to_dict(self) -> dict[str, float | None]:
-        """As JSON holds it."""
-        return {"value": self.value, "se": self.se if math.isfinite(self.se) else None}
-
-
-def estimate(draws: Sequence[float]) -> Estimate:
-    """The mean of independent draws."""
-    array = np.asarray(draws, dtype=np.float64)
-    se = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
-    return Estimate(float(array.mean()), float(se))
 
 
 # --- on average ----------------------------------------------------------------------------------------------------
@@ -77,7 +57,7 @@ def noise_sizes(point: Point, law: NoiseLaw, beta: float = 0.5) -> Parameters:
     return sizes
 
 
-def expected_sharpness(point: Point, sizes: Parameters, sigma: float, draws: int, *, seed: int = 0) -> Estimate:
+def expected_sharpness(point: Point, sizes: Parameters, sigma: float, draws: int, *, seed: int = 0) -> Measured:
     """E[L(theta* + sigma sizes z)] - L(theta*), over `draws` pairs of opposite z ~ N(0, 1).
 
     Points of equal shapes get the same z for the same seed, so that their sharpness can be compared in pairs.
@@ -87,7 +67,7 @@ def expected_sharpness(point: Point, sizes: Parameters, sigma: float, draws: int
         noise = _noise(point, sizes, seed + draw)
         pair = [point.loss(move(point.parameters, noise, sign * sigma)) for sign in (1.0, -1.0)]
         rises.append(sum(pair) / 2 - at_centre)
-    return estimate(rises)
+    return measure_mean(np.array(rises))
 
 
 def _noise(point: Point, sizes: Parameters, seed: int) -> dict[str, Tensor]:
@@ -101,7 +81,7 @@ def _noise(point: Point, sizes: Parameters, seed: int) -> dict[str, Tensor]:
 # --- at worst ------------------------------------------------------------------------------------------------------
 
 
-def worst_sharpness(point: Point, rho: float, steps: int = 10, restarts: int = 2, *, seed: int = 0) -> Estimate:
+def worst_sharpness(point: Point, rho: float, steps: int = 10, restarts: int = 2, *, seed: int = 0) -> Measured:
     """The largest rise found within adaptive distance rho; its error is how much the best and worst restart differ.
 
     The first restart begins at theta*, so that its first step is adaptive SAM's; the others at random places inside.
@@ -122,7 +102,7 @@ def worst_sharpness(point: Point, rho: float, steps: int = 10, restarts: int = 2
             u = _clip(move(u, ascent), radius)
             rises.append(point.loss(move(point.parameters, _times(scale, u))) - at_centre)
         best.append(np.max(rises))  # nan if any is
-    return Estimate(float(np.max(best)), float(np.ptp(best)))
+    return Measured(float(np.max(best)), float(np.ptp(best)), restarts)
 
 
 def _times(one: Parameters, other: Parameters) -> dict[str, Tensor]:
@@ -147,7 +127,7 @@ def _clip(vector: Parameters, length: float) -> dict[str, Tensor]:
 
 def top_eigenvalues(
     point: Point, count: int, *, tol: float = 0.05, products: int = 60, seed: int = 0
-) -> list[Estimate]:
+) -> list[Measured]:
     """The `count` algebraically largest eigenvalues of the Hessian, the largest first.
 
     Args:
@@ -176,17 +156,17 @@ def top_eigenvalues(
     except ArpackNoConvergence as error:
         values, found = error.eigenvalues, error.eigenvectors
     pairs = sorted(zip(values.tolist(), found.T, strict=True), key=lambda pair: -pair[0])
-    return [Estimate(value, float(np.linalg.norm(product(v) - value * v))) for value, v in pairs]
+    return [Measured(value, float(np.linalg.norm(product(v) - value * v)), 1) for value, v in pairs]
 
 
-def trace(point: Point, draws: int, *, sizes: Tensor | None = None, seed: int = 0) -> Estimate:
+def trace(point: Point, draws: int, *, sizes: Tensor | None = None, seed: int = 0) -> Measured:
     """tr(D H D) by Hutchinson's estimator with random signs; D = diag(`sizes`), the identity by default.
 
     With the tau of a noise law at sigma = 1 it is twice the second-order part of the expected sharpness over sigma^2.
     """
     generator = torch.Generator().manual_seed(seed)
     vectors = (point.signs(generator) * (1 if sizes is None else sizes) for _ in range(draws))
-    return estimate([float(v @ point.hessian_product(v)) for v in vectors])
+    return measure_mean(np.array([float(v @ point.hessian_product(v)) for v in vectors]))
 
 
 def flat(parameters: Parameters, like: Parameters) -> Tensor:

@@ -25,11 +25,6 @@ class Interval:
     half: float
     n: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero; never with an unknown width."""
-        return abs(self.mean) > self.half if math.isfinite(self.half) else False
-
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean of independent `values`, at least one, with its interval."""
@@ -41,35 +36,26 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(float(array.mean()), float(half), n)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """The mean of second - first, pair by pair (the same seed in both), with its interval."""
-    return mean_interval(np.subtract(second, first).tolist())
-
-
-def verdict(difference: Interval, second: str, *, higher_is_better: bool) -> str:
-    """In plain words, what the paired difference to `second` says."""
-    if difference.n < 2:
-        return "one seed cannot tell"
-    if not difference.excludes_zero:
-        return "no difference found"
-    if difference.half <= _ROUNDING * abs(difference.mean):
-        return "cannot tell: every seed differs by the same amount"
-    better = (difference.mean > 0) == higher_is_better
-    return f"{second} is {'better' if better else 'worse'}"
-
-
-def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
-    """The two-sided p-value of the paired t test.
+def p_value(differences: Sequence[float]) -> float:
+    """The two-sided p-value of the paired t test, from the differences of the pairs.
 
     nan where that test says nothing: fewer than two pairs, or pairs that all differ by the same amount, which a small
     test set makes likely and which is no proof. Pairs that do not differ at all have 1.
     """
-    differences = np.subtract(second, first)
-    if len(differences) < 2:
-        return math.nan
-    if not vary(differences.tolist()):
-        return math.nan if differences.any() else 1.0
+    if not vary(differences):
+        return math.nan if len(differences) < 2 or any(differences) else 1.0
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def verdict(difference: Interval, p: float, more: str, less: str) -> str:
+    """In plain words, what a paired difference says whose p-value is `p`: `more`, `less`, or that it says neither."""
+    if difference.n < 2:
+        return "one seed cannot tell"
+    if math.isnan(p):
+        return "cannot tell: every seed differs by the same amount"
+    if p >= LEVEL:
+        return "no difference found"
+    return more if difference.mean > 0 else less
 
 
 def vary(values: Sequence[float]) -> bool:
@@ -112,19 +98,6 @@ def detectable_difference(differences_sd: float, n: int, power: float = POWER, l
         return float(np.mean(special.ndtr(shift - critical) + special.ndtr(-shift - critical))) - power
 
     return float(optimize.brentq(excess, 0.0, critical.max() + 10.0)) * differences_sd / math.sqrt(n)
-
-
-def mean_ranks(scores: Mapping[str, Sequence[float]], *, higher_is_better: bool) -> dict[str, float]:
-    """Each method's rank, averaged over tasks; 1 is the best.
-
-    Args:
-        scores: For each method, one score for each task; nan, a method that has none, ranks last. Ties share the mean
-            of their ranks.
-    """
-    table = np.array(list(scores.values()), dtype=np.float64)
-    worst_last = np.where(np.isnan(table), np.inf, -table if higher_is_better else table)
-    ranks = stats.rankdata(worst_last, axis=0).mean(axis=1)
-    return dict(zip(scores, ranks.tolist(), strict=True))
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
