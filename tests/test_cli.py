@@ -60,7 +60,6 @@ def test_schema_is_json():
             ("demo", "score_test=false", "x=1"),
             "error: override 'score_test=false': score_test is decided by the",
         ),
-        (("demo", "ggpo=null", "x=1"), "error: override 'ggpo=null': ggpo null leaves the demo nothing to compare"),
         (("trian",), "No such command 'trian'"),
     ],
 )

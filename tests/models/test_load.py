@@ -151,11 +151,6 @@ def test_wrong_arguments(arguments, sentence):
         load_model(*arguments)
 
 
-def test_a_head_needs_two_labels():
-    with pytest.raises(UserError, match="at least two labels"):
-        label_head(["only"])
-
-
 def test_a_model_that_came_with_settings_of_generation_that_clash_can_be_saved(tiny_llama, tmp_path):
     """Llama-2-chat has a temperature, but no sampling, which transformers does not save."""
     shutil.copytree(tiny_llama, tmp_path / "a")

@@ -183,11 +183,11 @@ def test_a_name_with_a_line_separator(tmp_path):
 
 
 def test_missing_and_damaged_results(tmp_path):
-    with pytest.raises(UserError, match=r"runs\.jsonl cannot be read"):
+    with pytest.raises(UserError, match=r"facts\.json cannot be read"):
         read_results(tmp_path)
     write_results(tmp_path, _runs("accuracy", lora=LORA))
-    (tmp_path / "curves.jsonl").write_text('{"setting": ')
-    with pytest.raises(UserError, match="damaged"):
+    (tmp_path / "curves.jsonl").write_text('{"setting": \n')
+    with pytest.raises(UserError, match=r"curves\.jsonl, line 1 is damaged"):
         read_results(tmp_path)
     with pytest.raises(UserError, match="no run"):
         read_results(write_results(tmp_path / "empty", []))

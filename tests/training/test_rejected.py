@@ -52,16 +52,11 @@ def test_before_the_first_step(tiny_llama, reviews, use, override, message, tmp_
     [
         (["training.optim=galore_adamw"], "training is rejected by transformers: You need to install `galore_torch`"),
         (["training.optim_args='a=b,c'"], "training is rejected by transformers: not enough values to unpack"),
-        (["training.optim_args='foo=1'"], "training.optim_args changes nothing with optim adamw_torch"),
         (
             ["training.gradient_checkpointing=true", "training.gradient_checkpointing_kwargs={nope: 1}"],
             "training is rejected by torch: Unexpected keyword arguments: nope",
         ),
         (["training.log_level=loud"], "training is rejected by transformers: 'loud' is none of its choices"),
-        (
-            ["stop_loss=0.1", "validate_every=5"],
-            "validate_every is 5, but the run has 4 steps, in which stop_loss is never looked at; lower it.",
-        ),
         (
             ["training.dataloader_drop_last=true", "training.per_device_train_batch_size=100"],
             "training rows do not fill one of 100, so there is no step to take",

@@ -6,45 +6,21 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from lora_ggpo.cli import (
-    chat,
-    compare,
-    demo,
-    evaluate,
-    merge,
-    methods,
-    plan,
-    schema,
-    sharpness,
-    show,
-    study,
-    suite,
-    train,
-)
 from lora_ggpo.cli.errors import report_errors
 from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
 
-COMMANDS = {
-    "train": train,
-    "plan": plan,
-    "eval": evaluate,
-    "suite": suite,
-    "chat": chat,
-    "merge": merge,
-    "show": show,
-    "schema": schema,
-    "demo": demo,
-    "compare": compare,
-    "study": study,
-    "sharpness": sharpness,
-    "methods": methods,
-}
+COMMANDS = (
+    *("train", "plan", "eval", "suite", "chat", "merge", "show", "schema"),
+    *("demo", "compare", "study", "sharpness", "methods"),
+)
+"""Each is a module beside this one, with a function `command`; help lists them in this order."""
 
 
 class _Group(TyperGroup):
@@ -59,8 +35,8 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for _name, _module in COMMANDS.items():
-    app.command(_name)(report_errors(_module.command))
+for _name in COMMANDS:
+    app.command(_name)(report_errors(import_module(f"lora_ggpo.cli.{_name}").command))
 
 
 def _show_version(asked: bool) -> None:

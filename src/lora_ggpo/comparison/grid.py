@@ -207,10 +207,6 @@ def plan_demo(seeds: int, output: Path, overrides: Iterable[str] = ()) -> Grid:
     """
     text = (files("lora_ggpo.comparison") / "demo.yaml").read_text(encoding="utf-8")
     source = parse_source(text, "the demo's recipe", overrides)
-    if source.values.get("ggpo") is None:
-        raise UserError(f"{source.where(('ggpo',))}: ggpo null leaves the demo nothing to compare; leave it out.")
-    if (output / "lora-ggpo").is_dir():
-        raise UserError(f"{output} holds a demo of an earlier release; choose another --output.")
     methods = (
         Method("lora", "LoRA", "2106.09685", {"ggpo": None}, plain=False),
         Method("ggpo", "LoRA-GGPO", "2502.14538", plain=False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,16 +43,11 @@ def read_results(folder: Path) -> Results:
     Raises:
         UserError: one of them is missing or damaged, or there is no run.
     """
-    try:
-        texts = [(folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("runs", "tuning", "curves")]
-        runs, tuning, curves = ([json.loads(line) for line in text.split("\n") if line] for text in texts)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"The results in {folder} are damaged: {error}.") from error
+    facts = {"environments": [], **read_json(folder / "facts.json")}
+    runs, tuning, curves = (read_json_lines(folder / f"{name}.jsonl") for name in ("runs", "tuning", "curves"))
     if not runs:
         raise UserError(f"{folder} holds no run to report.")
-    return Results(runs, tuning, curves, {"environments": [], **read_json(folder / "facts.json")})
+    return Results(runs, tuning, curves, facts)
 
 
 def write_results(grid: Grid, tuning: Iterable[PlannedRun], runs: Iterable[PlannedRun]) -> None:

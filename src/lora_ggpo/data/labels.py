@@ -85,7 +85,5 @@ def _class_name(value: object, table: Table, column: str, row: int) -> str:
             )
         value = int(value)
     if isinstance(value, int):
-        if value.bit_length() > 63:
-            raise UserError(f"{table.where(row)}: the label in column {column!r} is too large for an integer.")
         return str(value)
     return table.require_text(value, column, row).strip()

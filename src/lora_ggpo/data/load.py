@@ -135,11 +135,6 @@ class Reader(ABC):
             raise UserError(
                 f"data.train_size is {size}, but {origin} gives {rows} rows to train on; ask for at most {rows}."
             )
-        if size < len(set(strata)):
-            raise UserError(
-                f"data.train_size is {size}, but the training data has {len(set(strata))} classes; ask for at least "
-                "one row of each."
-            )
         return _take(train, np.sort(stratified_order(strata, self.config.split_seed)[:size]).tolist())
 
 

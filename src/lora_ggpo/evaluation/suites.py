@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +21,11 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import gsm8k, harness, humaneval, mtbench
 from lora_ggpo.evaluation.generate import Sampling
 from lora_ggpo.evaluation.suite_run import Options, SuiteRun
-from lora_ggpo.evaluation.target import Target, find_targets, load_target
+from lora_ggpo.evaluation.target import find_targets, load_target
 from lora_ggpo.models.chat_template import write_day, written_day
+from lora_ggpo.training.identity import recorded_day
 from lora_ggpo.training.scorer import Scores, file_name, plain
-from lora_ggpo.workspace.files import read_json, write_json
+from lora_ggpo.workspace.files import write_json
 from lora_ggpo.workspace.folder import claim
 from lora_ggpo.workspace.libraries import versions
 from lora_ggpo.workspace.progress import Reporter
@@ -97,7 +97,9 @@ def _find(suite: str, options: Options) -> Suite:
 
 
 def _evaluate(run: SuiteRun, row: Suite) -> Scores:
-    _keep_day(run.target, run.folder / "settings.json")
+    begun = recorded_day(run.folder / "settings.json", "day")
+    if begun:  # a chat template that writes the present day goes on with that one
+        write_day(run.target.tokenizer, begun)
     settings = _settings(run)
     with claim(run.folder, settings, "an evaluation with other settings", begun="[!.]*.json*"):
         scores = row.score(run)
@@ -127,13 +129,3 @@ def _settings(run: SuiteRun) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "seed": sampling.seed,
     }
-
-
-def _keep_day(target: Target, file: Path) -> None:
-    """Let a chat template that writes the present day write that on which the evaluation was begun."""
-    there = read_json(file) if file.is_file() else {}
-    if isinstance(there, dict) and there.get("day"):
-        try:
-            write_day(target.tokenizer, date.fromisoformat(there["day"]))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{file} is damaged: {there['day']!r} is no day; choose another --output.") from error

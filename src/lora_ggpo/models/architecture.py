@@ -29,14 +29,8 @@ class Architecture:
     check: Callable[[str, Any], None]
 
 
-def label_head(labels: list[str] | None) -> dict[str, Any]:
-    """The config of a head with one output for each of `labels`.
-
-    Raises:
-        UserError: there are fewer than two.
-    """
-    if labels is None or len(labels) < 2:
-        raise UserError(f"A classification model needs at least two labels, not {labels!r}.")
+def label_head(labels: list[str]) -> dict[str, Any]:
+    """The config of a head with one output for each of `labels`."""
     return {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),

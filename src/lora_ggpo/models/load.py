@@ -66,11 +66,6 @@ def load_model(
         UserError: the model cannot be found or read, or is not of the needed type.
     """
     source, gguf_file = locate(name)
-    if quantisation and gguf_file:
-        raise UserError(
-            f"quantise {quantisation.kind} does not read GGUF files such as that of model {name!r}; save the model in "
-            "a folder with save_pretrained first (docs/recipes.md shows how), and give that folder."
-        )
     options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
     with explain_unreadable("Model", name), quiet_loading():
         config = AutoConfig.from_pretrained(source, **options, **(head or {}))

@@ -104,12 +104,10 @@ def parse_source(text: str, name: str, overrides: Iterable[str] = ()) -> Source:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{name}, line {line}: this is not valid YAML: {error.problem}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML's scanner: the number of a %YAML directive
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
         raise UserError(f"{name} is not a recipe: its values are nested too deeply.") from error
-    except ValueError as error:  # PyYAML's scanner: the number of a %YAML directive
-        raise UserError(f"{name} is not valid YAML: {error}.") from error
     if not isinstance(values, dict):
         raise UserError(f"{name}: a recipe is a YAML mapping (model: ..., task: ...), not a {type(values).__name__}.")
     for key, shorthand in _SHORTHANDS.items():

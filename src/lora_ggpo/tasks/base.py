@@ -144,8 +144,6 @@ class Task(ABC):
             dataset: Columns as the task's reader makes them.
             name: Of the set, which warnings and errors about its rows begin with.
         """
-        if len(dataset) == 0:
-            raise UserError("The data has no rows.")
         if self.config.max_length > tokenizer.model_max_length:
             raise UserError(
                 f"task.max_length = {self.config.max_length} is more than the {tokenizer.model_max_length} tokens "

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, Value
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +56,7 @@ class Classification(ClassTask):
 
     @property
     def head(self) -> dict[str, Any]:
-        return label_head(self.labels)
+        return label_head(self.labels or [])
 
     def rows(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[Row]]:
         return encode_texts(dataset, tokenizer, self.config.max_length, "label")
@@ -104,34 +102,21 @@ def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str,
     resamples of the examples (seeded, so the same data give the same figure); s / sqrt(n) for log loss.
     Macro F1 averages over the classes that occur in the labels or the predictions.
     """
-    n = len(labels)
-    predicted = probabilities.argmax(axis=1)
-    accuracy = float(accuracy_score(labels, predicted))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="A single label was found")  # the correlation is then 0
-        mcc = float(matthews_corrcoef(labels, predicted))
-    f1_se, mcc_se = _bootstrap_f1_mcc(labels, predicted)
+    n, predicted = len(labels), probabilities.argmax(axis=1)
+    accuracy = float(np.mean(labels == predicted))
+    # F1 and the correlation depend on the data through the confusion counts alone, and drawing n examples with
+    # replacement draws those counts from a multinomial: that is the bootstrap at a fraction of its cost.
+    classes = int(max(labels.max(), predicted.max())) + 1
+    cells, counts = np.unique(labels * classes + predicted, return_counts=True)
+    draws = np.random.default_rng(SEED).multinomial(n, counts / n, size=RESAMPLES)
+    found = _f1_mcc(cells // classes, cells % classes, np.vstack([counts, draws]), classes)
+    (f1, mcc), (f1_se, mcc_se) = found[0].tolist(), found[1:].std(axis=0, ddof=1).tolist()
     return {
         "accuracy": Measured(accuracy, math.sqrt(accuracy * (1 - accuracy) / n), n),
-        "f1": Measured(float(f1_score(labels, predicted, average="macro", zero_division=0)), f1_se, n),
+        "f1": Measured(f1, f1_se, n),
         "mcc": Measured(mcc, mcc_se, n),
         "log_loss": measure_mean(-np.log(np.clip(probabilities[np.arange(n), labels], _SMALLEST_PROBABILITY, 1.0))),
     }
-
-
-def _bootstrap_f1_mcc(labels: Integers, predicted: Integers) -> tuple[float, float]:
-    """Standard errors of macro F1 and Matthews correlation.
-
-    Both depend on the data through the confusion counts alone, and drawing n examples with replacement draws those
-    counts from a multinomial: that is the bootstrap at a fraction of its cost.
-    """
-    classes = int(max(labels.max(), predicted.max())) + 1
-    cells, counts = np.unique(labels * classes + predicted, return_counts=True)
-    rows, columns = cells // classes, cells % classes
-    draws = np.random.default_rng(SEED).multinomial(len(labels), counts / counts.sum(), size=RESAMPLES)
-    scores = _f1_mcc(rows, columns, draws, classes)
-    f1_se, mcc_se = scores.std(axis=0, ddof=1)
-    return float(f1_se), float(mcc_se)
 
 
 def _f1_mcc(rows: Integers, columns: Integers, counts: Integers, classes: int) -> Floats:

@@ -100,7 +100,7 @@ def build_model(
     encoded = task.encode(splits.train, tokenizer, "train")
     check_tokens(base, tokenizer, encoded["input_ids"], "train: Row")
     rows = task.begin(base, encoded)
-    _check_steps(recipe, args, len(rows))
+    _check_steps(args, len(rows))
     return _make_trainable(recipe, args, base, rows, task.collator(tokenizer)), tokenizer, rows
 
 
@@ -123,8 +123,8 @@ def _make_trainable(
     return add_adapter(base, recipe.adapter_fields, recipe.task.type.architecture, total_steps=steps, batches=batches)
 
 
-def _check_steps(recipe: Recipe, args: TrainingArguments, rows: int) -> None:
-    """Refuse a run that would take no step, or would never look at its stop_loss."""
+def _check_steps(args: TrainingArguments, rows: int) -> None:
+    """Refuse a run that would take no step."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
         of = f"{args.world_size} processes x {args.per_device_train_batch_size}" if args.world_size > 1 else str(batch)
@@ -132,12 +132,6 @@ def _check_steps(recipe: Recipe, args: TrainingArguments, rows: int) -> None:
             f"training.dataloader_drop_last leaves out every batch that is not full, and {rows} training rows do not "
             f"fill one of {of}, so there is no step to take; lower training.per_device_train_batch_size to {rows} or "
             "less, or leave dataloader_drop_last out."
-        )
-    steps = optimizer_steps(args, rows)
-    if recipe.stop_loss and recipe.validate_every and recipe.validate_every > steps:
-        raise UserError(
-            f"validate_every is {recipe.validate_every}, but the run has {steps} steps, in which stop_loss is never "
-            "looked at; lower it."
         )
 
 

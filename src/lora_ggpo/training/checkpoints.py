@@ -51,15 +51,11 @@ def last_whole(folder: Path) -> Path | None:
     return next(filter(is_whole, newest_first), None)
 
 
-def remove_broken(folder: Path) -> Path | None:
-    """Delete broken checkpoints, which would count when older ones are deleted; return the newest one left."""
-    whole = []
+def remove_broken(folder: Path) -> None:
+    """Delete broken checkpoints, which would count when older ones are deleted."""
     for checkpoint in _checkpoints(folder):
-        if is_whole(checkpoint):
-            whole.append(checkpoint)
-        else:
+        if not is_whole(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
-    return max(whole, key=step_of, default=None)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def keep_day(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Make a chat template that writes today's date write the day on which the run in `folder` was begun."""
     if not writes_day(tokenizer):
         return
-    day = recorded_day(folder)
+    day = recorded_day(folder / "versions.json", "begun")
     if day is None:
         day = date.fromtimestamp((folder / "recipe.yaml").stat().st_mtime)
         warnings.warn(
@@ -102,14 +102,17 @@ def keep_day(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     write_day(tokenizer, day)
 
 
-def recorded_day(folder: Path) -> date | None:
-    """The day on which the run in `folder` was begun, if it is written down."""
-    file = folder / "versions.json"
-    known = _written(file)
+def recorded_day(file: Path, key: str) -> date | None:
+    """The day that a `file` of a run or an evaluation has under `key`, if it is written down.
+
+    Raises:
+        UserError: what is written there is no day.
+    """
+    day = _written(file).get(key)
     try:
-        return date.fromisoformat(known["begun"]) if "begun" in known else None
+        return None if day is None else date.fromisoformat(day)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged: {known['begun']!r} is no day such as 2026-01-31.") from error
+        raise UserError(f"{file} is damaged: {day!r} is no day such as 2026-01-31.") from error
 
 
 def same_model(folder: Path, other: Path) -> bool:
@@ -120,7 +123,8 @@ def same_model(folder: Path, other: Path) -> bool:
 
 
 def _written(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}  # an earlier release did not write it
+    found = read_json(file) if file.exists() else {}  # an earlier release did not write it
+    return found if isinstance(found, dict) else {}
 
 
 def _differs(file: Path, now: dict[str, Any]) -> bool:
@@ -130,7 +134,7 @@ def _differs(file: Path, now: dict[str, Any]) -> bool:
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     """`facts` without the names of out-of-domain sets, which an earlier release called by their paths."""
-    if not isinstance(facts, dict) or not isinstance(facts.get("splits"), dict):
+    if not isinstance(facts.get("splits"), dict):
         return facts
     own = {name: facts["splits"].get(name) for name in ("train", "validation", "test")}
     others = [json.dumps(of, sort_keys=True) for name, of in facts["splits"].items() if name not in own]

@@ -144,9 +144,10 @@ class _Unfinished:
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from; broken ones are deleted first."""
-        found = remove_broken(self._checkpoints) if is_first() else None
+        if is_first():
+            remove_broken(self._checkpoints)
         wait_for_all()
-        checkpoint = found if is_first() else last_whole(self._checkpoints)
+        checkpoint = last_whole(self._checkpoints)
         if checkpoint:
             check_checkpoint(checkpoint, self.recipe.resolved(self.args.seed))
         return checkpoint
@@ -246,7 +247,7 @@ class _Unfinished:
         installed = self.recipe.quantise and find_spec("bitsandbytes")
         quantiser = {"bitsandbytes": version("bitsandbytes")} if installed else {}
         machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
-        begun = {"begun": (recorded_day(self.folder) or date.today()).isoformat()}
+        begun = {"begun": (recorded_day(self.folder / "versions.json", "begun") or date.today()).isoformat()}
         write_json(self.folder / "versions.json", {**begun, **versions(), **quantiser, **machine})
 
 

@@ -4,7 +4,6 @@ the first loss that is not finite, and the optimizers and gradients of other met
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from copy import copy
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.training_args import OptimizerNames
 
-from lora_ggpo.errors import DivergedError, UserError, explain_rejection
+from lora_ggpo.errors import DivergedError, explain_rejection
 from lora_ggpo.methods.ascent import Ascent
 from lora_ggpo.tasks import NO_LOSS
 
@@ -60,14 +58,6 @@ class EpochSampler(Sampler[int]):
         return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
 
 
-def _same_without_optim_args(args: TrainingArguments, model: Any) -> bool:
-    """Whether transformers makes the same optimizer without ``optim_args``: it reads them for some optimizers only."""
-    without = copy(args)
-    without.optim_args = None
-    make = Trainer.get_optimizer_cls_and_kwargs
-    return bool(make(args, model) == make(without, model))
-
-
 class RunTrainer(MontecloraTrainerMixin, Trainer):
     """The Trainer of a run.
 
@@ -107,16 +97,9 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
         return EpochSampler(self._lengths, self.args.seed, rows_a_step if strategy == "group_by_length" else None)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """As Trainer's, or what `make_optimizer` makes.
-
-        Raises:
-            UserError: the optimizer does not look at its arguments.
-        """
+        """As Trainer's, or what `make_optimizer` makes."""
         if self.optimizer is None and self._make_optimizer:
             self.optimizer = self._make_optimizer(model or self.model, self.args)
-        elif self.args.optim_args and _same_without_optim_args(self.args, model or self.model):
-            optim = OptimizerNames(self.args.optim).value
-            raise UserError(f"training.optim_args changes nothing with optim {optim}; leave it out.")
         optimizer = super().create_optimizer(model)
         if self._make_ascent and self._ascent is None:
             inner: Any = self.model  # before DDP wraps it, and before the optimizer gets its schedule and its past
