@@ -70,11 +70,11 @@ def test_comparison_figures(draw):
 
 
 def test_inline_svg_is_one_element_without_ids_that_clash():
-    first, second = inline_svg(_forest()), inline_svg(_curves())
+    first, second = (inline_svg(render(draw(), "svg")) for draw in (_forest, _curves))
     assert first.startswith("<svg")
     ElementTree.fromstring(second)
     assert "figure_1" not in first + second
-    assert first == inline_svg(_forest())
+    assert first == inline_svg(render(_forest(), "svg"))
 
 
 def test_highlighted_methods_have_their_colours_and_others_are_grey():

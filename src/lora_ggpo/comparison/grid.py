@@ -122,7 +122,7 @@ class Grid:
 
     def _run(self, setting: str, method: Method, seed: int, values: Values, trial: int | None = None) -> PlannedRun:
         place = ["runs", method.name] if trial is None else ["tuning", method.name, f"trial-{trial}"]
-        folder = self.output / "/".join(filter(None, [folder_name(setting), *place]))
+        folder = self.output / "/".join(filter(None, [re.sub(r"[^\w.=-]+", "_", setting), *place]))
         varied = self.settings[setting]
         values = {key: varied.get(key, value) for key, value in values.items()}
         fixed: Values = {"seeds": [seed], "output": folder.as_posix()}
@@ -247,8 +247,3 @@ def _grid(
     grid.tuning()
     grid.final()
     return grid
-
-
-def folder_name(setting: str) -> str:
-    """A setting's name as a folder."""
-    return re.sub(r"[^\w.=-]+", "_", setting)

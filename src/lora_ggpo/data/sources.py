@@ -8,11 +8,13 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import datasets
+
 from lora_ggpo.data.bundled import BUNDLED, read_bundled
-from lora_ggpo.data.files import has_known_suffix, read_file, read_folder
-from lora_ggpo.data.hub import read_hub
+from lora_ggpo.data.files import SPLIT_NAMES, has_known_suffix, read_file, read_folder
 from lora_ggpo.data.table import Table
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, first_line
+from lora_ggpo.workspace.libraries import quiet_loading
 from lora_ggpo.workspace.paths import expand_home
 
 ALL = "all"  # the one table of a source that has no splits
@@ -70,3 +72,21 @@ def read_tables(source: str, subset: str | None = None, columns: Sequence[str] |
     if near:
         raise UserError(f"There is no bundled data {source!r}; did you mean {near[0]!r}?")
     return read_hub(source, subset)
+
+
+def read_hub(name: str, subset: str | None) -> dict[str, Table]:
+    """Return a hub dataset's tables by split, as `read_folder` does for files; no code of the dataset is run."""
+    shown = f"{name} ({subset})" if subset else name
+    try:
+        with quiet_loading():
+            loaded = datasets.load_dataset(name, subset)
+    except Exception as error:  # what the hub client and the file readers behind it raise is open-ended
+        reason = first_line(error).rstrip(".")
+        raise UserError(
+            f"The data {shown} is no local file and could not be loaded from the hub ({reason}); "
+            "check the name and data.subset, or give a local file or folder as data.source."
+        ) from error
+    found = {SPLIT_NAMES[str(split)]: (split, data) for split, data in loaded.items() if str(split) in SPLIT_NAMES}
+    if not found:
+        raise UserError(f"The hub data {shown} has no train, validation or test split, only {', '.join(loaded)}.")
+    return {name: Table.of_arrow(data.data.table, f"{shown} {split}") for name, (split, data) in found.items()}

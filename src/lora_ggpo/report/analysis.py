@@ -16,6 +16,7 @@ from lora_ggpo.statistics.intervals import (
     Interval,
     detectable_difference,
     holm,
+    is_finite,
     mean_interval,
     p_value,
     pooled_sd,
@@ -173,7 +174,7 @@ def _setting(name: str, results: Results) -> SettingResult:
 def _values(runs: Sequence[Row], name: str, metric: str) -> dict[int, float]:
     """Values by seed; a value that is not finite is none."""
     found = {run["seed"]: run["evaluation"].get(name, {}).get(metric, {}).get("value") for run in runs}
-    return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+    return {seed: value for seed, value in found.items() if is_finite(value)}
 
 
 def _differences(values: Values, baseline: str) -> dict[str, list[float]]:

@@ -226,7 +226,7 @@ def _over_steps(
     keys = {(TRAIN, "loss"): "loss"} | {(VALIDATION, of): f"validation/{metric}" for of, metric in quantities.items()}
     found = []
     for (data, quantity), key in keys.items():
-        steps, values = seed_curves([_with_number(rows, key) for rows in logs.values()], key)
+        steps, values = seed_curves(list(logs.values()), key)
         if not steps:
             continue
         places, values = average_windows(steps, values) if data == TRAIN else (tuple(map(float, steps)), values)
@@ -240,10 +240,6 @@ def _over_steps(
 def _threshold(fitted: Curve) -> float | None:
     level = FITTED_ERROR if fitted.quantity == "error" else FITTED_LOSS
     return interpolation_threshold(fitted.places, fitted.values, level)
-
-
-def _with_number(rows: Sequence[Row], key: str) -> list[Row]:
-    return [row for row in rows if row.get(key) is not None and math.isfinite(row[key])]
 
 
 def _by_seed(runs: Sequence[Row], name: str, metric: str) -> dict[int, float]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -68,12 +67,23 @@ class Report:
             values: What it needs beside the report.
         """
         (folder / "figures").mkdir(exist_ok=True)
+        drawn = []
         for name, figure in self.figures.items():
-            for kind in ("png", "svg"):
-                write_bytes(folder / "figures" / f"{name}.{kind}", render(figure, kind))
+            files = {kind: render(figure, kind) for kind in ("png", "svg")}
+            for kind, file in files.items():
+                write_bytes(folder / "figures" / f"{name}.{kind}", file)
+            drawn.append((Markup(inline_svg(files["svg"])), self.captions[name]))
         write_text(folder / markdown, self._markdown())
-        write_text(folder / latex, self._latex())
-        write_text(folder / "report.html", self._page(template, values))
+        latex_tables = [table.latex(section.heading) for section in self._shown() for table in section.tables]
+        write_text(folder / latex, "% \\usepackage{booktabs}\n" + "\n".join(latex_tables))
+        page = Environment(
+            loader=PackageLoader("lora_ggpo", "report"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        ).get_template(template)
+        write_text(folder / "report.html", page.render(report=self, drawn=drawn, **values))
 
     def _shown(self) -> list[Section]:
         return [section for section in self.sections if not section.folded]
@@ -89,18 +99,6 @@ class Report:
             parts += [table.markdown("###" if section.heading else "##") for table in section.tables]
         made = escape_markdown("; ".join(f"{name} {value}" for name, value in self.made))
         return "".join([*parts, f"{self.notes}\n", f"\nMade with: {made}.\n" if made else ""])
-
-    def _latex(self) -> str:
-        tables = [table.latex(section.heading) for section in self._shown() for table in section.tables]
-        return "% \\usepackage{booktabs}\n" + "\n".join(tables)
-
-    def _page(self, template: str, values: Mapping[str, Any]) -> str:
-        loader = FunctionLoader(lambda name: (files("lora_ggpo.report") / name).read_text(encoding="utf-8"))
-        environment = Environment(
-            loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        drawn = [(Markup(inline_svg(figure)), self.captions[name]) for name, figure in self.figures.items()]
-        return environment.get_template(template).render(report=self, drawn=drawn, **values)
 
 
 def provenance(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -290,16 +290,16 @@ def draw_planes(planes: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 @rc_context(fname=_STYLE)
-def render(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
+def render(figure: Figure, kind: str) -> bytes:
     """The figure as a ``png`` or ``svg`` file; the same figure is always the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=_NO_METADATA if kind == "svg" else None, transparent=transparent)
+    figure.savefig(buffer, format=kind, metadata=_NO_METADATA if kind == "svg" else None)
     return buffer.getvalue()
 
 
-def inline_svg(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element for an HTML page, without a background."""
-    text = render(figure, "svg", transparent=True).decode()
+def inline_svg(file: bytes) -> str:
+    """An ``svg`` file as an element for an HTML page, without a background."""
+    text = file.decode().replace('style="fill: #ffffff"', 'style="fill: none"')
     return re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # figures would share their ids
 
 

@@ -80,7 +80,8 @@ def _verdict(curves: Sequence[Curve], found: StudyResult) -> str:
     long = [curve for curve in curves if len(curve.places) >= 4]
     if not long:
         return "too few points: a double descent takes four or more"
-    sure = sorted((curve for curve in long if curve.found), key=_in_spreads, reverse=True)
+    sure = [curve for curve in long if curve.found]
+    sure.sort(key=lambda curve: (curve.descent and curve.descent.relative) or 0.0, reverse=True)
     more = [f"and {len(sure) - _NAMED} more"] if len(sure) > _NAMED else []
     rises = ", ".join([*(_rise(curve, found) for curve in sure[:_NAMED]), *more])
     words = [f"double descent: {rises}" if sure else "no double descent found"]
@@ -92,10 +93,6 @@ def _verdict(curves: Sequence[Curve], found: StudyResult) -> str:
         if those:
             words.append(f"{len(those)} of {len(long)} mean curves rise between two descents, {why}")
     return "; ".join(words)
-
-
-def _in_spreads(curve: Curve) -> float:
-    return (curve.descent and curve.descent.relative) or 0.0
 
 
 def _rise(curve: Curve, found: StudyResult) -> str:

@@ -23,7 +23,7 @@ def study_figures(found: StudyResult) -> dict[str, Figure]:
     for axis in (*found.numeric, STEP):
         curves = [curve for curve in found.curves if curve.axis == axis]
         if curves:
-            figures[_figure_name(axis, found)] = _draw_curves(axis, curves, found)
+            figures["steps" if axis == STEP else f"axis-{found.axis_name(axis)}"] = _draw_curves(axis, curves, found)
     for name, make, data, axes in (
         ("heat-steps", _step_maps, VALIDATION, (*found.numeric[:1], STEP)),
         ("heat-axes", _axis_maps, found.sets[0], found.numeric[:2]),
@@ -33,10 +33,6 @@ def study_figures(found: StudyResult) -> dict[str, Figure]:
             rows, columns = (_axis_label(axis, found) for axis in axes)
             figures[name] = draw_heat_maps(maps, columns, rows, f"{data} {QUANTITIES[found.best].shown_as}")
     return figures
-
-
-def _figure_name(axis: str, found: StudyResult) -> str:
-    return "steps" if axis == STEP else f"axis-{found.axis_name(axis)}"
 
 
 def _axis_label(axis: str, found: StudyResult) -> str:

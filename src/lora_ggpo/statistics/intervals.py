@@ -109,8 +109,13 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
     return front
 
 
+def is_finite(value: float | None) -> bool:
+    """Whether there is a value, and it is finite."""
+    return value is not None and math.isfinite(value)
+
+
 def seed_curves(logs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[list[int], NDArray[np.float64]]:
-    """What the logs of several seeds have under `key`, at the steps that all of them have: steps and (seeds, steps)."""
-    curves = [{row["step"]: row[key] for row in log if row.get(key) is not None} for log in logs]
+    """The finite values of several seeds' logs under `key`, at the steps that all have: steps and (seeds, steps)."""
+    curves = [{row["step"]: row[key] for row in log if is_finite(row.get(key))} for log in logs]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     return steps, np.array([[one[step] for step in steps] for one in curves], dtype=np.float64)
