@@ -62,10 +62,7 @@ def write(path, rows):
 def test_problems_of_a_file(tmp_path):
     rows = [{"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"}, {"question": "Half?", "answer": "#### 1,000.5"}]
     problems = load_problems(write(tmp_path / "gsm.jsonl", rows))
-    assert [(one.id, one.question, one.answer) for one in problems] == [
-        ("0", "1 + 1?", 2),
-        ("1", "Half?", Fraction("1000.5")),
-    ]
+    assert [(one.question, one.answer) for one in problems] == [("1 + 1?", 2), ("Half?", Fraction("1000.5"))]
 
 
 def test_the_test_split_of_a_folder(tmp_path):
@@ -77,13 +74,16 @@ def test_the_test_split_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "2?", "answer": "2"}, r'gsm\.jsonl, line 2: the answer must end in "#### " and a number'),
+        ({"question": "2?", "answer": "2"}, r'gsm\.jsonl, line 2: answer: it must end in "#### " and a number; GSM8K'),
         (
             {"question": "2?", "answer": "1 + 1 = 2\n#### two"},
-            r'gsm\.jsonl, line 2: the answer must end in "#### " and a number',
+            r'gsm\.jsonl, line 2: answer: it must end in "#### " and a number',
         ),
-        ({"question": "", "answer": "#### 2"}, r"gsm\.jsonl, line 2: column 'question' is empty"),
-        ({"question": "2?", "answer": 2}, r"gsm\.jsonl, line 2: column 'answer' must hold text"),
+        (
+            {"question": "", "answer": "#### 2"},
+            r"gsm\.jsonl, line 2: question: String should have at least 1",
+        ),
+        ({"question": "2?", "answer": 2}, r"gsm\.jsonl, line 2: answer: it must end in"),
     ],
 )
 def test_malformed_problems_are_named(row, message, tmp_path):
@@ -92,5 +92,5 @@ def test_malformed_problems_are_named(row, message, tmp_path):
 
 
 def test_other_columns_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"has no column 'question', only prompt; GSM8K's format is a question, and"):
+    with pytest.raises(UserError, match=r"line 1: question: Field required; GSM8K's format is a question, and"):
         load_problems(write(tmp_path / "gsm.jsonl", [{"prompt": "1?"}]))

@@ -9,12 +9,15 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import datasets
 import pyarrow
+from pydantic import TypeAdapter, ValidationError
 
 from lora_ggpo.errors import UserError
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,17 @@ class Table:
         """Return the place of a row, as in "reviews.csv, line 3"."""
         return f"{self.origin}, {self.unit} {self.positions[row]}"
 
-    def require(self, names: Sequence[str], hint: str) -> None:
-        """Check that there are columns of these names."""
-        for name in names:
-            if name not in self.columns:
-                raise UserError(f"{self.origin} has no column {name!r}{hint}")
+    def parse(self, kind: TypeAdapter[Kind], hint: str) -> list[Kind]:
+        """Return each row as what `kind` makes of it; `hint` says what the file should be."""
+        parsed = []
+        for index, row in enumerate(zip(*map(self.values, self.columns), strict=True)):
+            try:
+                parsed.append(kind.validate_python(dict(zip(self.columns, row, strict=True))))
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = f"{self.where(index)}: {'.'.join(map(str, first['loc']))}"
+                raise UserError(f"{place}: {first['msg'].removeprefix('Value error, ')}; {hint}.") from error
+        return parsed
 
     def column(self, name: str, setting: str) -> list[Any]:
         """Return a column's values."""

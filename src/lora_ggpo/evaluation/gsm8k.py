@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from lora_ggpo.data.sources import ALL, read_tables
-from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.suite_run import SuiteRun
 from lora_ggpo.tasks.metrics import measure_mean
 from lora_ggpo.training.scorer import Scores
@@ -29,29 +29,38 @@ _MARKS = (re.compile(r"####(.*)"), re.compile(r"\banswer\s+is\b(.*)", re.IGNOREC
 _LATEX = ((re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"), (re.compile(r"\{,\}|\\[,!]|(?<=\d)\\ "), ""))
 
 
-class Problem(NamedTuple):
+def _final(answer: object) -> Fraction:
+    _, mark, end = str(answer).rpartition("####")
+    value = extract(mark + end) if mark else None
+    if value is None:
+        raise ValueError('it must end in "#### " and a number')
+    return value
+
+
+class Problem(BaseModel):
     """A question and the number that answers it."""
 
-    id: str
-    question: str
-    answer: Fraction
+    question: str = Field(min_length=1)
+    answer: Annotated[Any, AfterValidator(_final)]
 
 
 def score(run: SuiteRun) -> Scores:
     """Exact match of the number; several samples of a problem are averaged first."""
     target, problems = run.target, load_problems(run.options.data)[: run.options.limit]
-    prompts = [target.prompt(one.id, target.conversation([one.question], [])) for one in problems]
+    texts = [target.conversation([one.question], []) for one in problems]
+    prompts = [target.prompt(str(place), text) for place, text in enumerate(texts)]
     answers = run.generate(prompts, () if target.chat else STOPS)
-    numbers = [[extract(answers[one.id, sample].text) for sample in range(run.sampling.samples)] for one in problems]
+    samples = range(run.sampling.samples)
+    numbers = [[extract(answers[one.id, sample].text) for sample in samples] for one in prompts]
     run.keep_grades(
         {
-            "id": problem.id,
+            "id": prompt.id,
             "sample": sample,
             "right": number == problem.answer,
             "number": None if number is None else str(number),
             "answer": str(problem.answer),
         }
-        for problem, found in zip(problems, numbers, strict=True)
+        for prompt, problem, found in zip(prompts, problems, numbers, strict=True)
         for sample, number in enumerate(found)
     )
     shares = [np.mean([number == one.answer for number in of]) for one, of in zip(problems, numbers, strict=True)]
@@ -70,19 +79,7 @@ def load_problems(source: str | None) -> list[Problem]:
     source = source or HUB
     tables = read_tables(source, SUBSET if source == HUB else None)
     table = next(tables[split] for split in ("test", ALL, "validation", "train") if split in tables)
-    only = f", only {', '.join(table.columns)}"
-    table.require(
-        ("question", "answer"), f'{only}; GSM8K\'s format is a question, and an answer that ends in "#### 42".'
-    )
-    questions, answers = table.texts("question", "question"), table.texts("answer", "answer")
-    problems = []
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        _, mark, end = answer.rpartition("####")
-        value = extract(mark + end) if mark else None
-        if value is None:
-            raise UserError(f'{table.where(row)}: the answer must end in "#### " and a number, as GSM8K\'s do.')
-        problems.append(Problem(f"{row}", question, value))
-    return problems
+    return table.parse(TypeAdapter(Problem), 'GSM8K\'s format is a question, and an answer that ends in "#### 42"')
 
 
 def extract(text: str) -> Fraction | None:

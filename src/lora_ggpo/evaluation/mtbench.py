@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from lora_ggpo.data.files import read_file
-from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.answers import Prompt
 from lora_ggpo.evaluation.judge import Question, ask_judge, find_server
@@ -27,22 +27,27 @@ WITH_REFERENCE = ("math", "reasoning", "coding")
 """Categories whose judge sees a reference answer where the question has one."""
 
 Rating = float | None
+_Any = Annotated[str, Field(min_length=0)]  # a limit, even this, keeps out what no file can hold
+_Text = Annotated[str, Field(min_length=1)]
 
 
-class JudgePrompt(NamedTuple):
+class JudgePrompt(BaseModel):
     """What a judge is told; {question_1}, {answer_1}, {ref_answer_1} and so on stand for the texts."""
 
-    system: str
-    template: str
+    name: str
+    system_prompt: _Any | None
+    prompt_template: _Text
 
 
-class Problem(NamedTuple):
-    """A question of two turns, and reference answers to them, if any."""
+class Problem(BaseModel):
+    """A question of two turns, and reference answers to them, if any; one of the two may be empty."""
 
-    id: str
-    category: str
-    turns: list[str]
-    reference: list[str] | None
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    id: str = Field(alias="question_id", min_length=1)
+    category: _Text
+    turns: tuple[_Text, _Text]
+    reference: tuple[_Any, _Any] | None = None
 
 
 def score(run: SuiteRun) -> Scores:
@@ -82,20 +87,9 @@ def load_problems(source: str | None) -> list[Problem]:
         raise UserError(
             "mt-bench needs its questions: give FastChat's llm_judge/data/mt_bench/question.jsonl as --data."
         )
-    table = read_file(Path(source))
-    table.require(("question_id", "category", "turns"), "; mt-bench takes FastChat's question.jsonl.")
-    categories = table.texts("category", "category")
-    references = table.columns.get("reference", [None] * len(table))
-    problems = []
-    for row, category in enumerate(categories):
-        name = table.require_text(str(table.columns["question_id"][row]), "question_id", row)
-        turns = [table.require_text(text, "turns", row) for text in _two(table, row, "turns")]
-        # FastChat leaves one of the two reference answers empty where there is none.
-        given = None if references[row] is None else _two(table, row, "reference")
-        reference = given and [table.require_text(text, "reference", row) if text else "" for text in given]
-        problems.append(Problem(name, category, turns, reference))
+    problems = read_file(Path(source)).parse(TypeAdapter(Problem), "mt-bench takes FastChat's question.jsonl")
     if len({problem.id for problem in problems}) < len(problems):
-        raise UserError(f"{table.origin} has the same question_id twice; give each question its own.")
+        raise UserError(f"{source} has the same question_id twice; give each question its own.")
     return problems
 
 
@@ -105,13 +99,8 @@ def read_prompts(path: Path = OUR_PROMPTS) -> dict[str, JudgePrompt]:
     Raises:
         UserError: the file cannot be read, holds what is not text, or lacks one of `PROMPTS`.
     """
-    table = read_file(path)
-    columns = ("name", "system_prompt", "prompt_template")
-    table.require(columns, "; give FastChat's judge_prompts.jsonl.")
-    prompts = {}
-    for row, (name, system, template) in enumerate(zip(*(table.values(column) for column in columns), strict=True)):
-        system = table.require_text(system, "system_prompt", row) if system else ""
-        prompts[str(name)] = JudgePrompt(system, table.require_text(template, "prompt_template", row))
+    rows = read_file(path).parse(TypeAdapter(JudgePrompt), "give FastChat's judge_prompts.jsonl")
+    prompts = {row.name: row for row in rows}
     missing = next((name for name in PROMPTS if name not in prompts), None)
     if missing:
         raise UserError(f"{path} has no prompt {missing}; give FastChat's judge_prompts.jsonl.")
@@ -126,8 +115,8 @@ def judge_question(problem: Problem, answers: Sequence[str], turn: int, prompts:
     texts |= {f"answer_{n}": text.strip() for n, text in enumerate(answers, 1)}
     texts |= {f"ref_answer_{n}": text for n, text in enumerate(reference or [], 1)}
     texts |= {"question": texts["question_1"], "answer": texts["answer_1"]}
-    user = re.sub(r"\{(\w+)\}", lambda place: texts.get(place[1], place[0]), prompts[name].template)
-    system = prompts[name].system.strip()
+    user = re.sub(r"\{(\w+)\}", lambda place: texts.get(place[1], place[0]), prompts[name].prompt_template)
+    system = (prompts[name].system_prompt or "").strip()
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     return Question(f"{problem.id}:{turn}", messages, lambda text: rating(text) is not None)
 
@@ -158,10 +147,3 @@ def _means(ratings: Sequence[tuple[Rating, Rating]]) -> dict[str, Measured]:
         "second turn": [second for _, second in ratings if second is not None],
     }
     return {name: measure_mean(np.asarray(values)) for name, values in columns.items() if values}
-
-
-def _two(table: Table, row: int, column: str) -> list[Any]:
-    value = table.columns[column][row]
-    if not isinstance(value, list) or len(value) != 2:
-        raise UserError(f"{table.where(row)}: column {column!r} must hold a list of two texts.")
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -50,7 +51,7 @@ class Target:
     autocast: torch.dtype | None
     folder: Path
 
-    def conversation(self, turns: list[str], answers: list[str], system: str | None = None) -> str | Messages:
+    def conversation(self, turns: Sequence[str], answers: Sequence[str], system: str | None = None) -> str | Messages:
         """What precedes the next answer: `turns` of the user, with the `answers` to all but the last.
 
         Without a chat template a conversation is the turns and answers one behind the other, blank lines between them.
