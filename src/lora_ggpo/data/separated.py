@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,8 +153,15 @@ def _enclosed_rows(records: list[list[_Field]], text: str) -> range:
 
 # --- names of columns ----------------------------------------------------------------------------------------------
 
-_COLA = ("source", "label", "mark", "sentence")
-_STSB = ("genre", "filename", "year", "old_index", "score", "sentence1", "sentence2")
+# Files that are distributed without a header: the names of their columns, and what tells their records.
+_HEADERLESS: dict[tuple[str, ...], Callable[[list[str]], bool]] = {
+    ("source", "label", "mark", "sentence"): lambda fields: (  # CoLA
+        len(fields) == 4 and fields[1] in ("0", "1") and not fields[2].strip("*?# ")
+    ),
+    ("genre", "filename", "year", "old_index", "score", "sentence1", "sentence2"): lambda fields: (  # STS benchmark
+        len(fields) >= 7 and fields[0].startswith("main-") and bool(re.fullmatch(r"[0-5](\.\d+)?", fields[4]))
+    ),
+}
 
 
 def with_header(path: Path, records: Records, columns: Sequence[str] | None) -> tuple[list[str], Records]:
@@ -178,19 +185,7 @@ def with_header(path: Path, records: Records, columns: Sequence[str] | None) -> 
 
 def known_header(records: list[list[str]]) -> tuple[str, ...] | None:
     """The names of the columns of a file that is distributed without a header; None for any other."""
-    if records and all(_is_cola(fields) for fields in records):
-        return _COLA
-    if records and all(_is_stsb(fields) for fields in records):
-        return _STSB
-    return None
-
-
-def _is_cola(fields: list[str]) -> bool:
-    return len(fields) == 4 and fields[1] in ("0", "1") and not fields[2].strip("*?# ")
-
-
-def _is_stsb(fields: list[str]) -> bool:
-    return len(fields) >= 7 and fields[0].startswith("main-") and re.fullmatch(r"[0-5](\.\d+)?", fields[4]) is not None
+    return next((names for names, fits in _HEADERLESS.items() if records and all(map(fits, records))), None)
 
 
 def count_fields(fields: Sequence[object]) -> str:

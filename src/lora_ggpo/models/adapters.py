@@ -67,16 +67,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     """How many parameters are trained, and how many there are; of quantised weights those they stand for."""
-    sizes = [(p.requires_grad, _entries(p)) for p in model.parameters()]
-    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
-
-
-def _entries(parameter: nn.Parameter) -> int:
-    if type(parameter).__name__ == "Params4bit":
-        return 2 * parameter.numel() * parameter.element_size()
-    return parameter.numel()
+    if isinstance(model, PeftModel):
+        trained, parameters = model.get_nb_trainable_parameters()
+        return trained, parameters
+    return model.num_parameters(only_trainable=True), model.num_parameters()
 
 
 def freeze_body(model: PreTrainedModel) -> PreTrainedModel:

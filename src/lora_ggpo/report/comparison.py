@@ -73,7 +73,11 @@ def write_report(folder: Path) -> Report:
 
 def _sections(settings: Sequence[SettingResult], ranks: Mapping[str, float], results: Results) -> list[Section]:
     metric = results.facts["metric"]
-    sections = [Section(setting.name or "Results", _setting_tables(setting, metric)) for setting in settings]
+    sections = []
+    for setting in settings:
+        tables = [_score_table(setting, name, metric) for name in setting.sets]
+        tables += [_training_table(setting, metric)] if setting.trained else []
+        sections.append(Section(setting.name or "Results", [*tables, _cost_table(setting)]))
     tasks = count(sum(len(setting.sets) for setting in settings), "set")
     ranked = tuple((title, f"{rank:.2f}") for title, rank in ranks.items())
     sections.append(Section("", [TextTable(f"Mean rank over {tasks}", ("method", "mean rank"), ranked)]))
@@ -83,11 +87,6 @@ def _sections(settings: Sequence[SettingResult], ranks: Mapping[str, float], res
         tuning = _tuning_table(settings, results)
         sections.append(Section("Tuning", [tuning], folded=True))
     return sections
-
-
-def _setting_tables(setting: SettingResult, metric: str) -> list[TextTable]:
-    tables = [_score_table(setting, name, metric) for name in setting.sets]
-    return [*tables, *([_training_table(setting, metric)] if setting.trained else []), _cost_table(setting)]
 
 
 def _score_table(setting: SettingResult, name: str, metric: str) -> TextTable:

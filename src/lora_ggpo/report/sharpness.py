@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from lora_ggpo.errors import UserError
@@ -17,7 +19,7 @@ from lora_ggpo.report.tables import NOTHING, TextTable, format_interval, rows_ta
 from lora_ggpo.statistics.intervals import Interval, mean_interval, p_value, verdict
 from lora_ggpo.workspace.files import read_json
 
-Key = tuple[str, str, str | None, float | None]
+Key = tuple[str, str, str, float]
 """Space, measure, noise law and size."""
 
 Measured = Mapping[str, Mapping[int, Mapping[str, Any]]]
@@ -72,56 +74,54 @@ def _several(measured: Measured) -> bool:
     return any(len(seeds) > 1 for seeds in measured.values())
 
 
-def _measures(run: Mapping[str, Any]) -> dict[Key, Interval]:
-    """Each value with the error of its estimate."""
-    return {
-        (row["space"], row["measure"], row["noise"], row["size"]): Interval(
-            row["value"], math.nan if row["se"] is None else row["se"], 1
-        )
+def _rows(measured: Measured) -> pd.DataFrame:
+    """A row for each value of each run; without noise or size these are "" and 0."""
+    return pd.DataFrame(
+        {**row, "noise": row["noise"] or "", "size": row["size"] or 0.0, "label": label, "seed": seed}
+        for label, seeds in measured.items()
+        for seed, run in seeds.items()
         for row in run["measures"]
-    }
+    )
 
 
-def _by_key(measured: Measured) -> dict[Key, dict[str, dict[int, Interval]]]:
-    """The values of each measure by label and seed."""
-    found: dict[Key, dict[str, dict[int, Interval]]] = {}
-    for label, seeds in measured.items():
-        for seed, run in seeds.items():
-            for key, interval in _measures(run).items():
-                found.setdefault(key, {one: {} for one in measured})[label][seed] = interval
-    return found
-
-
-def _differences(first: Mapping[int, Interval], second: Mapping[int, Interval]) -> list[float]:
-    """The second less the first, at the seeds of both."""
-    return [second[seed].mean - first[seed].mean for seed in sorted(first.keys() & second.keys())]
+def _by_measure(measured: Measured) -> Iterator[tuple[Key, pd.DataFrame, pd.DataFrame]]:
+    """Each measure with its values and their errors: (seeds, labels)."""
+    for key, rows in _rows(measured).groupby(["space", "measure", "noise", "size"], sort=False):
+        values, errors = (rows.pivot(index="seed", columns="label", values=of) for of in ("value", "se"))
+        yield key, values.reindex(columns=list(measured)), errors
 
 
 def _table(measured: Measured) -> TextTable:
     first, *others = measured
     counts = {label: len(seeds) for label, seeds in measured.items()}
     named = {label: label if len(set(counts.values())) == 1 else f"{label} (n = {n})" for label, n in counts.items()}
-    several = _several(measured)
     rows = []
-    for key, values in _by_key(measured).items():
+    for key, values, errors in _by_measure(measured):
         cells = []
-        for found in (list(of_label.values()) for of_label in values.values()):
-            summary = mean_interval([one.mean for one in found]) if found and several else next(iter(found), None)
-            cells.append(_cell(summary))
-        for differences in (_differences(values[first], values[other]) for other in others):
-            cells.append(_cell(mean_interval(differences) if differences else None, sign=True))
+        for label in measured:
+            interval = _mean(values[label])
+            if interval and not _several(measured):
+                interval = replace(interval, half=float(errors[label].iloc[0]))
+            cells.append(_cell(interval))
+        cells += [_cell(_mean(values[other] - values[first]), sign=True) for other in others]
         rows.append((describe(key), *cells))
     header = ("measure", *named.values(), *(f"{other} - {first}" for other in others))
     return TextTable("Measures", header, tuple(rows))
+
+
+def _mean(values: pd.Series) -> Interval | None:
+    """Over the seeds that have a value; None where none has."""
+    known = values.dropna()
+    return mean_interval(known.tolist()) if len(known) else None
 
 
 def describe(key: Key) -> str:
     """A measure in words."""
     space, measure, noise, size = key
     words = {
-        "expected": f"expected rise, {noise} noise, sigma {size or 0:g}",
-        "worst": f"worst rise found, rho {size or 0:g}",
-        "eigenvalue": f"eigenvalue {size or 0:.0f}",
+        "expected": f"expected rise, {noise} noise, sigma {size:g}",
+        "worst": f"worst rise found, rho {size:g}",
+        "eigenvalue": f"eigenvalue {size:.0f}",
         "trace": f"trace, per sigma² of {noise} noise" if noise else "trace",
     }
     return f"{space}: {words.get(measure, measure)}"
@@ -140,10 +140,11 @@ def _verdicts(measured: Measured) -> dict[str, str]:
     findings = {}
     for other in others:
         said: dict[str, list[str]] = {}
-        for key, values in _by_key(measured).items():
-            differences = _differences(values[first], values[other])
-            if differences and key[1] != "loss":
-                words = verdict(mean_interval(differences), p_value(differences), "sharper", "flatter")
+        for key, values, _ in _by_measure(measured):
+            differences = values[other] - values[first]
+            mean = _mean(differences)
+            if mean and key[1] != "loss":
+                words = verdict(mean, p_value(differences.dropna().tolist()), "sharper", "flatter")
                 said.setdefault(words, []).append(describe(key))
         counts = (f"{w}: {', '.join(of) if len(of) <= 4 else f'{len(of)} measures'}" for w, of in said.items())
         findings[f"{other} against {first}"] = "; ".join(counts) or "no seed in common"
@@ -154,8 +155,7 @@ def _verdicts(measured: Measured) -> dict[str, str]:
 
 
 def _figures(measured: Measured, lines: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    runs = [run for seeds in measured.values() for run in seeds.values()]
-    spaces = list(dict.fromkeys(row["space"] for run in runs for row in run["measures"]))
+    spaces = list(_rows(measured)["space"].unique())
     slices = {
         f"{space}: loss along a filter-normalised direction": _stack(measured, "slices", space, "at", "loss")
         for space in spaces
@@ -188,18 +188,11 @@ def _figures(measured: Measured, lines: Sequence[Mapping[str, Any]]) -> dict[str
 
 def _expected_panels(measured: Measured) -> Panels:
     panels: dict[str, dict[str, Line]] = {}
-    sizes: dict[tuple[str, str | None], list[float]] = {}
-    by_key = _by_key(measured)
-    for space, measure, noise, size in by_key:
-        if measure == "expected":
-            sizes.setdefault((space, noise), []).append(size or 0.0)
-    for (space, noise), at in sizes.items():
-        values = [by_key[space, "expected", noise, size] for size in at]
-        panels[f"{space}: {noise} noise"] = {
-            label: Line(at, np.array([[of_size[label][seed].mean for of_size in values] for seed in values[0][label]]))
-            for label in measured
-            if values[0][label]  # a run without an adapter has no such space
-        }
+    rows = _rows(measured)
+    expected = rows[rows["measure"] == "expected"].groupby(["space", "noise", "label"], sort=False)
+    for (space, noise, label), of in expected:
+        table = of.pivot(index="seed", columns="size", values="value")
+        panels.setdefault(f"{space}: {noise} noise", {})[label] = Line(list(table.columns), table.to_numpy())
     return panels
 
 

@@ -124,8 +124,10 @@ def load_point(
     parts = (encoded.select(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
     batches = [{name: t.to(device) for name, t in collate(part.to_list()).items()} for part in parts]
     model = model.float().to(device)
-    plain, names = (_merged if space == "weights" else _adapter)(model)
-    return make_point(plain, names, batches)
+    if space == "weights":
+        return make_point(*_merged(model), batches)
+    factors = [name for name, p in model.named_parameters() if "lora_" in name and p.dim() == 2]
+    return make_point(model, factors, batches)
 
 
 def check_space(folder: Path, space: Space, *, adapter: bool, quantise: str | None) -> None:
@@ -167,10 +169,6 @@ def _merged(model: Any) -> tuple[nn.Module, list[str]]:
     return model, [
         f"{name}.weight" for name in linear if name.startswith(inside) and model.get_submodule(name) is not head
     ]
-
-
-def _adapter(model: Any) -> tuple[nn.Module, list[str]]:
-    return model, [name for name, p in model.named_parameters() if "lora_" in name and p.dim() == 2]
 
 
 def _count(labels: Tensor, behind: int) -> int:

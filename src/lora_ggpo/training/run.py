@@ -251,7 +251,7 @@ class _Unfinished:
         write_json(self.folder / "versions.json", {**begun, **versions(), **quantiser, **machine})
 
 
-def _training_summary(log: list[dict[str, Any]], model: torch.nn.Module, args: TrainingArguments) -> dict[str, Any]:
+def _training_summary(log: list[dict[str, Any]], model: AnyModel, args: TrainingArguments) -> dict[str, Any]:
     last = max(log, key=lambda row: row["step"], default={"step": 0, "seconds": 0.0})
     trained, parameters = count_parameters(model)
     return {
