@@ -11,8 +11,8 @@ import pytest
 from lora_ggpo.comparison import engine
 from lora_ggpo.comparison.engine import run_comparison
 from lora_ggpo.comparison.grid import plan_comparison
+from lora_ggpo.comparison.pool import FAILURE, carry_out
 from lora_ggpo.comparison.results import read_results
-from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source, read_source
 from lora_ggpo.workspace.files import write_json

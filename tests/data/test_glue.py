@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 
-from lora_ggpo.data import DataConfig, LabelReader, digest
-from lora_ggpo.data import hub as hub_module
+from lora_ggpo.data import DataConfig, LabelReader, digest, sources
 from lora_ggpo.errors import UserError
 from lora_ggpo.training.scorer import evaluation_sets
 from tests.data import glue
@@ -111,7 +110,7 @@ def test_mnli_mismatched_is_a_further_test_set_that_a_run_scores(form, tmp_path)
 
 def test_the_hub_serves_the_same_rows_as_a_folder(tmp_path, monkeypatch):
     local = load(glue.save(tmp_path / "mnli", "mnli", "parquet"), "mnli", test_split="validation")
-    monkeypatch.setattr(hub_module.datasets, "load_dataset", lambda name, subset: glue.as_datasets(subset))
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda name, subset: glue.as_datasets(subset))
     served = load("nyu-mll/glue", "mnli", subset="mnli", test_split="validation")
     assert served.test["id"][0] == "glue (mnli) validation_matched:1"
     for split in ("train", "validation", "test"):

@@ -9,8 +9,7 @@ import datasets
 import pandas
 import pytest
 
-from lora_ggpo.data import CompletionReader, DataConfig, LabelReader, digest
-from lora_ggpo.data import hub as hub_module
+from lora_ggpo.data import CompletionReader, DataConfig, LabelReader, digest, sources
 from lora_ggpo.errors import UserError
 
 ROWS = [{"text": f"text {n}", "label": ["bad", "good"][n % 2]} for n in range(40)]
@@ -230,7 +229,7 @@ def test_an_unreachable_hub_says_to_give_a_file(monkeypatch):
     def refuse(*arguments):
         raise ConnectionError("Couldn't reach 'some/data' on the Hub\nmore lines")
 
-    monkeypatch.setattr(hub_module.datasets, "load_dataset", refuse)
+    monkeypatch.setattr(sources.datasets, "load_dataset", refuse)
     with pytest.raises(
         UserError, match=r"some/data \(small\) is no local file .* \(Couldn't reach [^\n]*; .* give a local file"
     ):
@@ -247,7 +246,7 @@ def test_hub_data_keeps_class_names_and_replaces_a_withheld_test_split(monkeypat
         return datasets.Dataset.from_dict(columns, features=features)
 
     served = datasets.DatasetDict(train=data([0, 1] * 20), validation=data([1, 0, 1]), test=data([-1] * 5))
-    monkeypatch.setattr(hub_module.datasets, "load_dataset", lambda name, subset: served)
+    monkeypatch.setattr(sources.datasets, "load_dataset", lambda name, subset: served)
     with pytest.warns(UserWarning, match=r"glue \(sst2\) test has no labels"):
         splits = classify("glue", subset="sst2", text="sentence")
     assert splits.labels == ["negative", "positive"]

@@ -14,9 +14,8 @@ from typing import Any
 
 from lora_ggpo.comparison.axes import Values
 from lora_ggpo.comparison.grid import Grid, PlannedRun
-from lora_ggpo.comparison.pool import Pool
+from lora_ggpo.comparison.pool import FAILURE, Pool, carry_out
 from lora_ggpo.comparison.results import validation_score, write_results
-from lora_ggpo.comparison.worker import FAILURE, carry_out
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import check_recipe
 from lora_ggpo.statistics.metrics import METRICS

@@ -1,4 +1,4 @@
-"""Where runs are carried out: processes of this machine, or a Ray cluster.
+"""Where runs are carried out, and how: processes of this machine, or a Ray cluster.
 
 Nothing heavy is imported here: a worker must set its number of threads before torch is.
 """
@@ -13,13 +13,17 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from lora_ggpo.errors import UserError, first_line
+from lora_ggpo.errors import DivergedError, UserError, first_line
 from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
+from lora_ggpo.workspace.libraries import quiet_bitsandbytes
 
+FAILURE = "failed.json"
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -128,3 +132,33 @@ def _knock(address: str) -> None:
 
 Pool = LocalPool | RayPool
 """Where calls are carried out."""
+
+
+def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
+    """Train and score the recipe `values`, of which `name` is the file, in its `folder`.
+
+    A run that fails by itself, such as by a loss that is not finite, leaves `FAILURE` there: it is a result too.
+
+    Raises:
+        UserError: what would stop the other runs as well.
+        Interrupted: Ctrl-C; a checkpoint has been saved.
+    """
+    quiet_bitsandbytes()
+    import torch
+
+    from lora_ggpo.recipe.recipe import check_recipe
+    from lora_ggpo.recipe.source import Source
+    from lora_ggpo.training.run import train
+    from lora_ggpo.workspace.files import write_json
+    from lora_ggpo.workspace.progress import Reporter
+
+    warnings.simplefilter("ignore")  # every run would give them again
+    try:
+        train(check_recipe(Source(name, values, {}, {})), Reporter(quiet=True))
+    except DivergedError as error:
+        write_json(folder / FAILURE, {"message": str(error)})
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ggpo.comparison.grid import Grid, PlannedRun
-from lora_ggpo.comparison.worker import FAILURE
+from lora_ggpo.comparison.pool import FAILURE
 from lora_ggpo.errors import UserError
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_json_lines
 
