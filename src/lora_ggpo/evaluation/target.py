@@ -22,7 +22,7 @@ from lora_ggpo.tasks.text import prompt_ids
 from lora_ggpo.training.build import training_arguments
 from lora_ggpo.training.folder import find_runs
 from lora_ggpo.training.reuse import load_trained
-from lora_ggpo.training.scorer import file_name
+from lora_ggpo.training.scorer import autocast_type, file_name
 from lora_ggpo.workspace.libraries import quiet_libraries
 
 Messages = list[dict[str, str]]
@@ -129,11 +129,10 @@ def _run(name: str, chat: bool | None, base: str | None) -> Target:
     if not task.answers:
         raise UserError(f"{name} is a run of task {recipe.task.kind}, which answers nothing; give one of task sft.")
     args = training_arguments(recipe, Path(name), recipe.seeds[0])
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     model.to(args.device)  # type: ignore[arg-type]
     if chat is None:
         chat = _trained_on_chats(recipe, tokenizer)
-    return Target(name, model, tokenizer, task, chat, autocast, Path(name) / "evaluation")
+    return Target(name, model, tokenizer, task, chat, autocast_type(args), Path(name) / "evaluation")
 
 
 def _model(name: str, chat: bool | None, dtype: str, template: str) -> Target:

@@ -91,8 +91,19 @@ class Curve:
         return self.places[start], self.places[end]
 
     @property
-    def found(self) -> bool:
+    def verdict(self) -> str:
         """Whether there is a double descent: the mean has one, and the seeds confirm it."""
+        if len(self.places) < 4:
+            return "too few points"
+        if not self.rises:
+            return "none"
+        if math.isnan(self.p):
+            return "untested"
+        return "double descent" if self.found else "not shown"
+
+    @property
+    def found(self) -> bool:
+        """Whether the mean rises between two descents, and the seeds confirm it."""
         return self.rises is not None and self.p < LEVEL
 
 

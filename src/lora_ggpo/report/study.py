@@ -85,13 +85,12 @@ def _verdict(curves: Sequence[Curve], found: StudyResult) -> str:
     more = [f"and {len(sure) - _NAMED} more"] if len(sure) > _NAMED else []
     rises = ", ".join([*(_rise(curve, found) for curve in sure[:_NAMED]), *more])
     words = [f"double descent: {rises}" if sure else "no double descent found"]
-    unsure = [curve for curve in long if curve.rises and not curve.found]
-    for those, why in (
-        ([curve for curve in unsure if not math.isnan(curve.p)], "not shown to be more than noise"),
-        ([curve for curve in unsure if math.isnan(curve.p)], "untested: three different seeds or more can tell"),
+    for said, why in (
+        ("not shown", "not shown to be more than noise"),
+        ("untested", "untested: three different seeds or more can tell"),
     ):
-        if those:
-            words.append(f"{len(those)} of {len(long)} mean curves rise between two descents, {why}")
+        those = sum(curve.verdict == said for curve in long)
+        words += [f"{those} of {len(long)} mean curves rise between two descents, {why}"] if those else []
     return "; ".join(words)
 
 
@@ -166,18 +165,8 @@ def _descent_row(curve: Curve, found: StudyResult) -> tuple[str, ...]:
         format_p(curve.p),
         " to ".join(_place(curve, place) for place in curve.rises or ()) or NOTHING,
         _place(curve, curve.threshold),
-        _short_verdict(curve),
+        curve.verdict,
     )
-
-
-def _short_verdict(curve: Curve) -> str:
-    if len(curve.places) < 4:
-        return "too few points"
-    if not curve.rises:
-        return "none"
-    if math.isnan(curve.p):
-        return "untested"
-    return "double descent" if curve.found else "not shown"
 
 
 def _record(curve: Curve) -> dict[str, Any]:

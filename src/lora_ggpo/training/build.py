@@ -34,9 +34,8 @@ from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
-from lora_ggpo.training.scorer import Scorer, evaluation_sets
+from lora_ggpo.training.scorer import evaluation_sets
 from lora_ggpo.training.trainer import MakeAscent, RunTrainer
-from lora_ggpo.workspace.progress import Reporter
 
 AnyModel = PreTrainedModel | PeftModel
 
@@ -163,7 +162,7 @@ def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | Non
     return Quantisation(recipe.quantise, compute, args.device, bool(args.gradient_checkpointing))
 
 
-# --- what trains and scores it -------------------------------------------------------------------------------------
+# --- what trains it ------------------------------------------------------------------------------------------------
 
 
 def build_trainer(
@@ -204,17 +203,3 @@ def _ascent(recipe: Recipe, seed: int) -> MakeAscent | None:
     if recipe.optimizer and recipe.optimizer.kind == "ivon":
         return lambda model, optimizer: Posterior(optimizer, seed)
     return None
-
-
-def build_scorer(
-    args: TrainingArguments,
-    model: AnyModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    reporter: Reporter,
-) -> Scorer:
-    """What scores `model`, on the device and in the precision of `args`."""
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    model.to(args.device)  # type: ignore[arg-type]
-    batch_size = args.per_device_eval_batch_size
-    return Scorer(model, tokenizer, task, batch_size=batch_size, autocast=autocast, reporter=reporter)

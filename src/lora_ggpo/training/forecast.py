@@ -36,7 +36,6 @@ from lora_ggpo.training.build import (
     VALIDATION_ROWS,
     AnyModel,
     build_model,
-    build_scorer,
     build_trainer,
     optimizer_steps,
     scored_sets,
@@ -136,7 +135,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
     splits = recipe.task.type.load(recipe.data)
     limit, before = available(args.device), in_use(args.device)
     model, tokenizer, rows = build_model(recipe, args, splits)
-    score = build_scorer(args, model, tokenizer, recipe.task.for_labels(splits.labels), Reporter(quiet=True))
+    score = Scorer(args, model, tokenizer, recipe.task.for_labels(splits.labels), Reporter(quiet=True))
     scored = scored_sets(recipe, splits)
     score.prepare(scored)
     probe = _Probe(recipe, args, model, tokenizer, rows)

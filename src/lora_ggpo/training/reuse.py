@@ -11,11 +11,11 @@ from lora_ggpo.data import digest
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, load_recipe
 from lora_ggpo.tasks import Task
-from lora_ggpo.training.build import AnyModel, build_scorer, load_weights, training_arguments
+from lora_ggpo.training.build import AnyModel, load_weights, training_arguments
 from lora_ggpo.training.folder import finished_metrics, read_run, weights_folder
 from lora_ggpo.training.identity import check_data, check_model, check_weights
 from lora_ggpo.training.memory import memory_errors
-from lora_ggpo.training.scorer import evaluation_sets, file_name, plain
+from lora_ggpo.training.scorer import Scorer, evaluation_sets, file_name, plain
 from lora_ggpo.workspace.files import read_json, write_json
 from lora_ggpo.workspace.libraries import quiet_libraries, versions
 from lora_ggpo.workspace.progress import Reporter
@@ -79,7 +79,7 @@ def evaluate_run(
     args = training_arguments(recipe, folder, recipe.seeds[0])
     sets = evaluation_sets(splits) if on is None else splits.out_of_domain
     with memory_errors(recipe, "per_device_eval_batch_size"):
-        scores = plain(build_scorer(args, model, tokenizer, task, reporter).score(sets, None))
+        scores = plain(Scorer(args, model, tokenizer, task, reporter).score(sets, None))
     kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}.json"
     facts = {"on": on, "data": {name: digest(rows) for name, rows in sets.items()}, "versions": versions()}
     try:

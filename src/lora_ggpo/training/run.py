@@ -29,7 +29,6 @@ from lora_ggpo.training.build import (
     VALIDATION_ROWS,
     AnyModel,
     build_model,
-    build_scorer,
     build_trainer,
     load_weights,
     scored_sets,
@@ -230,7 +229,7 @@ class _Unfinished:
         return self.recipe.stop_loss is not None and loss is not None and loss <= self.recipe.stop_loss
 
     def _scorer(self, model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
-        return build_scorer(self.args, model, tokenizer, self._task, self.reporter)
+        return Scorer(self.args, model, tokenizer, self._task, self.reporter)
 
     def _log(self) -> list[dict[str, Any]]:
         return read_json_lines(self.folder / "log.jsonl")

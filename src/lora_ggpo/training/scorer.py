@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError
@@ -28,24 +28,16 @@ Scores = dict[str, dict[str, Measured]]
 
 
 class Scorer:
-    """Scores one model.
-
-    Args:
-        autocast: Type of the forward passes; None is the model's own.
-    """
+    """Scores one model, on the device and in the precision of `args`."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        task: Task,
-        *,
-        batch_size: int,
-        autocast: torch.dtype | None,
-        reporter: Reporter,
+        self, args: TrainingArguments, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, reporter: Reporter
     ) -> None:
-        self._model, self._tokenizer, self._task, self._reporter = model, tokenizer, task, reporter
-        self._options: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast}
+        self._model, self._tokenizer, self._task, self._reporter = model.to(args.device), tokenizer, task, reporter
+        self._options: dict[str, Any] = {
+            "batch_size": args.per_device_eval_batch_size,
+            "autocast": autocast_type(args),
+        }
         self.encoded: dict[str, Dataset] = {}
 
     def encode(self, rows: Dataset, name: str) -> Dataset:
@@ -87,6 +79,11 @@ class Scorer:
         if predictions and lines:
             write_json_lines(predictions / f"{file_name(name)}.jsonl", lines)
         return metrics
+
+
+def autocast_type(args: TrainingArguments) -> torch.dtype | None:
+    """Type of the forward passes; None is the model's own."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def evaluation_sets(splits: Splits) -> dict[str, Dataset]:
