@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 WAYS = {
     PLAIN: step_time.plain,
-    "GGPO, gaussian noise": step_time.ggpo("gaussian"),
-    "GGPO, rademacher noise": step_time.ggpo("rademacher"),
-    "GGPO, table noise": step_time.ggpo("table"),
+    step_time.FUSED: step_time.fused,
+    "GGPO, factored noise": step_time.ggpo(noise="factored"),
+    "GGPO, dense noise": step_time.ggpo(noise="dense"),
     "sd-scripts (output noise)": step_time.sd_scripts,
     "Flat-LoRA (in place)": step_time.in_place,
     "SAM over A and B": step_time.sam,

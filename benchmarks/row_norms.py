@@ -28,11 +28,13 @@ from lora_ggpo.data import DataConfig
 from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.perturbation.find import find_layers
 from lora_ggpo.perturbation.layers import PerturbedLayer
+from lora_ggpo.perturbation.passes import Passes
 from lora_ggpo.perturbation.rows import group_layers
 from lora_ggpo.perturbation.scales import ESTIMATORS
 from lora_ggpo.tasks import TASKS, Task, TaskConfig
 
 EMA = 0.9
+SKETCH_RANK = 8
 
 
 def batches(task: Task, tokenizer: PreTrainedTokenizerBase, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -115,7 +117,12 @@ def main() -> None:
     adapter = {"r": args.rank, "lora_alpha": args.rank, "target_modules": "all-linear"}
     model = add_adapter(model, adapter, task.architecture)
     model.train()
-    layers, _ = find_layers(model, "table")
+    passes = Passes()
+    passes.forward = True  # of every pass, so that the sketches are there
+    layers, _ = find_layers(model, passes)
+    for layer in layers:
+        layer.attach()
+    generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     rows: list[dict[str, float]] = []
     average: dict[str, list[Tensor]] = {}
@@ -126,6 +133,8 @@ def main() -> None:
         def backward(batch: dict[str, Tensor] = batch) -> None:
             model(**batch).loss.backward()
 
+        for group in group_layers(layers):
+            group.draw_sketches(SKETCH_RANK, generator)
         if {step, step - 1} & set(args.steps):
             exact = exact_norms(layers, backward)
         else:
