@@ -56,7 +56,7 @@ class Process:
 
 def command(*arguments, **options):
     """`lora-ggpo` with these arguments, under way."""
-    return Process(_command, [str(argument) for argument in arguments], **options)
+    return Process(call, [str(argument) for argument in arguments], **options)
 
 
 def run(*arguments, **options):
@@ -64,6 +64,21 @@ def run(*arguments, **options):
     process = command(*arguments, **options)
     process.wait()
     return process
+
+
+def spawn(function, arguments, count):
+    """Call `function(rank, *arguments)` in each of `count` processes, and wait; what is raised there is raised here."""
+    from torch.multiprocessing import start_processes
+
+    start_processes(function, arguments, count, start_method=_FORKING.get_start_method())
+
+
+def call(arguments):
+    """`lora-ggpo` with these arguments, as the whole of this process."""
+    from lora_ggpo.__main__ import main
+
+    sys.argv = ["lora-ggpo", *arguments]
+    main()
 
 
 def _begin(files, place, settings, function, arguments):
@@ -74,10 +89,3 @@ def _begin(files, place, settings, function, arguments):
     os.environ.update(settings)
     os.chdir(place)
     function(*arguments)
-
-
-def _command(arguments):
-    from lora_ggpo.__main__ import main
-
-    sys.argv = ["lora-ggpo", *arguments]
-    main()

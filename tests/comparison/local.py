@@ -1,6 +1,8 @@
-"""Comparisons carried out in this process, without workers that import the libraries again."""
+"""Comparisons without workers that import the libraries again: in this process, or with workers that are forked."""
 
+import multiprocessing
 import sys
+import threading
 from concurrent.futures import Future
 
 import pytest
@@ -8,6 +10,7 @@ from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
 from lora_ggpo.comparison import pool
+from tests import processes
 
 
 class Here:
@@ -35,3 +38,15 @@ def here(*arguments):
         patch.setattr(pool, "LocalPool", lambda jobs: Here())
         patch.setattr(sys, "argv", ["lora-ggpo", *command])
         return CliRunner().invoke(app, command)
+
+
+def forking(*arguments):
+    """`lora-ggpo` with these arguments under way in a process of its own."""
+    return processes.Process(_fork, [str(argument) for argument in arguments])
+
+
+def _fork(arguments):
+    assert threading.active_count() == 1, "a fork would lose the other threads"
+    context = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method: context
+    processes.call(arguments)

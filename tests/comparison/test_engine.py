@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from datetime import date
 from pathlib import Path
 
@@ -11,14 +12,13 @@ import pytest
 from lora_ggpo.comparison import engine
 from lora_ggpo.comparison.engine import run_comparison
 from lora_ggpo.comparison.grid import plan_comparison
-from lora_ggpo.comparison.pool import FAILURE, carry_out
+from lora_ggpo.comparison.pool import FAILURE, LocalPool, carry_out
 from lora_ggpo.comparison.results import read_results
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source, read_source
 from lora_ggpo.workspace.files import write_json
 from lora_ggpo.workspace.progress import Reporter
-from tests import processes
-from tests.comparison.local import Here, here
+from tests.comparison.local import Here, forking, here
 from tests.recipes import write_guided
 
 FILES = ("tuning.jsonl", "runs.jsonl", "curves.jsonl", "facts.json", "table.md", "table.tex", "report.html")
@@ -88,9 +88,9 @@ def test_nothing_runs_twice_and_the_tables_stay(compared):
 def test_killed_and_stopped_comparisons_go_on(compared, tmp_path):
     recipe, whole, _ = compared
     output = tmp_path / "out"
-    for kill, jobs in ((signal.SIGKILL, 1), (signal.SIGINT, 2)):
+    for kill, jobs in ((signal.SIGKILL, 2), (signal.SIGINT, 1)):
         done = len(finished_runs(output))
-        process = processes.command(*compare(recipe, output, "--jobs", jobs))
+        process = forking(*compare(recipe, output, "--jobs", jobs))
         process.send_when(lambda done=done: len(finished_runs(output)) > done and trains(output), kill)
         assert process.wait() == (130 if kill == signal.SIGINT else -kill)
     assert "give the same command again" in process.stderr
@@ -104,7 +104,16 @@ def test_killed_and_stopped_comparisons_go_on(compared, tmp_path):
         runs = map(json.loads, (folder / "runs.jsonl").read_text().splitlines())
         return {(run["method"], run["seed"]): run["evaluation"]["test"]["log_loss"]["value"] for run in runs}
 
-    assert scores(output) == pytest.approx(scores(whole), rel=1e-4)  # processes of two threads and of one
+    assert scores(output) == pytest.approx(scores(whole), rel=1e-4)
+
+
+def test_workers_are_fresh_processes_that_share_the_cores():
+    pool = LocalPool(2)
+    seen = [pool.submit(os.getenv, name).result() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
+    assert seen == [str(max(1, os.cpu_count() // 2))] * 2
+    assert pool.submit(os.getpid).result() != os.getpid()
+    assert pool.submit(threading.active_count).result() == 2  # one looks whether the parent is still there
+    pool.close()
 
 
 def test_another_comparison_in_the_folder_is_refused(compared):

@@ -3,6 +3,8 @@
 import re
 from html.parser import HTMLParser
 
+from lora_ggpo.report import page
+
 HOSTILE = "<script>alert(1)</script> & \"q\" 'a' {{ 7 * 7 }} $x_$ | [bold]"
 
 
@@ -47,3 +49,9 @@ def asks_nothing_of_the_network(text):
     assert "@import" not in text
     assert re.findall(r"url\((.)", text) == ["#"] * text.count("url(")
     assert "default-src 'none'" in text
+
+
+def leave_out_pictures(patch):
+    """Let reports be written in no time by those who look at their words alone."""
+    patch.setattr(page, "render", lambda figure, kind: b"drawn")
+    patch.setattr(page, "inline_svg", lambda figure: "<svg></svg>")

@@ -8,11 +8,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft.tuners.lora.monteclora import BufferedMontecloraSampler
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from lora_ggpo.methods.ascent import SAM
 from lora_ggpo.methods.optimizers import Posterior
 from lora_ggpo.methods.thin import MGPO, BiLoRA
+from tests import processes
 from tests.training.accumulation import (
     ADAM,
     CASES,
@@ -123,32 +124,32 @@ PROCESSES["packed"] = ("packed", 4, 4, ["training.max_steps=1"])
 
 
 @pytest.fixture(scope="module")
-def processes(models, data, tmp_path_factory):
+def together(models, data, tmp_path_factory):
     """What both of two processes have at the end of each case."""
     folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cases = PROCESSES | AGREE
-    multiprocessing.spawn(run_process, (models, data, folder, cases, port), nprocs=2)
+    processes.spawn(run_process, (models, data, folder, cases, port), 2)
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in cases}
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("name", PROCESSES)
-def test_processes_are_one_batch(models, data, processes, name, tmp_path):
+def test_processes_are_one_batch(models, data, together, name, tmp_path):
     """Steps of 2 processes x 4 micro-batches x 4 rows."""
     recipe = make_recipe(models, data, *PROCESSES[name])
     ascent = (sam(recipe.sam.space), 8) if recipe.sam else ()
     ascent = (lambda _, optimizer: Posterior(optimizer, 0),) if recipe.optimizer else ascent
     expected = by_hand(recipe, tmp_path, 32, *ascent)
-    for found in processes[name]:
+    for found in together[name]:
         assert_same(found, expected)
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("name", AGREE)
-def test_processes_that_move_weights_of_their_own_agree(processes, name):
-    (*_, one), (*_, other) = processes[name]
+def test_processes_that_move_weights_of_their_own_agree(together, name):
+    (*_, one), (*_, other) = together[name]
     assert one.keys() == other.keys()
     assert all(torch.equal(weight, other[key]) for key, weight in one.items())

@@ -13,7 +13,7 @@ from tests.training.runs import assert_same, invoke, refused, trained
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_llama, tmp_path, pytestconfig):
     """SIGKILL at any time, and in each phase of writing; further times the kernel's end of a write in its middle."""
-    kills = 50 if pytestconfig.getoption("thorough") else 14
+    kills = 50 if pytestconfig.getoption("thorough") else 8
     process = Process(kill_runs, tmp_path, tiny_llama, kills, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     assert process.wait(timeout=600) == 0, process.stderr
     found = json.loads(process.stdout)
