@@ -18,7 +18,7 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--thorough", action="store_true", help="take 20 times as many examples, and kill more runs")
+    parser.addoption("--thorough", action="store_true", help="20 times the examples, more kills, and torchrun")
 
 
 def pytest_configure(config):

@@ -1,5 +1,6 @@
 """QLoRA runs: MiniLM with its linear layers in 4 and 8 bits, a few steps."""
 
+import functools
 import hashlib
 
 import pytest
@@ -30,8 +31,10 @@ bnb = pytest.importorskip("bitsandbytes")
 QUIET = Reporter(quiet=True)
 CLASSES = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
 SHORT = ("model=minilm", "training.max_steps=8", "adapter.lora_dropout=0", "data.label_noise=0", "validate_every=null")
+SHORT += ("data.train_size=24", "task.max_length=12")
 
 
+@functools.cache
 def _load(kind, **settings):
     quantisation = Quantisation(kind, torch.float32, torch.device("cpu"), **settings)
     torch.manual_seed(0)

@@ -7,6 +7,13 @@ import pytest
 from lora_ggpo.errors import UserError
 from lora_ggpo.report import sharpness
 from lora_ggpo.report.sharpness import write_sharpness_report
+from tests.report.pages import leave_out_pictures
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    """tests/sharpness/test_measure.py draws the figures, of real measurements."""
+    leave_out_pictures(monkeypatch)
 
 
 def _point(folder, label, seed, rise, loss=0.5, spectrum=None):
