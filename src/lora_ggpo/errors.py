@@ -49,6 +49,11 @@ def first_sentence(error: BaseException) -> str:
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", first_line(error, text))[0].rstrip(".:") + "."
 
 
+def count(number: int, what: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether `error` is Python's or torch's for a lack of memory."""
     return (

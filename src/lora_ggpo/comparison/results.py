@@ -25,16 +25,14 @@ class Results:
     curves: Sequence[Row]
     facts: Row
 
-    @property
-    def finished(self) -> list[Row]:
-        """The runs that did not fail."""
-        return [run for run in self.runs if not run["failed"]]
-
     def logs(self, setting: str, method: str) -> dict[int, Sequence[Row]]:
         """Logs by seed of the runs that did not fail: the log of one that did ends where it failed."""
-        seeds = {run["seed"] for run in self.finished if (run["setting"], run["method"]) == (setting, method)}
-        of = [row for row in self.curves if (row["setting"], row["method"]) == (setting, method)]
-        return {row["seed"]: row["rows"] for row in of if row["seed"] in seeds}
+        of, curves = (
+            [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
+            for rows in (self.runs, self.curves)
+        )
+        finished = {run["seed"] for run in of if not run["failed"]}
+        return {row["seed"]: row["rows"] for row in curves if row["seed"] in finished}
 
 
 def read_results(folder: Path) -> Results:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_ggpo.errors import UserError
+from lora_ggpo.errors import UserError, count
 
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _TAB_FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|(?!")([^\t\r\n]*))(\t|\r\n|\n|\r|\Z)')
@@ -79,7 +79,7 @@ def tsv_records(path: Path, text: str) -> Records:
     if ragged is None:
         return enclosed if any(_as_written(quoted, needing) for needing in _CONVENTIONS) else plain
     if len(rows) > 2:
-        there, first = count_fields(plain.fields[ragged]), count_fields(plain.fields[0])
+        there, first = (count(len(plain.fields[place]), "field") for place in (ragged, 0))
         raise UserError(
             f"{path}, line {rows[0]}: a quote opens here and closes on line {rows[-1]}, with what looks like rows in "
             f"between, but without quotes line {plain.lines[ragged]} has {there} and the first {first}; correct that "
@@ -178,7 +178,7 @@ def with_header(path: Path, records: Records, columns: Sequence[str] | None) -> 
     for fields, line in zip(*records, strict=True):
         if len(fields) != len(header):
             there = f"data.columns names {len(header)}" if columns else f"the header has {len(header)}"
-            raise UserError(f"{path}, line {line}: {count_fields(fields)}, but {there}.")
+            raise UserError(f"{path}, line {line}: {count(len(fields), 'field')}, but {there}.")
     own = records.fields[0] == header
     return header, Records(records.fields[own:], records.lines[own:])
 
@@ -186,8 +186,3 @@ def with_header(path: Path, records: Records, columns: Sequence[str] | None) -> 
 def known_header(records: list[list[str]]) -> tuple[str, ...] | None:
     """The names of the columns of a file that is distributed without a header; None for any other."""
     return next((names for names, fits in _HEADERLESS.items() if records and all(map(fits, records))), None)
-
-
-def count_fields(fields: Sequence[object]) -> str:
-    """``1 field``, ``2 fields``."""
-    return f"{len(fields)} field{'s' * (len(fields) != 1)}"

@@ -115,7 +115,7 @@ def _evaluate(run: SuiteRun, row: Suite) -> Scores:
 
 def _settings(run: SuiteRun) -> dict[str, Any]:
     """What decides an answer; not how many there are, nor who judges them."""
-    target, sampling = run.target, run.sampling
+    target = run.target
     return {
         "suite": run.suite,
         "weights": target.fingerprint(),
@@ -124,8 +124,5 @@ def _settings(run: SuiteRun) -> dict[str, Any]:
         "chat": target.chat,
         "template": target.task.config.template,
         "day": str(day) if (day := written_day(target.tokenizer)) else None,
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
+        **{name: getattr(run.sampling, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")},
     }

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lora_ggpo.comparison.results import Results, read_results
+from lora_ggpo.errors import count
 from lora_ggpo.report.analysis import TEST, TRAINED, MethodResult, SettingResult, analyse, rank_methods
-from lora_ggpo.report.page import Report, Section, count, provenance
+from lora_ggpo.report.page import Report, Section, provenance
 from lora_ggpo.report.plots import COLOURS, Tradeoff, draw_forest, draw_learning_curves, draw_tradeoffs
 from lora_ggpo.report.tables import NOTHING, TextTable, format_p, format_score, rows_table
 from lora_ggpo.statistics.metrics import METRICS

@@ -108,8 +108,3 @@ def provenance(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         made.append(("other runs on" if index else "made on", f"{one['device']}, {one['cpus']} CPUs"))
         made += sorted(one["versions"].items(), key=lambda entry: entry[0].lower())
     return made
-
-
-def count(number: int, what: str) -> str:
-    """``1 seed``, ``2 seeds``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"

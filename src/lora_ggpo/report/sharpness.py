@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lora_ggpo.errors import UserError
-from lora_ggpo.report.page import Report, Section, count
+from lora_ggpo.errors import UserError, count
+from lora_ggpo.report.page import Report, Section
 from lora_ggpo.report.plots import Line, Panels, draw_lines, draw_planes
 from lora_ggpo.report.tables import NOTHING, TextTable, format_interval, rows_table
 from lora_ggpo.statistics.intervals import Interval, mean_interval, p_value, verdict

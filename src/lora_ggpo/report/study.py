@@ -10,9 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from lora_ggpo.comparison.results import read_results
+from lora_ggpo.errors import count
 from lora_ggpo.report.comparison import failure_table
 from lora_ggpo.report.descents import STEP, TRAIN, Curve, StudyResult, set_name, study_results
-from lora_ggpo.report.page import Report, Section, count, provenance
+from lora_ggpo.report.page import Report, Section, provenance
 from lora_ggpo.report.study_figures import caption, study_figures
 from lora_ggpo.report.tables import NOTHING, TextTable, format_p, format_score, rows_table
 from lora_ggpo.statistics.descent import FITTED_ERROR, FITTED_LOSS

@@ -78,14 +78,13 @@ def _groups(curves: Sequence[Curve], found: StudyResult) -> dict[str, list[tuple
         fitting = [key for key in varied if counts[key] <= _LINES]
         of_lines = [max(fitting, key=counts.__getitem__) if fitting else min(varied, key=counts.__getitem__)]
 
-    def name(factor: Mapping[str, Any], keys: Sequence[str]) -> str:
-        rest = {key: factor[key] for key in keys if key}
-        return ", ".join(filter(None, [factor[""] if "" in keys else "", setting_name(rest, found.axes)]))
-
     groups: dict[str, list[tuple[str, Curve]]] = {}
     for curve, factor in zip(curves, factors, strict=True):
-        label = name(factor, of_lines or [""])
-        groups.setdefault(name(factor, [key for key in varied if key not in of_lines]), []).append((label, curve))
+        label, group = (
+            _title(factor[""] if "" in keys else "", {key: factor[key] for key in keys if key}, found)
+            for keys in (of_lines or [""], [key for key in varied if key not in of_lines])
+        )
+        groups.setdefault(group, []).append((label, curve))
     return groups
 
 
@@ -94,7 +93,7 @@ def _step_maps(found: StudyResult) -> dict[str, Cells]:
     axis, maps = found.numeric[0], dict[str, dict[tuple[float, float], tuple[float, bool]]]()
     for curve in found.curves:
         if (curve.axis, curve.data, curve.quantity) == (STEP, VALIDATION, found.best):
-            cells = maps.setdefault(_map_title(curve.method, curve.fixed, (axis,), found), {})
+            cells = maps.setdefault(_title(curve.method, curve.fixed, found, (axis,)), {})
             means = (curve.values.mean(axis=0) * curve.metric.scale).tolist()
             for step, mean in zip(curve.places, means, strict=True):
                 fitted = curve.threshold is not None and step >= curve.threshold
@@ -111,7 +110,7 @@ def _axis_maps(found: StudyResult) -> dict[str, Cells]:
         chosen = found.settings[setting]
         value, train = (_mean_quantity(scores, data, found) for data in (found.sets[0], TRAIN))
         if value is not None:
-            cells = maps.setdefault(_map_title(method, chosen, (first, second), found), {})
+            cells = maps.setdefault(_title(method, chosen, found, (first, second)), {})
             fitted = train is not None and train <= limit
             cells[chosen[first], chosen[second]] = value * QUANTITIES[found.best].scale, fitted
     return dict(maps)
@@ -126,8 +125,8 @@ def _mean_quantity(scores: Mapping[tuple[str, str], list[float]], data: str, fou
     return 1 - mean if quantity == "error" else mean
 
 
-def _map_title(method: str, setting: Mapping[str, Any], without: Sequence[str], found: StudyResult) -> str:
-    rest = {key: value for key, value in setting.items() if key not in without}
+def _title(method: str, values: Mapping[str, Any], found: StudyResult, without: Sequence[str] = ()) -> str:
+    rest = {key: value for key, value in values.items() if key not in without}
     return ", ".join(filter(None, [method, setting_name(rest, found.axes)]))
 
 

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from lora_ggpo.data.sources import set_names
 from lora_ggpo.errors import UserError
 from lora_ggpo.sharpness.landscape import between, filter_direction, line, plane
 from lora_ggpo.sharpness.point import GRADIENT, LOSS, PRODUCT, Point, Space, check_space, load_point
@@ -117,14 +118,11 @@ def label_runs(paths: Sequence[Path]) -> dict[str, dict[int, Run]]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("A run is given twice; name each once.")
     found = [(_label_folder(run.folder), run) for path in paths for run in find_runs(path)]
-    folders = list(dict.fromkeys(folder for folder, _ in found))
-    depth = 1
-    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
-        depth += 1
+    labels = set_names([folder for folder, _ in found], ())
     runs: dict[str, dict[int, Run]] = {}
     for folder, run in found:
         (seed,) = run.recipe["seeds"]
-        runs.setdefault("/".join(folder.parts[-depth:]), {})[seed] = run
+        runs.setdefault(labels[folder], {})[seed] = run
     return runs
 
 
@@ -140,9 +138,9 @@ def _settings_of(run: Run, settings: Settings, reporter: Reporter) -> Settings:
     return settings
 
 
-def _label_folder(run: Path) -> Path:
+def _label_folder(run: Path) -> str:
     run = Path(os.path.abspath(run))  # not resolved: a link's name is the user's
-    return run.parent if run.name.startswith("seed-") else run
+    return str(run.parent if run.name.startswith("seed-") else run)
 
 
 def _measure_once(run: Run, name: str, settings: Settings, output: Path, reporter: Reporter, base: str | None) -> str:
