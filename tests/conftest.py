@@ -31,11 +31,13 @@ def pytest_configure(config):
     settings.load_profile("many" if config.getoption("thorough") else "few")
 
 
-LONG = ("test_ray", "test_killed", "test_engine", "test_quantise", "test_ranks", "test_study", "test_examples")
-SLOW = {*LONG, "test_accumulation", "test_bundled", "test_chat", "test_comparison", "test_descent", "test_distributed"}
+LONG = ("test_ray", "test_accumulation", "test_quantise", "test_study", "test_killed", "test_runs", "test_engine")
+LONG += ("test_ranks", "test_examples")
+SLOW = {*LONG, "test_bundled", "test_chat", "test_comparison", "test_descent", "test_distributed"}
 SLOW |= {"test_forecast", "test_humaneval", "test_measure", "test_merge", "test_metrics", "test_objective"}
 SLOW |= {"test_paper_recipes", "test_plots", "test_rejected", "test_release_0_1_0", "test_sft", "test_suites"}
 SLOW |= {"test_trl", "test_trl_trainers", "test_regression", "test_base", "test_sharpness", "test_program_jail"}
+SLOW |= {"test_fuzz", "test_generate", "test_judge"}
 TRAINS = {"finished", "recipe_file", "whole", "minilm", "smollm2", "build", "sft", "trained", "chat_runs", "project"}
 
 

@@ -197,4 +197,4 @@ def test_a_suite(tiny_llama, tmp_path, monkeypatch):
     problems.write_text('{"question": "x", "answer": "#### 1"}\n{"question": "y", "answer": "one"}\n')
     result = _run(*command)
     assert result.exit_code == 2
-    assert f"error: {problems}, line 2: the answer must end in" in result.stderr
+    assert f"error: {problems}, line 2: answer: it must end in" in result.stderr

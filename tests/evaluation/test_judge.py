@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation import judge
 from lora_ggpo.evaluation.answers import AnswerFile
 from lora_ggpo.evaluation.judge import Question, Server, ask_server
+from tests.processes import Process
 
 MESSAGES = [{"role": "user", "content": "Rate it. ½"}]
 
@@ -216,22 +216,17 @@ def test_questions_that_the_judge_does_not_take_are_left_out_unless_it_takes_non
             assert min(count, 8) <= len(requests) <= 9  # one more may be on its way
 
 
+def _ask_all(url):
+    ask_server(Server(url, "m"), questions(9), AnswerFile(None), jobs=3, progress=lambda *_: None)
+
+
 @pytest.mark.slow
-def test_ctrl_c_does_not_wait_for_a_server_that_fails(tmp_path):
-    script = (
-        "import sys\nfrom lora_ggpo.evaluation.answers import AnswerFile\n"
-        "from lora_ggpo.evaluation.judge import Question, Server, ask_server\n"
-        "questions = [Question(str(n), [], bool) for n in range(9)]\n"
-        "shown = lambda *_: None\nprint('ready', flush=True)\n"
-        "ask_server(Server(sys.argv[1], 'm'), questions, AnswerFile(None), jobs=3, progress=shown)\n"
-    )
+def test_ctrl_c_does_not_wait_for_a_server_that_fails():
     with serving(lambda *_: reply("busy", 503, Retry_After="60")) as (url, requests):
-        process = subprocess.Popen([sys.executable, "-c", script, url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        process.stdout.readline()
-        while len(requests) < 3:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert b"Interrupted: Stopped" in process.communicate(timeout=10)[1]
+        process = Process(_ask_all, url)
+        process.send_when(lambda: len(requests) >= 3, signal.SIGINT)
+        process.wait(timeout=10)
+        assert "Interrupted: Stopped" in process.stderr
 
 
 @pytest.mark.parametrize("key", ["sk-secret\u201d", "sk-\rsecret"])

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import load_recipe
@@ -20,6 +21,7 @@ from lora_ggpo.training.reuse import evaluate_run, load_trained
 from lora_ggpo.training.run import train
 from lora_ggpo.training.scorer import fixed_sample
 from lora_ggpo.workspace.progress import Reporter
+from tests.processes import Process
 
 QUIET = Reporter(quiet=True)
 
@@ -136,27 +138,24 @@ def test_a_full_disk_leaves_the_previous_checkpoint(recipe_file, monkeypatch):
     assert checkpoints.is_whole(folder / "checkpoint-3")
 
 
-def test_peft_alone_loads_the_adapter(finished, minilm):
+def _print_logits(folder):
+    sys.modules |= {name: None for name in sys.modules if name.partition(".")[0] == "lora_ggpo"}
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), folder)
+    batch = AutoTokenizer.from_pretrained(folder)(["A delight.", "A dull mess."], padding=True, return_tensors="pt")
+    print(json.dumps(model.eval()(**batch).logits.tolist()))
+
+
+def test_peft_alone_loads_the_adapter(finished):
     """In a process where lora_ggpo cannot be imported, the adapter gives the logits it was evaluated with."""
     _, run = finished
-    code = """
-import json, sys
-sys.modules["lora_ggpo"] = None
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-folder = sys.argv[1]
-base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=2), folder).eval()
-batch = AutoTokenizer.from_pretrained(folder)(["A delight.", "A dull mess."], padding=True, return_tensors="pt")
-print(json.dumps(model(**batch).logits.tolist()))
-"""
-    command = [sys.executable, "-c", code, str(run.folder / "adapter")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    alone = Process(_print_logits, run.folder / "adapter")
+    assert alone.wait() == 0, alone.stderr
     model, tokenizer, _, task = load_trained(run.folder)
     batch = tokenizer(["A delight.", "A dull mess."], padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(json.loads(alone.stdout)), logits, rtol=1e-5, atol=1e-6)
     assert task.labels == ["negative", "positive"]
 
 
