@@ -10,7 +10,7 @@ from lora_ggpo import __main__ as command
 
 TRAIN = """
 from tests.core_only import HIDDEN
-assert {"datasets", "matplotlib", "scipy", "sklearn"} <= HIDDEN
+assert {"datasets", "matplotlib", "pandas", "scipy"} <= HIDDEN
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
