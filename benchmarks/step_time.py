@@ -32,6 +32,7 @@ from lora_ggpo import GGPO, GGPOConfig
 from lora_ggpo.models import load_model
 from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.models.architecture import CAUSAL
+from lora_ggpo.models.quantise import Quantisation, prepare_quantised
 from lora_ggpo.perturbation.fuse import fuse_lora
 from lora_ggpo.perturbation.noise import NOISES
 from lora_ggpo.training.memory import peak, reset_peak
@@ -204,17 +205,21 @@ def own_peak(bench: Bench, way: str) -> float:
     return statistics.median(peaks[1:])  # the first step has no gradient norms and no optimizer state
 
 
-def peak_elsewhere(way: str, tokens: int, batch: int) -> float:
+def peak_elsewhere(way: str, tokens: int, batch: int, base: str) -> float:
     """`own_peak` in a fresh process whose freed blocks go back to the system, so that its peak is what it uses."""
-    command = [sys.executable, __file__, "--peak-of", way, "--tokens", str(tokens), "--batch", str(batch)]
+    shape = ["--tokens", str(tokens), "--batch", str(batch), "--base", base]
+    command = [sys.executable, __file__, "--peak-of", way, *shape]
     done = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}, stdout=subprocess.PIPE)
     done.check_returncode()
     return float(done.stdout)
 
 
-def make_bench(tokens: int, batch: int, device: torch.device) -> Bench:
+def make_bench(tokens: int, batch: int, device: torch.device, base: str) -> Bench:
     torch.manual_seed(0)
-    model, _ = load_model("smollm2")
+    kept: Quantisation | None = None if base == "float32" else Quantisation(base, torch.float32, device)
+    model, _ = load_model("smollm2", quantisation=kept)
+    if kept:
+        model = prepare_quantised(model, kept)
     model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, CAUSAL)
     return Bench(model.to(device).train(), tokens, batch, device)
 
@@ -223,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--base", choices=["float32", "nf4", "int8"], default="float32", help="how W0 is kept")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--ways", nargs="+", choices=[name for name in WAYS if name != PLAIN], help="default: all")
     parser.add_argument("--output", type=Path)
@@ -230,7 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.peak_of:
-        print(own_peak(make_bench(args.tokens[0], args.batch, device), args.peak_of))
+        print(own_peak(make_bench(args.tokens[0], args.batch, device, args.base), args.peak_of))
         return
     result: dict[str, object] = {
         "command": shlex.join(["python", "benchmarks/step_time.py", *sys.argv[1:]]),
@@ -239,10 +245,10 @@ def main() -> None:
     }
     ways = [PLAIN, *(args.ways or [name for name in WAYS if name != PLAIN])]
     for tokens in args.tokens:
-        shape = f"{args.batch} x {tokens} tokens"
+        shape = f"{args.batch} x {tokens} tokens" + ("" if args.base == "float32" else f", {args.base}")
         print(shape, file=sys.stderr)
-        peaks = {name: peak_elsewhere(name, tokens, args.batch) for name in ways}
-        rows = measure(make_bench(tokens, args.batch, device), args.rounds, ways)
+        peaks = {name: peak_elsewhere(name, tokens, args.batch, args.base) for name in ways}
+        rows = measure(make_bench(tokens, args.batch, device, args.base), args.rounds, ways)
         for name, mib in peaks.items():
             rows[name] |= {"peak_mib": mib, "peak_ratio": mib / peaks[PLAIN]}
         result[shape] = rows
