@@ -144,7 +144,7 @@ def test_sigma_0_is_plain_lora_bit_for_bit(dtype):
     assert ggpo.metrics() == {}
 
 
-@pytest.mark.parametrize("noise", ["table", "gaussian", "rademacher"])
+@pytest.mark.parametrize("noise", ["factored", "dense"])
 @pytest.mark.slow
 def test_w0_is_bit_identical_after_200_bf16_steps(noise):
     model = adapted(net(), dtype=torch.bfloat16)
