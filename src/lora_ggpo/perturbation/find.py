@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .kinds import Kind, kind_of
-from .layers import QUANTISED, PerturbedLayer
+from .layers import PerturbedLayer
 from .passes import Passes
-from .weights import class_of
+from .weights import CalledWeight, is_quantised
 from .zero import is_cut
 
 DATA_PARALLEL = (
@@ -66,6 +67,7 @@ def find_layers(
             never_called.add(id(module.out_proj))
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer) or id(module) in done:
             continue
+        done |= {id(inner) for inner in _inner(module)}
         kind = kind_of(module.get_base_layer())
         reason = _ATTENTION if id(module) in never_called else _unsupported(module, kind)
         if reason or kind is None:
@@ -110,12 +112,26 @@ def _names(skipped: Sequence[Skipped]) -> str:
 _ATTENTION = "nn.MultiheadAttention reads the weight of its out_proj and never calls it"
 
 
+def _inner(module: Any) -> list[BaseTunerLayer]:
+    """The adapted layers that an adapted layer wraps: those of a mixed model."""
+    found = []
+    while isinstance(module := module.base_layer, BaseTunerLayer):
+        found.append(module)
+    return found
+
+
 def _unsupported(module: Any, kind: Kind | None) -> str | None:
     """Why a layer cannot be perturbed."""
     base = module.get_base_layer()
+    if isinstance(module, ParamWrapper):
+        return f"an adapter on the parameter {module.parameter_name} of {type(base).__name__}"
+    if _inner(module):
+        return "adapters of two kinds, one on the other"
     if kind is None:
         return f"an adapter on {type(base).__name__}"
-    quantised = class_of(module).__name__ in QUANTISED
+    if kind.called:
+        return _not_callable(module, base)
+    quantised = is_quantised(base.weight)
     if quantised and is_cut(base.weight):
         return "a quantised weight under ZeRO-3"
     if not quantised and (not base.weight.is_floating_point() or base.weight.is_meta):
@@ -123,7 +139,21 @@ def _unsupported(module: Any, kind: Kind | None) -> str | None:
     return None
 
 
+def _not_callable(module: Any, base: nn.Module) -> str | None:
+    """Why a layer of no type of torch cannot be taken as a linear one."""
+    name = type(base).__name__
+    if not isinstance(getattr(module, "in_features", None), int):
+        return f"an adapter on {name}"
+    try:
+        linear = CalledWeight(base, module.in_features).is_linear()
+    except Exception as error:  # it may be anything
+        return f"an adapter on {name}, which cannot be called with a matrix: {error}"
+    return None if linear else f"an adapter on {name}, which is not linear in its input"
+
+
 def _without_layers(model: nn.Module) -> str:
     configs = getattr(model, "peft_config", None)
     kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()}) if configs else []
-    return f": its adapter is {', '.join(kinds)}" if kinds else "; add an adapter with PEFT first"
+    if not kinds:
+        return "; add an adapter with PEFT first"
+    return f": its adapter is {', '.join(kinds)}, which adapts no layer's weight"

@@ -23,6 +23,7 @@ class Kind(NamedTuple):
         thin: Function of the base layer, x, v (k, n) and u (m, k): the same for w = u v.
         transposed: Whether W0 is stored as (n, m).
         linear: Whether x is (..., n), and what is returned x w^T.
+        called: Whether W0 is known from calls of the base layer alone.
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -30,6 +31,7 @@ class Kind(NamedTuple):
     thin: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
     transposed: bool = False
     linear: bool = False
+    called: bool = False
 
 
 def _linear(base: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -72,6 +74,11 @@ KINDS: dict[str, Kind] = {
 }
 
 
+FOREIGN = Kind((), _linear, _thin_linear, linear=True, called=True)
+"""A linear layer of a library that keeps W0 in a form of its own (GPTQ, AWQ, HQQ, EETQ, AQLM)."""
+
+
 def kind_of(base: nn.Module) -> Kind | None:
-    """The kind of a base layer; None if it is of no known type."""
-    return next((kind for kind in KINDS.values() if isinstance(base, kind.classes)), None)
+    """The kind of a base layer; None if it is of no known type, and of torch or not called with one tensor alone."""
+    known = next((kind for kind in KINDS.values() if isinstance(base, kind.classes)), None)
+    return known or (None if type(base).__module__.startswith("torch.nn") else FOREIGN)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.xlora.layer import XLoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,14 +17,20 @@ from .kinds import Kind
 from .linear import Thin, largest_block, perturbed_linear, product_dtype, thin_linear
 from .noise import Factors, Noise, Seeded
 from .passes import Passes
-from .weights import BaseWeight, class_of
+from .weights import BaseWeight, CalledWeight, class_of
 from .zero import is_cut
 
-QUANTISED = ("Linear4bit", "Linear8bitLt", "TorchaoLoraLinear")
-"""PEFT's LoRA layers on bitsandbytes' and torchao's weights; named, since to import them needs these libraries."""
+PLAIN_FORWARD = (
+    *("Linear", "Linear4bit", "Linear8bitLt", "TorchaoLoraLinear"),
+    *("GPTQLoraLinear", "AwqLoraLinear", "HqqLoraLinear", "EetqLoraLinear", "AqlmLoraLinear"),
+)
+"""PEFT's LoRA layers whose forward is base(x) + s B A x; named, since to import them needs other libraries."""
 
-PLAIN_FORWARD = ("Linear", *QUANTISED)
-"""PEFT's LoRA layers whose forward is base(x) + s B A x."""
+_WINDOW = ("dilation", "padding_mode")
+"""What A must have of a convolution, and PEFT does not give it: else the adapter sees other inputs than W0 does."""
+
+_SCALES_ROWS = tuple(f"Dora{kind}Variant" for kind in ("Linear", "Conv1d", "Conv2d", "Conv3d"))
+"""PEFT's variants of LoRA that scale the rows of W0 + s B A; of one of them alone that gives W'."""
 
 
 class PerturbedLayer:
@@ -48,13 +55,13 @@ class PerturbedLayer:
     def __init__(self, name: str, index: int, module: Any, kind: Kind, passes: Passes) -> None:
         self.name, self.index, self.module, self.kind, self.passes = name, index, module, kind, passes
         self.base: Any = module.get_base_layer()
-        self.w0 = BaseWeight(self.base, class_of(module).__name__ in QUANTISED, kind.transposed)
+        self.w0 = CalledWeight(self.base, module.in_features) if kind.called else BaseWeight(self.base, kind.transposed)
         self.m, self.n = self.w0.m, self.w0.n
         self.tau: Tensor | None = None
         self.noise: Noise = None
         self.sketch: Factors | None = None
         self.reached = self.reached_in_step = False
-        self._attached = False
+        self._attached, self._own_forward = False, module.__dict__.get("forward")
         self.a: list[Any] = []
         self._measure()
         self.follow()
@@ -80,7 +87,8 @@ class PerturbedLayer:
         x, extra = self._input(given), None
         if isinstance(noise, Seeded):
             if self._has_plain_w0():
-                y = perturbed_linear(given, base.weight, base.bias, noise.tau, noise.seed, self.kind.transposed)
+                weights = base.weight, base.bias, noise.tau, noise.seed, self.kind.transposed
+                y = self._own(perturbed_linear(given, *weights))
             else:
                 y, extra = self._own(base(given)), noise
             y = thin_linear(x, y, adapters, None)
@@ -126,8 +134,9 @@ class PerturbedLayer:
 
     def _is_frozen(self) -> bool:
         """Whether that is so, and neither weight nor bias is trained."""
-        trained = self.base.weight.requires_grad or (self.base.bias is not None and self.base.bias.requires_grad)
-        return not trained and self._has_plain_w0()
+        if not self._has_plain_w0():
+            return False
+        return not any(one is not None and one.requires_grad for one in (self.base.weight, self.base.bias))
 
     def _perturbs(self) -> bool:
         module = self.module
@@ -141,7 +150,6 @@ class PerturbedLayer:
     def attach(self) -> None:
         if not self._attached:
             self._attached, self.original = True, self.module.forward
-            self._own_forward = self.module.__dict__.get("forward")
             self.module.forward = self
 
     def detach(self) -> None:
@@ -177,20 +185,24 @@ class PerturbedLayer:
         """A and B of each of LoRA's adapters, modules or parameters, and DoRA's magnitudes; none where the weight that
         an adapter trains is not W0 + s B A, or that scaled by rows."""
         module = self.module
-        if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer):
+        mixed = isinstance(getattr(self._own_forward, "__self__", None), XLoraLayer)
+        if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer) or mixed:
             return [], [], []
-        variants = {type(module.lora_variant[name]).__name__ for name in names if name in module.lora_variant}
+        variants = [type(module.lora_variant[name]).__name__ for name in names if name in module.lora_variant]
         kind, dora = ("lora" if module.lora_A else "lora_embedding"), module.lora_magnitude_vector
         a, b = ([getattr(module, f"{kind}_{factor}")[name] for name in names] for factor in "AB")
         magnitudes = [dora[name] for name in names if name in dora][:1]
         fits = all(_shape(x)[1] == self.n and _shape(y) == (self.m, _shape(x)[0]) for x, y in zip(a, b, strict=True))
-        by_rows = all(variant.startswith("Dora") for variant in variants) and "DoraEmbeddingVariant" not in variants
-        return (a, b, magnitudes) if fits and by_rows else ([], [], [])
+        same_input = all(getattr(x, key, 0) == getattr(self.base, key, 0) for x in a for key in _WINDOW)
+        by_rows = not variants or (len(names) == 1 and variants[0] in _SCALES_ROWS)
+        return (a, b, magnitudes) if fits and same_input and by_rows else ([], [], [])
 
     def _is_fusable(self, name: str) -> bool:
         """Whether PEFT's forward is base(x) + s B A x of modules that nothing else hangs on."""
         module = self.module
         if not self.kind.linear or class_of(module).__name__ not in PLAIN_FORWARD or name in module.lora_variant:
+            return False
+        if self._own_forward is not None:
             return False
         factors = module.lora_A[name], module.lora_B[name]
         bare = all(type(one) is nn.Linear and not is_tampered(one) for one in factors)

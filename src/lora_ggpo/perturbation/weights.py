@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor, Shard
 from .noise import row_blocks
 from .zero import gather, is_cut, local_rows, sum_rows
 
+_LARGE = 256.0
+"""Factor on the input of a layer that is called for its weight: in 16 bits a bias would swallow the product."""
+
 
 class BaseWeight:
     """The frozen weight W0 (m, n) of a ``base`` layer, to be read; a filter of a convolution is a row of it.
@@ -23,8 +26,8 @@ class BaseWeight:
         dtype: What its rows are computed in: float32, or float64.
     """
 
-    def __init__(self, base: Any, quantised: bool, transposed: bool) -> None:
-        self.base, self.quantised, self.transposed = base, quantised, transposed
+    def __init__(self, base: Any, transposed: bool) -> None:
+        self.base, self.quantised, self.transposed = base, is_quantised(base.weight), transposed
         w0 = self.matrix()
         shape: Any = base.weight.ds_shape if is_cut(base.weight) else (w0.t() if transposed else w0).shape
         m, n = shape[0], math.prod(shape[1:])
@@ -75,6 +78,48 @@ class BaseWeight:
         blocks = [rows[start:stop] for start, stop in row_blocks(max(len(rows), 1), self.n)]
         results = [function(block.to(self.dtype)) for block in blocks]
         return results[0] if len(results) == 1 else torch.cat(results)
+
+
+class CalledWeight(BaseWeight):
+    """W0 of a layer that cannot tell it, from calls: layer(x) - layer(0) = x W0^T."""
+
+    def __init__(self, base: Any, n: int) -> None:
+        self.base, self.quantised, self.transposed, self.n = base, True, False, n
+        held = [t for t in (*base.parameters(), *base.buffers()) if t.is_floating_point()] or [torch.empty(0)]
+        self.input_dtype, self.device = getattr(base, "compute_dtype", held[0].dtype), held[0].device
+        self.dtype = torch.promote_types(self.input_dtype, torch.float32)
+        self.m = self._products(torch.zeros(1, n)).shape[-1]
+
+    def is_plain(self) -> bool:
+        return False
+
+    def row_norms_squared(self) -> Tensor:
+        total = torch.zeros(self.m, dtype=self.dtype, device=self.device)
+        for start, stop in row_blocks(self.n, max(self.m, self.n)):
+            total += self._products(torch.eye(stop - start, self.n).roll(start, 1)).square().sum(0)
+        return total
+
+    def times(self, columns: Tensor) -> Tensor:
+        return self._products(columns.t()).t()
+
+    def is_linear(self) -> bool:
+        """Whether it is linear, to the accuracy of 8 bits: a normalisation inside, for one, is not."""
+        x = torch.randn(2, self.n, generator=torch.Generator().manual_seed(0))
+        first, second, both = self._products(torch.cat([x, x.sum(0, keepdim=True)]))
+        return bool((first + second - both).norm() <= 0.05 * both.norm())
+
+    @torch.no_grad()
+    def _products(self, rows: Tensor) -> Tensor:
+        """Rows x W0^T (k, m) in ``dtype``."""
+        x = torch.cat([rows.new_zeros(1, self.n), rows * _LARGE]).to(self.device, self.input_dtype)
+        y = self.base(x).to(self.dtype)
+        return (y[1:] - y[:1]) / _LARGE
+
+
+def is_quantised(weight: Any) -> bool:
+    """Whether a weight stands for another one: those of bitsandbytes and torchao do."""
+    kind = type(weight)
+    return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao")
 
 
 def whole(tensor: Tensor) -> Tensor:
