@@ -191,17 +191,15 @@ class Attending(nn.Module):
         return self.attention(h, h, h, need_weights=False)[0][0]
 
 
-@pytest.mark.parametrize(("targets", "number"), [(["up", "out_proj"], 2), (["up", "attention"], 3)])
-def test_out_proj_of_multihead_attention_is_skipped_with_the_reason(targets, number):
-    model = get_peft_model(Attending(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).train()
+def test_out_proj_of_multihead_attention_is_skipped_with_the_reason():
+    model = get_peft_model(Attending(), LoraConfig(r=2, target_modules=["up", "out_proj"], init_lora_weights=False))
     with pytest.warns(UserWarning, match="out_proj .*reads the weight of its out_proj and never calls it"):
-        ggpo = GGPO(model, GGPOConfig(sigma=0.3))
+        ggpo = GGPO(model.train(), GGPOConfig(sigma=0.3))
     assert [layer.name for layer in ggpo.layers] == ["base_model.model.up"]
     loss_of(model(batch(0, dtype=torch.float32))).backward()
     ggpo.step()
-    assert ggpo.metrics()["ggpo/coverage"] == 1 / number
-    entries = 36 + 36 + (3 * 36 if number == 3 else 0)
-    assert ggpo.metrics()["ggpo/coverage_parameters"] == 36 / entries
+    assert ggpo.metrics()["ggpo/coverage"] == 1 / 2
+    assert ggpo.metrics()["ggpo/coverage_parameters"] == 36 / 72
 
 
 # --- DataParallel ---

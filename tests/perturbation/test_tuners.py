@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("peft", minversion="0.21")
 from peft import (
     ArrowConfig,
     BdLoraConfig,

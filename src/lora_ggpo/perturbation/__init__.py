@@ -9,9 +9,10 @@ the package. Read in this order:
 
 1. ``scales``: row norms from thin factors, and the rules that turn them into tau. ``noise``: where z of eps = tau z
    comes from. ``config``: the settings.
-2. ``linear``: y = x (W0 + eps)^T as one autograd function. ``kernel``: W0 + eps on a GPU.
-3. ``weights``: W0 of a PEFT layer, also quantised or cut by FSDP and ZeRO. ``layers``: a PEFT LoRA layer, perturbed.
-   ``rows``: the norms and sizes of all layers at once.
+2. ``linear``: y = x (W0 + s B A + eps)^T as one autograd function. ``kernel``: W0 + eps on a GPU.
+3. ``kinds``: what a type of layer does with its weight. ``weights``: W0 of a PEFT layer, also quantised or cut by FSDP
+   and ZeRO. ``layers``: a PEFT layer, perturbed. ``inside``: weights that are read without a call. ``rows``: the norms
+   and sizes of all layers at once.
 4. ``ggpo``: the object that a training loop holds. It uses ``find`` (which layers), ``passes`` (when they are noisy),
    ``watch`` (what a run should be told) and ``zero`` (DeepSpeed).
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .inside import PerturbedWeight, perturbed_weight, reads_weight
 from .kinds import Kind, kind_of
 from .layers import PerturbedLayer
 from .passes import Passes
@@ -60,6 +60,7 @@ def find_layers(
     passes = passes or Passes()
     layers, skipped = list(known), []
     done, never_called = {id(layer.module) for layer in known}, set()
+    attentions: dict[int, PerturbedWeight] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise ValueError(DATA_PARALLEL)
@@ -67,13 +68,20 @@ def find_layers(
             never_called.add(id(module.out_proj))
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer) or id(module) in done:
             continue
-        done |= {id(inner) for inner in _inner(module)}
-        kind = kind_of(module.get_base_layer())
-        reason = _ATTENTION if id(module) in never_called else _unsupported(module, kind)
-        if reason or kind is None:
-            skipped.append(Skipped(name, module, reason or ""))
+        outer = attentions.get(id(module))
+        if id(module) in never_called and outer is None:
+            found: PerturbedLayer | str = _ATTENTION
+        elif reads_weight(module) or outer is not None:
+            found = perturbed_weight(name, len(layers), module, passes, outer)
         else:
-            layers.append(PerturbedLayer(name, len(layers), module, kind, passes))
+            done |= {id(inner) for inner in _inner(module)}
+            found = _perturbed_layer(name, len(layers), module, passes)
+        if isinstance(found, str):
+            skipped.append(Skipped(name, module, found))
+            continue
+        layers.append(found)
+        if isinstance(found, PerturbedWeight) and isinstance(found.owner, nn.MultiheadAttention):
+            attentions[id(found.owner.out_proj)] = found
     return layers, skipped
 
 
@@ -120,11 +128,16 @@ def _inner(module: Any) -> list[BaseTunerLayer]:
     return found
 
 
-def _unsupported(module: Any, kind: Kind | None) -> str | None:
-    """Why a layer cannot be perturbed."""
+def _perturbed_layer(name: str, index: int, module: Any, passes: Passes) -> PerturbedLayer | str:
+    """A layer perturbed, or why it cannot be."""
+    kind = kind_of(module.get_base_layer())
+    reason = _unsupported(module, kind)
+    return reason if reason or kind is None else PerturbedLayer(name, index, module, kind, passes)
+
+
+def _unsupported(module: Any, kind: Kind | None) -> str:
+    """Why a layer cannot be perturbed; empty if it can be."""
     base = module.get_base_layer()
-    if isinstance(module, ParamWrapper):
-        return f"an adapter on the parameter {module.parameter_name} of {type(base).__name__}"
     if _inner(module):
         return "adapters of two kinds, one on the other"
     if kind is None:
@@ -136,10 +149,10 @@ def _unsupported(module: Any, kind: Kind | None) -> str | None:
         return "a quantised weight under ZeRO-3"
     if not quantised and (not base.weight.is_floating_point() or base.weight.is_meta):
         return f"a base weight of dtype {base.weight.dtype} on {base.weight.device}"
-    return None
+    return ""
 
 
-def _not_callable(module: Any, base: nn.Module) -> str | None:
+def _not_callable(module: Any, base: nn.Module) -> str:
     """Why a layer of no type of torch cannot be taken as a linear one."""
     name = type(base).__name__
     if not isinstance(getattr(module, "in_features", None), int):
@@ -148,7 +161,7 @@ def _not_callable(module: Any, base: nn.Module) -> str | None:
         linear = CalledWeight(base, module.in_features).is_linear()
     except Exception as error:  # it may be anything
         return f"an adapter on {name}, which cannot be called with a matrix: {error}"
-    return None if linear else f"an adapter on {name}, which is not linear in its input"
+    return "" if linear else f"an adapter on {name}, which is not linear in its input"
 
 
 def _without_layers(model: nn.Module) -> str:

@@ -25,7 +25,7 @@ _SKETCH = 0x536B
 
 
 class GGPO:
-    r"""Train the active LoRA adapters of a PEFT model on E_eps[ L(W0 + s B A + eps) ].
+    r"""Train the active adapters of a PEFT model on E_eps[ L(W' + eps) ]; for LoRA W' = W0 + s B A.
 
     eps_ij ~ N(0, tau_i^2) is drawn for every forward pass in training mode with gradients, tau_i^2 = (sigma^2 / n)
     (||W'_i||^2 + beta ||G_i||^2) or another rule of :mod:`~lora_ggpo.perturbation.scales`, and G = dL/dW'
@@ -45,14 +45,14 @@ class GGPO:
     pass, ``generate()``), ``disable_adapter()`` and saving see the plain model.
 
     Args:
-        model: A PEFT model, or any module with PEFT LoRA layers inside. Its own ``forward`` must be the one called.
+        model: A PEFT model, or any module with PEFT layers inside. Its own ``forward`` must be the one called.
         config: The settings; None is the defaults.
         total_steps: Number of optimizer steps of the run; needed by a ramp schedule only.
         optimizer: The one that ``deepspeed.initialize`` or ``accelerator.prepare`` returned; needed under DeepSpeed
             ZeRO only, where gradients are read as its step begins instead.
 
     Raises:
-        ValueError: the model has no LoRA layer that can be perturbed, is perturbed already, or, with
+        ValueError: the model has no adapted layer that can be perturbed, is perturbed already, or, with
             ``config.strict``, has one that cannot be; a ramp schedule has no ``total_steps``; or a model under ZeRO has
             no ``optimizer``.
     """

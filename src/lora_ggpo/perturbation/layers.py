@@ -55,7 +55,7 @@ class PerturbedLayer:
     def __init__(self, name: str, index: int, module: Any, kind: Kind, passes: Passes) -> None:
         self.name, self.index, self.module, self.kind, self.passes = name, index, module, kind, passes
         self.base: Any = module.get_base_layer()
-        self.w0 = CalledWeight(self.base, module.in_features) if kind.called else BaseWeight(self.base, kind.transposed)
+        self.w0 = self._read()
         self.m, self.n = self.w0.m, self.w0.n
         self.tau: Tensor | None = None
         self.noise: Noise = None
@@ -65,6 +65,11 @@ class PerturbedLayer:
         self.a: list[Any] = []
         self._measure()
         self.follow()
+
+    def _read(self) -> BaseWeight:
+        if self.kind.called:
+            return CalledWeight(self.base, self.module.in_features)
+        return BaseWeight(self.base, self.kind.transposed)
 
     # --- the forward pass ---
 
@@ -246,7 +251,7 @@ class PerturbedLayer:
     def block_bytes(self) -> int:
         """Bytes of the largest block of rows of W0 + eps that is formed at a time for dense noise."""
         entries, by_kernel = largest_block(self.m, self.n, self.w0_norms.device)
-        return entries * (self.base.weight if by_kernel and not self.w0.quantised else self.w0_norms).element_size()
+        return entries * (self.w0.parameter if by_kernel and not self.w0.quantised else self.w0_norms).element_size()
 
 
 def weight_of(one: Any) -> Any:

@@ -28,23 +28,30 @@ class BaseWeight:
 
     def __init__(self, base: Any, transposed: bool) -> None:
         self.base, self.quantised, self.transposed = base, is_quantised(base.weight), transposed
-        w0 = self.matrix()
-        shape: Any = base.weight.ds_shape if is_cut(base.weight) else (w0.t() if transposed else w0).shape
+        self._take_up(self.matrix(), transposed)
+
+    def _take_up(self, w0: Tensor, transposed: bool) -> None:
+        cut = is_cut(self.parameter)
+        shape: Any = self.parameter.ds_shape if cut else (w0.t() if transposed else w0).shape
         m, n = shape[0], math.prod(shape[1:])
-        self.m, self.n = (n, m) if transposed else (m, n)
+        self.m, self.n, self.transposed = *((n, m) if transposed else (m, n)), transposed
         self.dtype = torch.promote_types(w0.dtype, torch.float32)
         self.device = w0.device
 
+    @property
+    def parameter(self) -> Any:
+        return self.base.weight
+
     def matrix(self) -> Tensor:
         """W0 (m, n): a view of the weight, or of a quantised one what it stands for, made anew at each call."""
-        weight: Tensor = _dequantise(self.base) if self.quantised else self.base.weight
+        weight: Tensor = _dequantise(self.base) if self.quantised else self.parameter
         if weight.dim() > 2:
             return weight.detach().flatten(1)
         return weight.detach().t() if self.transposed else weight.detach()
 
     def is_plain(self) -> bool:
         """Whether this process has W0 as it is: not quantised, and not cut by FSDP or ZeRO."""
-        weight = self.base.weight
+        weight = self.parameter
         return not (self.quantised or isinstance(weight, DTensor) or is_cut(weight))
 
     def row_norms_squared(self) -> Tensor:
@@ -53,13 +60,13 @@ class BaseWeight:
 
     def times(self, columns: Tensor) -> Tensor:
         """W0 C (m, k) of ``columns`` C (n, k) in ``dtype``."""
-        if self.is_plain() and self.base.weight.dtype == self.dtype:
+        if self.is_plain() and self.parameter.dtype == self.dtype:
             return self.matrix() @ columns
         return self._over_rows(lambda rows: rows @ columns)
 
     def _over_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """``function``, additive over entries, of all rows; of a sharded W0 each process takes what it holds."""
-        weight = self.base.weight
+        weight = self.parameter
         if is_cut(weight) and not self.transposed:
             first, rows = local_rows(weight)
             return sum_rows(weight, first, self._by_blocks(function, rows))
