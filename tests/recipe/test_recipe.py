@@ -64,7 +64,7 @@ def test_bad_training_settings(line, message):
         ("data.out_of_domain=[test]", "data.out_of_domain has a source named test, as a set of the run's own is"),
         ("data.sorce=x", "data.sorce is not a setting; did you mean source?"),
         ("task.kind=classify", "task.kind must be one of classification, "),
-        ("adapter=null", "r.yaml, line 6: ggpo perturbs a LoRA adapter, but adapter is null"),
+        ("adapter=null", "r.yaml, line 6: ggpo perturbs an adapter, but adapter is null"),
     ],
 )
 def test_bad_sections(override, message):

@@ -61,9 +61,10 @@ def test_micro_batches_are_one_batch(models, data, case, method, tmp_path):
         assert_same(by_trainer(recipe, tmp_path), expected[rows])
 
 
-def test_adalora_regularises_once_a_step(models, data, tmp_path):
+@pytest.mark.parametrize("ggpo", ["null", "{sigma: 0.2, rule: relative, beta: 0.5, redraw: optimizer-step}"])
+def test_adalora_regularises_once_a_step(models, data, ggpo, tmp_path):
     """Its ranks are cut behind the first step, so one step it is."""
-    settings = ["adapter.type=adalora", "adapter.init_lora_weights=true"]
+    settings = ["adapter.type=adalora", "adapter.init_lora_weights=true", f"ggpo={ggpo}"]
     recipe = make_recipe(models, data, "sft", 16, 4, settings)
     (loss, norm, _), expected = by_trainer(recipe, tmp_path), by_hand(recipe, tmp_path, 64)
     assert (loss, norm) == (pytest.approx(expected[0], rel=1e-5), pytest.approx(expected[1], rel=1e-5))

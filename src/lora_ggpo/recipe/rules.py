@@ -74,9 +74,7 @@ def _of_methods(recipe: Recipe) -> Iterator[str]:
         except ValueError as error:
             yield f"ggpo{str(error).removeprefix(GGPOConfig.__name__)}"
     if ggpo and recipe.adapter is None:
-        yield "ggpo perturbs a LoRA adapter, but adapter is null; set ggpo: null as well, or an adapter"
-    if ggpo and recipe.adalora:
-        yield "ggpo perturbs LoRA layers, which those of AdaLoRA are not; choose adapter.type lora"
+        yield "ggpo perturbs an adapter, but adapter is null; set ggpo: null as well, or an adapter"
     ivon = ["optimizer ivon"] if optimizer and optimizer.kind == "ivon" else []
     first, *others = [n for n in ("ggpo", "sam", "mgpo", "bi_lora") if getattr(recipe, n)] + ivon or [""]
     for other in others:
