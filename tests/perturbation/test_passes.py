@@ -220,21 +220,6 @@ def test_generation_in_training_mode_is_plain():
     torch.testing.assert_close(runs[1], runs[0], **EXACT)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.slow
-def test_a_compiled_model_is_plain_without_gradients(backend):
-    torch._dynamo.reset()
-    model, ggpo, stock = perturbed()
-    compiled = torch.compile(model, backend=backend)
-    loss_of(compiled(batch(0))).backward()
-    ggpo.step()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(batch(1)), stock(batch(1)), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(compiled.base_model.model(batch(1)), stock(batch(1)), rtol=1e-12, atol=1e-14)
-    assert not torch.allclose(compiled(batch(1)), stock(batch(1)))
-    torch._dynamo.reset()
-
-
 def test_a_model_that_is_a_part_of_another_is_noisy_in_its_own_passes_alone():
     model, _, stock = perturbed()
     whole = nn.Sequential(model, nn.Linear(5, 5).double())

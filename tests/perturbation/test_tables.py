@@ -59,7 +59,7 @@ def test_one_entry_each_makes_a_new_rule_estimator_schedule_and_noise(entries):
     layer = ggpo.layers[0]
     layer.passes.begin(training=True)
     layer.noise = ggpo._drawn[0]
-    eps = (layer(x) - layer.original(x)).T
+    eps = (layer.forward(x) - layer.original(x)).T
     assert 0 < (eps.abs() / layer.tau[:, None]).max() <= math.sqrt(3)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .inside import PerturbedWeight, perturbed_weight, reads_weight
 from .kinds import Kind, kind_of
-from .layers import PerturbedLayer
+from .layers import PerturbedLayer, perturbed_by
 from .passes import Passes
 from .weights import CalledWeight, is_quantised
 from .zero import is_cut
@@ -68,6 +68,7 @@ def find_layers(
             never_called.add(id(module.out_proj))
         if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer) or id(module) in done:
             continue
+        name = name.replace("_orig_mod.", "")  # torch.compile's wrapper
         outer = attentions.get(id(module))
         if id(module) in never_called and outer is None:
             found: PerturbedLayer | str = _ATTENTION
@@ -94,7 +95,7 @@ def check_layers(model: nn.Module, layers: Sequence[PerturbedLayer], skipped: Se
     if not layers:
         why = f": GGPO cannot perturb {_names(skipped)}" if skipped else _without_layers(model)
         raise ValueError(f"GGPO found no adapted layer that it can perturb in this model{why}")
-    if any(isinstance(layer.module.__dict__.get("forward"), PerturbedLayer) for layer in layers):
+    if any(perturbed_by(layer.module) for layer in layers):
         raise ValueError("the model is perturbed already; detach() the first GGPO before attaching another")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from .compiled import draw, register
+from .compiled import draw, no_graph_of_its_own, register
 from .config import GGPOConfig
 from .find import DATA_PARALLEL, check_layers, find_layers, report_skipped
 from .noise import NOISES, Noise, Seeded, buckets, joint_factors, mix, split_factors
@@ -76,7 +76,8 @@ class GGPO:
         self._zero = zero_optimizer((p for layer in self.layers for p in layer.trained()), optimizer)
         self._handles: list[Any] = []
         self._watched: list[Any] = []
-        self._number = register(self)
+        self._number, self._counter = register(self), torch.zeros((), dtype=torch.int64)
+        self._drawn_in_graph = self.config.noise == "factored"
         self._steps = self._forwards = 0
         self._drawn: list[Noise] = []
         self._stale = True
@@ -173,10 +174,10 @@ class GGPO:
 
     def detach(self) -> None:
         """Remove every trace from the model: afterwards it is the stock PEFT model."""
-        for handle in (*self._handles, *self._watched):
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._watched.clear()
+        self._unwatch()
         for layer in self.layers:
             layer.detach()
 
@@ -214,14 +215,20 @@ class GGPO:
             group.load(kept)
         self._coverage.set_layers(self._groups, self._skipped)
         self._draw_sketches()
+        self._unwatch()
 
+    @no_graph_of_its_own
     def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if not (torch.compiler.is_compiling() and self._drawn_in_graph):
+            self._begin(model)
+        elif model.training and torch.is_grad_enabled():
+            self._show(self._draw_in_graph())
+
+    @torch.compiler.disable
+    def _begin(self, model: nn.Module) -> None:
         if getattr(model, "_is_replica", False):
             raise RuntimeError(DATA_PARALLEL)
-        if torch.compiler.is_compiling():
-            if model.training and torch.is_grad_enabled():
-                self._show(self._draw_in_graph())
-        elif self._passes.begin(model.training):
+        if self._passes.begin(model.training):
             config, number = self.config, self._advance()
             self._drawn = NOISES[config.noise](self.layers, config.seed, number, config.noise_rank, _autocast_dtype())
             self._show(self._drawn)
@@ -238,23 +245,29 @@ class GGPO:
                 group.refresh(self.config, factor)
             self._stale = False
         for layer in self.layers:
-            layer.reached = False
+            layer.reached = layer.always_reached
         by_step = self.config.redraw == "optimizer-step"
         return self._own(self._steps) if by_step else self._own(self._forwards - 1) + 1
 
-    # A graph of torch.compile has the operator `draw` in it, which calls draw_joint() whenever the graph runs.
+    # A graph with the hooks in it has the operator `draw` in it, which calls draw_joint() whenever the graph runs.
 
     def _draw_in_graph(self) -> list[Noise]:
-        joint = draw(self.layers[0].w0_norms, self._number)
+        self._follow_for_graph()
+        self._counter += 1
+        joint = draw(self._counter, self._number)
         return split_factors(self.layers, self._active, joint, self.config.noise_rank)
+
+    @torch.compiler.assume_constant_result
+    def _follow_for_graph(self) -> None:
+        """Have the graph that is being traced draw for the adapters of now."""
+        self._stale = True
+        self._follow()
 
     def draw_joint(self) -> list[Tensor]:
         """The factors of a new draw, for a compiled forward pass."""
         number = self._advance()
         self._passes.any = True
-        if not self._watched:  # the output of a compiled model has no hook that a backward pass would call
-            parameters = [parameter for layer in self.layers for parameter in layer.trained()]
-            self._watched = [p.register_post_accumulate_grad_hook(self._on_accumulated) for p in parameters]
+        self._watch_gradients()
         return joint_factors(self._active, self.config.seed, number, self.config.noise_rank, None)
 
     def joint_shapes(self) -> list[tuple[torch.device, torch.dtype, tuple[int, ...]]]:
@@ -266,8 +279,22 @@ class GGPO:
             shapes.append((device, dtype, (sum(layer.m for layer in members), rank)))
         return shapes
 
+    def _watch_gradients(self) -> None:
+        """Have the parameters tell of their gradients: the output of a graph has no hook that would."""
+        if not self._watched:
+            parameters = [parameter for layer in self.layers for parameter in layer.trained()]
+            self._watched = [p.register_post_accumulate_grad_hook(self._on_accumulated) for p in parameters]
+
+    def _unwatch(self) -> None:
+        for handle in self._watched:
+            handle.remove()
+        self._watched.clear()
+
     def _on_accumulated(self, _: Tensor) -> None:
-        self._passes.enter_backward(self._after_backward)
+        self._passes.enter_backward(self._after_backward, self._hide)
+
+    def _hide(self) -> None:
+        self._show(None)
 
     def _show(self, drawn: list[Noise] | None) -> None:
         """Have the layers use a draw, or none."""
@@ -291,25 +318,30 @@ class GGPO:
             return draw
         return draw * distributed.get_world_size() + distributed.get_rank()
 
+    @no_graph_of_its_own
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() and self._drawn_in_graph:
+            self._hide()
+        else:
+            self._end(output)
+
+    @torch.compiler.disable
+    def _end(self, output: Any) -> None:
         """Tie the output to its draw: when its gradient arrives, the layers that gradient checkpointing runs again
         must see the noise of this forward pass, even if others have run since."""
-        if torch.compiler.is_compiling():
-            self._show(None)
-        if torch.compiler.is_compiling() or not self._passes.end():
+        if not self._passes.end():
             return
         drawn = self._drawn
-        self._show(None)
+        self._hide()
 
         def on_gradient(_: Tensor) -> None:
             self._show(drawn)
-            self._passes.enter_backward(self._after_backward)
+            self._passes.enter_backward(self._after_backward, self._hide)
 
         for tensor in tied_tensors(output):
             tensor.register_hook(on_gradient)
 
     def _after_backward(self) -> None:
-        self._show(None)
         if self._zero is None:
             self._capture()
 

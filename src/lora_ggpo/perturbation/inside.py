@@ -69,7 +69,7 @@ class PerturbedWeight(PerturbedLayer):
     def _factor_modules(self, names: list[str]) -> tuple[list[Any], list[Any], list[Any]]:
         return super()._factor_modules(names) if self.outer is self else ([], [], [])
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.on = self._perturbs()
         try:
             return self.original(*args, **kwargs)
@@ -96,7 +96,7 @@ class PerturbedWeight(PerturbedLayer):
     def _before(self, *_: Any) -> None:
         if not self.outer.on:
             return
-        self.reached = self.reached_in_step = True
+        self._note()
         if self.noise is None and self.sketch is None:
             return
         if isinstance(self.module, ParamWrapper):  # whose parametrisation lives as long as the call

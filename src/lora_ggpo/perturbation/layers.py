@@ -13,6 +13,7 @@ from peft.tuners.xlora.layer import XLoraLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .compiled import in_checkpoint
 from .kinds import Kind
 from .linear import Thin, largest_block, perturbed_linear, product_dtype, thin_linear
 from .noise import Factors, Noise, Seeded
@@ -48,6 +49,7 @@ class PerturbedLayer:
         a, b, magnitudes: The modules of the active LoRA adapters: A, B, and DoRA's magnitudes.
         w0_norms: ||W0_i||^2 (m,).
         reached, reached_in_step: Whether the last pass, or one of this optimizer step, has called it.
+        always_reached: Whether a graph has it where a call cannot be noted.
     """
 
     original: Callable[..., Tensor]
@@ -60,7 +62,7 @@ class PerturbedLayer:
         self.tau: Tensor | None = None
         self.noise: Noise = None
         self.sketch: Factors | None = None
-        self.reached = self.reached_in_step = False
+        self.reached = self.reached_in_step = self.always_reached = False
         self._attached, self._own_forward = False, module.__dict__.get("forward")
         self.a: list[Any] = []
         self._measure()
@@ -73,15 +75,34 @@ class PerturbedLayer:
 
     # --- the forward pass ---
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self._perturbs():
             return self.original(x, *args, **kwargs)
-        self.reached = self.reached_in_step = True
+        self._note()
+        if torch.compiler.is_compiling() and isinstance(self.noise, Seeded):
+            return self._eagerly(x, *args, **kwargs)
+        return self._forward(x, *args, **kwargs)
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.noise is None and self.sketch is None and not self.passes.fuse:
             return self.original(x, *args, **kwargs)
         if self._fusable and not args and not kwargs and not isinstance(self.a[0].weight, DTensor):
             return self._fused(x)
         return self._with_noise(self.original(x, *args, **kwargs), x, self.noise)
+
+    # A seed that a graph had in it would compile each draw anew.
+    _eagerly = torch.compiler.disable(_forward)
+
+    def _note(self) -> None:
+        """Note that a pass has called the layer. Inside a compiled checkpoint that is known of the graph alone."""
+        if torch.compiler.is_compiling() and in_checkpoint():
+            self._note_for_good()
+        else:
+            self.reached = self.reached_in_step = True
+
+    @torch.compiler.assume_constant_result
+    def _note_for_good(self) -> None:
+        self.reached = self.always_reached = True
 
     def _fused(self, x: Tensor) -> Tensor:
         """PEFT's LoRA forward, with the noise in it."""
@@ -155,10 +176,11 @@ class PerturbedLayer:
     def attach(self) -> None:
         if not self._attached:
             self._attached, self.original = True, self.module.forward
-            self.module.forward = self
+            # The compiler takes layers with one bound method alike, and each object that can be called for another.
+            self.module.forward = self.forward
 
     def detach(self) -> None:
-        if self.module.__dict__.get("forward") is self:
+        if perturbed_by(self.module) is self:
             del self.module.forward
             if self._own_forward is not None:  # accelerate, for one, sets a forward on the instance too
                 self.module.forward = self._own_forward
@@ -252,6 +274,12 @@ class PerturbedLayer:
         """Bytes of the largest block of rows of W0 + eps that is formed at a time for dense noise."""
         entries, by_kernel = largest_block(self.m, self.n, self.w0_norms.device)
         return entries * (self.w0.parameter if by_kernel and not self.w0.quantised else self.w0_norms).element_size()
+
+
+def perturbed_by(module: nn.Module) -> PerturbedLayer | None:
+    """What stands in for the module's forward."""
+    owner = getattr(vars(module).get("forward"), "__self__", None)
+    return owner if isinstance(owner, PerturbedLayer) else None
 
 
 def weight_of(one: Any) -> Any:

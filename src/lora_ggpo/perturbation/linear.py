@@ -57,23 +57,10 @@ def thin_linear(
     Returns:
         y (..., m).
     """
-    if torch.compiler.is_compiling():  # the compiler fuses by itself, and cannot trace what writes its input
-        return _composed(x, base, adapters, noise)
     weights = [weight for thin in adapters for weight in (thin.a, thin.b)]
     scales = [thin.s for thin in adapters]
     y, w0, bias = (base, None, None) if isinstance(base, Tensor) else (None, *base)
     return cast(Tensor, _ThinLinear.apply(y, x, w0, bias, noise, scales, *weights))
-
-
-def _composed(
-    x: Tensor, base: Tensor | tuple[Tensor, Tensor | None], adapters: Sequence[Thin], noise: Factors | None
-) -> Tensor:
-    y = base if isinstance(base, Tensor) else functional.linear(x, *base)
-    parts = [Thin(thin.a, thin.b * thin.s, 1) for thin in adapters]
-    for thin in parts if noise is None else [*parts, Thin(noise.v, noise.u, 1)]:
-        h = functional.linear(x, thin.a.to(x.dtype))
-        y = (y + functional.linear(h, thin.b.to(x.dtype))).to(y.dtype)
-    return y
 
 
 class _ThinLinear(torch.autograd.Function):
@@ -96,6 +83,8 @@ class _ThinLinear(torch.autograd.Function):
             assert w0 is not None
             w0 = w0.to(x.dtype)
             y = functional.linear(x, w0, None if bias is None else bias.to(x.dtype))
+        elif torch.compiler.is_compiling():  # which makes no copy of what it can write in place
+            y = y.clone()
         else:
             ctx.mark_dirty(y)
         ctx.save_for_backward(x, w0, h[:, :rank].contiguous(), *weights)  # a part of h would keep all of it
@@ -107,7 +96,8 @@ class _ThinLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return (_thin_gradients_once if torch.is_grad_enabled() else _thin_gradients)(ctx, dy)
+        once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (_thin_gradients_once if once else _thin_gradients)(ctx, dy)
 
 
 def _joined(

@@ -49,17 +49,17 @@ class Passes:
         was, self.forward = self.forward, False
         return was
 
-    def enter_backward(self, at_end: Callable[[], None]) -> None:
-        """Be noisy until the backward pass that is running ends, and call back then, if it does not raise."""
+    def enter_backward(self, at_end: Callable[[], None], hide: Callable[[], None]) -> None:
+        """Be noisy until the backward pass that is running ends: then ``hide`` is called, and before it ``at_end`` if
+        the pass did not raise."""
         if self.in_backward():
             return
 
         def end() -> None:
-            self._backward = None
             at_end()
 
         # Autograd lets go of `end` as its pass is over, also where that raised and called nothing back.
-        self._backward = weakref.ref(end)
+        self._backward = weakref.ref(end, lambda _: hide())
         _queue(lambda: _queue(end))  # behind DDP's own callback, which writes the averaged gradients
 
 

@@ -55,7 +55,7 @@ class LayerGroup:
         # Of weights whose squares overflow no noise is made; Watch says that training diverges.
         sizes = self.tau2.sqrt().nan_to_num(0.0, 0.0)
         for layer, tau in zip(self.layers, sizes, strict=True):
-            layer.tau = tau if factor > 0 else None
+            layer.tau = tau
 
     def _weight_norms(self) -> Tensor:
         """||W'_i||^2; of an adapter without thin factors ||W0_i||^2 stands for it."""

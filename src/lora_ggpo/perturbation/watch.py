@@ -68,7 +68,11 @@ class Coverage:
         Args:
             always: Whether gradients are elsewhere (ZeRO), so that ``.grad`` says nothing.
         """
-        missing = [] if self._said else [layer for layer in self._layers if not layer.reached_in_step]
+        missing = (
+            []
+            if self._said
+            else [layer for layer in self._layers if not (layer.reached_in_step or layer.always_reached)]
+        )
         self._suspects = {m.index for m in missing if always or any(p.grad is not None for p in m.trained())}
 
     def step(self, groups: Sequence[LayerGroup]) -> None:
