@@ -19,7 +19,8 @@ from torch._dynamo.eval_frame import skip_code
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+# Since torch 2.9.
+_OPTIONS: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
 class Drawer(Protocol):
@@ -43,7 +44,7 @@ def register(drawer: Drawer) -> int:
     return number
 
 
-@torch.library.custom_op("lora_ggpo::draw", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("lora_ggpo::draw", mutates_args=(), **_OPTIONS)
 def draw(counter: Tensor, number: int) -> list[Tensor]:
     """A new draw for the model of this number. The compiler takes two with one counter for one."""
     return _drawers[number].draw_joint()
