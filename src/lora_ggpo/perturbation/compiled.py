@@ -15,7 +15,11 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import skip_code
+
+try:
+    from torch._dynamo.eval_frame import skip_code
+except ImportError:  # not a public name: without it the hooks are graphs of their own, which is slower and no more
+    skip_code = None  # type: ignore[assignment]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -58,7 +62,8 @@ def _(counter: Tensor, number: int) -> list[Tensor]:
 
 def no_graph_of_its_own(function: Function) -> Function:
     """A function that runs as it is where it is not called inside of a graph."""
-    skip_code(function.__code__)
+    if skip_code is not None:
+        skip_code(function.__code__)
     return function
 
 
