@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -216,10 +217,13 @@ def peak_elsewhere(way: str, tokens: int, batch: int, base: str) -> float:
 
 def make_bench(tokens: int, batch: int, device: torch.device, base: str) -> Bench:
     torch.manual_seed(0)
-    kept: Quantisation | None = None if base == "float32" else Quantisation(base, torch.float32, device)
-    model, _ = load_model("smollm2", quantisation=kept)
-    if kept:
-        model = prepare_quantised(model, kept)
+    model, tokenizer = load_model("smollm2")
+    if base != "float32":
+        kept = Quantisation(base, torch.float32, device)
+        with TemporaryDirectory() as folder:  # the bundled model is a GGUF file, which cannot be quantised as it is
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            model = prepare_quantised(load_model(folder, quantisation=kept)[0], kept)
     model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, CAUSAL)
     return Bench(model.to(device).train(), tokens, batch, device)
 
