@@ -7,17 +7,18 @@ A layer W' = W0 + s B A has m x n entries; W0 is frozen, B (m x r) and A (r x n)
 with one draw of eps for each forward pass and G = dL/dW' of the optimizer step before. Nothing here imports the rest of
 the package. Read in this order:
 
-1. ``scales``: row norms from thin factors, and the rules that turn them into tau. ``noise``: where z of eps = tau z
-   comes from. ``config``: the settings.
-2. ``linear``: y = x (W0 + s B A + eps)^T as one autograd function. ``kernel``: W0 + eps on a GPU.
-3. ``kinds``: what a type of layer does with its weight. ``weights``: W0 of a PEFT layer, also quantised or cut by FSDP
-   and ZeRO. ``layers``: a PEFT layer, perturbed. ``inside``: weights that are read without a call. ``rows``: the norms
-   and sizes of all layers at once.
+1. ``scales``: row norms from thin factors, and the rules that turn them into tau. ``noise``: the laws of eps.
+   ``config``: the settings.
+2. ``linear``: x (W0 + s B A + eps)^T as one autograd function. ``kernel``: dense noise on a GPU.
+3. ``kinds``: what a type of layer does with its weight. ``weights``: W0, also quantised or cut by FSDP and ZeRO.
+   ``layers``: a layer of PEFT, perturbed. ``inside``: weights that are read and never called. ``rows``: the norms and
+   sizes of all layers at once.
 4. ``ggpo``: the object that a training loop holds. It uses ``find`` (which layers), ``passes`` (when they are noisy),
-   ``watch`` (what a run should be told) and ``zero`` (DeepSpeed).
+   ``watch`` (what a run should be told), ``compiled`` (torch.compile) and ``zero`` (DeepSpeed). ``fuse``: the same
+   forward without noise.
 
-To add a rule, an estimator of ||G_i||^2, a schedule or a noise, add one entry to ``RULES``, ``ESTIMATORS`` or ``RAMPS``
-in ``scales`` or to ``NOISES`` in ``noise``.
+To add a rule, an estimator of ||G_i||^2, a schedule, a noise or a type of layer, add one entry to ``RULES``,
+``ESTIMATORS`` or ``RAMPS`` in ``scales``, to ``NOISES`` in ``noise`` or to ``KINDS`` in ``kinds``.
 """
 
 from .config import GGPOConfig
