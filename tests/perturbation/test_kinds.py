@@ -124,7 +124,7 @@ def differences(ggpo, x, dy=None):
     layer.noise = ggpo._drawn[0]
     layer.passes.begin(training=True)
     results = []
-    for forward in (layer, layer.original):
+    for forward in (layer.forward, layer.original):
         torch.manual_seed(0)
         given = x.clone().requires_grad_(x.is_floating_point())
         y = forward(given)

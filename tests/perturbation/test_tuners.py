@@ -26,7 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ggpo.perturbation import GGPO, GGPOConfig
-from lora_ggpo.perturbation.layers import PerturbedLayer
+from lora_ggpo.perturbation.layers import perturbed_by
 
 from .nets import loss_of
 
@@ -122,7 +122,7 @@ def noise_of(ggpo, layer, rows=5):
     dy = torch.randn(rows, layer.m, dtype=eps.dtype)
     layer.passes.begin(training=True)
     results = []
-    for forward in (layer, layer.original):
+    for forward in (layer.forward, layer.original):
         torch.manual_seed(0)  # PVeRA draws, too, and MonteCLoRA takes one draw of many
         for sampler in getattr(layer.module, "lora_monteclora_sampler", {}).values():
             sampler.sampler.index = 0
@@ -311,7 +311,7 @@ def test_x_lora_is_neither_fused_nor_summed(llama, tmp_path):
     xlora = XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters=adapters)
     model = get_peft_model(copy.deepcopy(llama), xlora)
     assert_trains_under_noise(model)
-    layers = [m.forward for m in model.modules() if isinstance(m.__dict__.get("forward"), PerturbedLayer)]
+    layers = [layer for layer in map(perturbed_by, model.modules()) if layer]
     assert len(layers) == 2
     assert not any(layer.a or layer._fusable for layer in layers)
 

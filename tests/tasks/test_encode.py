@@ -377,7 +377,6 @@ def test_chat_templates_that_cannot_be_used_name_the_row(smollm2):
 @pytest.mark.parametrize(
     ("kind", "columns", "fields", "sentence"),
     [
-        ("classification", {"text": [], "label": []}, {}, "no rows"),
         ("classification", {"text": ["a"], "label": [0]}, {"max_length": 513}, "more than the 512 tokens"),
     ],
 )

@@ -30,7 +30,6 @@ from tests.training.runs import invoke, refused, trained
         ("data.train_size=4000", "override 'data.train_size=4000': data.train_size is 4000"),
         ("model=org/name@v1", "override 'model=org/name@v1': Model 'org/name@v1' cannot be loaded: Repo id must use"),
         ("model=llama3:8b", "Model 'llama3:8b' cannot be loaded: Repo id must use alphanumeric chars"),
-        ("ggpo={strict: true}", "override 'ggpo={strict: true}': ggpo: GGPO cannot perturb"),
     ],
 )
 def test_before_the_first_step(tiny_llama, reviews, use, override, message, tmp_path):
