@@ -276,7 +276,7 @@ class GGPO:
         rank = self.config.noise_rank
         for (device, dtype), members in buckets(self._active).items():
             shapes.append((device, dtype, (rank * sum(layer.n for layer in members),)))
-            shapes.append((device, dtype, (sum(layer.m for layer in members), rank)))
+            shapes.append((device, dtype, (rank, sum(layer.m for layer in members))))
         return shapes
 
     def _watch_gradients(self) -> None:

@@ -89,9 +89,9 @@ class _ThinLinear(torch.autograd.Function):
             ctx.mark_dirty(y)
         ctx.save_for_backward(x, w0, h[:, :rank].contiguous(), *weights)  # a part of h would keep all of it
         if y.dtype == x.dtype and y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h, wide.t())
+            y.view(-1, y.shape[-1]).addmm_(h, wide)
         else:
-            y.add_((h @ wide.t()).view(y.shape))
+            y.add_((h @ wide).view(y.shape))
         return y
 
     @staticmethod
@@ -103,19 +103,18 @@ class _ThinLinear(torch.autograd.Function):
 def _joined(
     weights: Sequence[Tensor], scales: Sequence[Any], noise: Factors | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """[A; V] (q, n) and [s B, U] (m, q)."""
-    rows, columns = list(weights[::2]), [b * s for b, s in zip(weights[1::2], scales, strict=True)]
+    """[A; V] (q, n) and [s B, U]^T (q, m): products with long rows of few are the faster ones on a processor."""
+    thin, wide = list(weights[::2]), [(b * s).t() for b, s in zip(weights[1::2], scales, strict=True)]
     if noise is not None:
-        rows, columns = [*rows, noise.v], [*columns, noise.u]
-    thin, wide = [row.to(dtype) for row in rows], [column.to(dtype) for column in columns]
-    return (thin[0], wide[0]) if len(thin) == 1 else (torch.cat(thin), torch.cat(wide, 1))
+        thin, wide = [*thin, noise.v], [*wide, noise.u.t()]
+    return torch.cat([part.to(dtype) for part in thin]), torch.cat([part.to(dtype) for part in wide])
 
 
 def _thin_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, w0, h, *weights = ctx.saved_tensors
     tokens, out = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(x.dtype)
     thin, wide = _joined(weights, ctx.scales, ctx.noise, x.dtype)
-    dh = out @ wide
+    dh = out @ wide.t()
     dx = None
     if ctx.needs_input_grad[1]:
         dx = (dh @ thin if w0 is None else (out @ w0).addmm_(dh, thin)).view(x.shape)
@@ -123,7 +122,8 @@ def _thin_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     start = 0
     for a, b, s in zip(weights[::2], weights[1::2], ctx.scales, strict=True):
         part = slice(start, start := start + len(a))
-        gradients += (dh[:, part].t() @ tokens).to(a.dtype), (out.t() @ h[:, part] * s).to(b.dtype)
+        db = (h[:, part].t() @ out).mul_(s).t()
+        gradients += (dh[:, part].t() @ tokens).to(a.dtype), db.to(b.dtype)
     return dy if w0 is None else None, dx, None, None, None, None, *gradients
 
 

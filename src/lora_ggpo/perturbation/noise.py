@@ -76,14 +76,14 @@ def draw_factors(layers: Sequence[Sized], seed: int, number: int, rank: int, dty
 def joint_factors(
     layers: Sequence[Sized], seed: int, number: int, rank: int, dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """All V, flattened, and all U, one below the other, of the layers of each bucket: a few launches for all."""
+    """All V, flattened, and all U^T, side by side, of the layers of each bucket: a few launches for all."""
     joint = []
     for (device, size_dtype), members in buckets(layers).items():
         generator = _generator(device).manual_seed(mix(seed, number))
         v = torch.randn(rank * sum(layer.n for layer in members), generator=generator, device=device)
-        u = _signs(sum(layer.m for layer in members), rank, generator).to(size_dtype)
+        u = _signs(rank, sum(layer.m for layer in members), generator).to(size_dtype)
         taus = [layer.w0_norms.new_zeros(layer.m) if layer.tau is None else layer.tau for layer in members]
-        u.mul_(torch.cat(taus).div_(math.sqrt(rank))[:, None])
+        u.mul_(torch.cat(taus).div_(math.sqrt(rank)))
         joint += [v.to(dtype or size_dtype), u.to(dtype or size_dtype)]
     return joint
 
@@ -94,9 +94,9 @@ def split_factors(
     """Each layer's part of the factors of those that are ``perturbed``."""
     parts: dict[int, Noise] = {}
     for members, v, u in zip(buckets(perturbed).values(), joint[::2], joint[1::2], strict=True):
-        of_v, of_u = v.split([rank * layer.n for layer in members]), u.split([layer.m for layer in members])
+        of_v, of_u = v.split([rank * layer.n for layer in members]), u.split([layer.m for layer in members], 1)
         for layer, flat, rows in zip(members, of_v, of_u, strict=True):
-            parts[layer.index] = Factors(flat.view(rank, layer.n), rows)
+            parts[layer.index] = Factors(flat.view(rank, layer.n), rows.t())
     return [parts.get(layer.index) for layer in layers]
 
 
