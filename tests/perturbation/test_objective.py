@@ -8,7 +8,7 @@ from lora_ggpo.perturbation import GGPO, GGPOConfig
 
 from .nets import adapted, batch, loss_of, net
 
-SIGMA, DRAWS = 0.05, 1600
+SIGMA, DRAWS = 0.05, 2000
 NAMES = ["inp", "up", "down", "head"]
 
 
