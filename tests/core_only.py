@@ -36,8 +36,9 @@ HIDDEN = {
     module
     for module, names in metadata.packages_distributions().items()
     if {_normal(name) for name in names} <= _DISTRIBUTIONS
-}
-"""Top-level modules of the packages that the extra installs and the core does not."""
+} | {"sklearn"}
+"""Top-level modules of the packages that the extra installs and the core does not; and scikit-learn, which the tests
+install, which transformers imports where it is there, and which would miss scipy."""
 
 
 class _CoreOnly(PathFinder):
