@@ -303,7 +303,7 @@ class GGPO:
 
     def _draw_sketches(self) -> None:
         """The same R in all processes, whose gradients are averaged."""
-        if self.config.beta > 0 and self.config.sigma > 0:
+        if self.config.sigma > 0:
             generator = torch.Generator().manual_seed(mix(self.config.seed, self._steps, _SKETCH))
             for group in self._sketching():
                 group.draw_sketches(self.config.noise_rank, generator)

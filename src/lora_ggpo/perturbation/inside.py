@@ -23,8 +23,9 @@ class ReadWeight(BaseWeight):
     """W0 of a parameter by its name; of a stack of experts (E, m, n), or (E, n, m), one below the other."""
 
     def __init__(self, base: Any, name: str, transposed: bool) -> None:
-        self.base, self.quantised, self.name, self.stored_transposed = base, False, name, transposed
-        self._take_up(self.matrix(), transposed=False)
+        self.base, self.quantised, self.transposed = base, False, False
+        self.name, self.stored_transposed = name, transposed
+        self._take_up(self.matrix())
 
     @property
     def parameter(self) -> Any:

@@ -151,7 +151,7 @@ class PerturbedLayer:
         """What the base layer returned, to be written in place: a copy if somebody else may need it."""
         if torch.compiler.is_compiling():
             return y
-        shared = self.w0.quantised or y._is_view() or self.base._forward_hooks or y is self.base.weight
+        shared = self.w0.quantised or y._is_view() or self.base._forward_hooks
         return y.clone() if shared else y
 
     def _has_plain_w0(self) -> bool:
@@ -248,11 +248,15 @@ class PerturbedLayer:
 
     def has_changed(self) -> bool:
         """Whether something is not as it was taken up."""
-        return self.has_other_factors() or self._state()[1] != self._followed[1]
+        modules, rest = self._state()
+        return rest != self._followed[1] or self._are_others(modules)
 
     def has_other_factors(self) -> bool:
         """Whether a gradient of before is one of other adapters than those that are active now."""
-        now, before = self._state()[0], self._followed[0]
+        return self._are_others(self._state()[0])
+
+    def _are_others(self, now: list[Any]) -> bool:
+        before = self._followed[0]
         return len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True))
 
     def ranks(self) -> list[int]:

@@ -28,13 +28,13 @@ class BaseWeight:
 
     def __init__(self, base: Any, transposed: bool) -> None:
         self.base, self.quantised, self.transposed = base, is_quantised(base.weight), transposed
-        self._take_up(self.matrix(), transposed)
+        self._take_up(self.matrix())
 
-    def _take_up(self, w0: Tensor, transposed: bool) -> None:
+    def _take_up(self, w0: Tensor) -> None:
         cut = is_cut(self.parameter)
-        shape: Any = self.parameter.ds_shape if cut else (w0.t() if transposed else w0).shape
+        shape: Any = self.parameter.ds_shape if cut else (w0.t() if self.transposed else w0).shape
         m, n = shape[0], math.prod(shape[1:])
-        self.m, self.n, self.transposed = *((n, m) if transposed else (m, n)), transposed
+        self.m, self.n = (n, m) if self.transposed else (m, n)
         self.dtype = torch.promote_types(w0.dtype, torch.float32)
         self.device = w0.device
 
