@@ -26,6 +26,7 @@ def recipe_text(model, source, output, **changes):
             "use_cpu": True,
         },
         "output": str(output),
+        "precision": "fp32",  # whatever the machine
     }
     for name, value in changes.items():
         section = fields.get(name)

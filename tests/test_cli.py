@@ -148,7 +148,6 @@ def test_demo_compares_both_methods(tmp_path, tiny_bert, reviews):
     ]
     small += ["data.validation_fraction=0.16", "data.test_fraction=0.16", "validate_every=3", "task.max_length=16"]
     small += ["training.max_steps=3", "adapter.r=4", "training.warmup_steps=0", "ggpo.sigma=0.05"]
-    small += ["training.bf16=false"]  # which CPUs emulate slowly
     result = here("demo", "--seeds", 1, "--output", tmp_path / "demo", *small)
     assert result.exit_code == 0, result.stderr
     output = tmp_path / "demo"

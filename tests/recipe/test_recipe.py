@@ -140,7 +140,7 @@ def test_monteclora_needs_checkpoints_that_keep_the_graph():
 
 def test_mgpo_does_not_average_scaled_gradients():
     with pytest.raises(UserError, match="mgpo averages gradient norms, which fp16 scales"):
-        parse_recipe(TEXT, "r.yaml", ["ggpo=null", "mgpo.rho=0.05", "training.fp16=true"])
+        parse_recipe(TEXT, "r.yaml", ["ggpo=null", "mgpo.rho=0.05", "precision=fp16"])
 
 
 @pytest.mark.parametrize("section", ["ggpo.sigma=0.05", "mgpo.rho=0.1", "bi_lora.rho=0.1", "sam.rho=0.1"])
@@ -153,6 +153,35 @@ def test_ivon_does_not_read_scaled_gradients():
     parse_recipe(TEXT, "r.yaml", ["ggpo=null", "optimizer=ivon", "adapter=null"])
     with pytest.raises(UserError, match="optimizer ivon reads gradients that fp16 scales"):
         parse_recipe(TEXT, "r.yaml", ["ggpo=null", "optimizer=ivon", "training.fp16=true"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ([], "auto"),
+        (["training.bf16=true"], "bf16"),
+        (["training.fp16=true", "training.bf16=false"], "fp16"),
+        (["training.bf16=false"], "fp32"),
+        (["precision=fp32", "training.fp16=false"], "fp32"),
+    ],
+)
+def test_precision_and_its_names_in_earlier_recipes(settings, asked):
+    resolved = parse_recipe(TEXT, "r.yaml", settings).resolved(0)
+    assert resolved["precision"] == asked
+    assert not {"bf16", "fp16"} & resolved["training"].keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "settings", "message"),
+    [
+        ("bf16: true", ["precision=fp32"], "bf16 true contradicts precision fp32; leave training.bf16 out."),
+        ("bf16: false", ["precision=bf16"], "bf16 false contradicts precision bf16; leave training.bf16 out."),
+        ("fp16: true", ["training.bf16=true"], "fp16 true contradicts precision bf16; leave training.fp16 out."),
+    ],
+)
+def test_two_precisions_in_one_recipe(line, settings, message):
+    with pytest.raises(UserError, match=f"^r.yaml, line 10: training.{message}"):
+        parse_recipe(TEXT.replace("output", f"  {line}\noutput"), "r.yaml", settings)
 
 
 def test_a_bad_value_is_found_on_its_line():

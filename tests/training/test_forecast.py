@@ -13,6 +13,7 @@ from lora_ggpo.models.architecture import HEADED, label_head
 from lora_ggpo.models.load import load_model
 from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import forecast as module
+from lora_ggpo.training import precision
 from lora_ggpo.training.checkpoints import last_whole
 from lora_ggpo.training.forecast import forecast, largest_batch, longest_rows
 from lora_ggpo.training.reuse import load_trained
@@ -99,9 +100,10 @@ def test_full_fine_tuning_on_few_rows_leaves_nothing_on_disk(recipe_file, monkey
     assert not list(temporary.rglob("*"))
 
 
-def test_the_command_prints_tables_and_leaves_the_output_alone(recipe_file):
+def test_the_command_prints_tables_and_leaves_the_output_alone(recipe_file, monkeypatch):
+    monkeypatch.setattr(precision, "_is_fast_in_bf16", lambda on_cpu: True)
     overrides = ("ggpo=null", "mgpo.rho=0.05", "seeds=[0,1]", "training.per_device_train_batch_size=2")
-    result = CliRunner().invoke(app, ["plan", str(recipe_file), *overrides, "--steps", "1"])
+    result = CliRunner().invoke(app, ["plan", str(recipe_file), *overrides, "precision=auto", "--steps", "1"])
     assert result.exit_code == 0, result.stderr
     for words in (
         "trained",
@@ -110,6 +112,7 @@ def test_the_command_prints_tables_and_leaves_the_output_alone(recipe_file):
         "12 steps on 64 rows",
         "a checkpoint",
         "each of 2 seeds",
+        "auto: bf16",
     ):
         assert words in result.stdout
     assert "free for the run, " in result.stdout

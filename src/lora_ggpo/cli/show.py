@@ -12,7 +12,7 @@ def command(run: RunFolder) -> None:
     from lora_ggpo.training.folder import find_runs, summary
 
     runs = find_runs(run)
-    print(summary(runs[0].recipe))
+    print(summary(runs[0]))
     print_metrics(runs)
     for one in runs:
         losses = [row["loss"] for row in one.log if row.get("loss") is not None]

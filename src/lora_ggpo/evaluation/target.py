@@ -21,8 +21,9 @@ from lora_ggpo.tasks import SFT, Task, TaskConfig
 from lora_ggpo.tasks.text import prompt_ids
 from lora_ggpo.training.build import training_arguments
 from lora_ggpo.training.folder import find_runs
+from lora_ggpo.training.precision import TYPES, precision_of
 from lora_ggpo.training.reuse import load_trained
-from lora_ggpo.training.scorer import autocast_type, file_name
+from lora_ggpo.training.scorer import file_name
 from lora_ggpo.workspace.libraries import quiet_libraries
 
 Messages = list[dict[str, str]]
@@ -132,7 +133,7 @@ def _run(name: str, chat: bool | None, base: str | None) -> Target:
     model.to(args.device)  # type: ignore[arg-type]
     if chat is None:
         chat = _trained_on_chats(recipe, tokenizer)
-    return Target(name, model, tokenizer, task, chat, autocast_type(args), Path(name) / "evaluation")
+    return Target(name, model, tokenizer, task, chat, TYPES[precision_of(args)], Path(name) / "evaluation")
 
 
 def _model(name: str, chat: bool | None, dtype: str, template: str) -> Target:

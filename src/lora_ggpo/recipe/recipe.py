@@ -44,6 +44,8 @@ from lora_ggpo.recipe.source import Source, parse_source, read_source
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.workspace.paths import expand_home
 
+_FLAGS = ("bf16", "fp16")
+
 
 class Recipe(BaseModel):
     """Everything that decides a run. `load_recipe` makes one from a YAML file."""
@@ -71,6 +73,11 @@ class Recipe(BaseModel):
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")
     output: typing.Annotated[str, AfterValidator(expand_home)] = Field(min_length=1, description="Folder of the runs.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of the model's weights.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="bf16 or fp16: autocast to it; fp32: none, so the type of the weights decides; auto: bf16 where "
+        "the processor has instructions for it, else fp32.",
+    )
     quantise: Literal["nf4", "int8"] | None = Field(
         None, description="QLoRA: keep the linear layers of the model in 4 (nf4) or 8 bits (int8); null does not."
     )
@@ -110,13 +117,21 @@ class Recipe(BaseModel):
         return (self.adapter_fields or {}).get("type") == "adalora"
 
     @property
+    def asked_precision(self) -> str:
+        """`precision`; where that is auto, what ``training.bf16`` and ``training.fp16`` of an older recipe say."""
+        said = {name: getattr(self.training, name) for name in _FLAGS if name in self.training.model_fields_set}
+        if self.precision != "auto" or not said:
+            return self.precision
+        return next((name for name, value in said.items() if value), "fp32")
+
+    @property
     def training_fields(self) -> dict[str, Any]:
-        """The TrainingArguments fields that are set, by the recipe or by `TRAINING_DEFAULTS`.
+        """The TrainingArguments fields that are set, by the recipe or by `TRAINING_DEFAULTS`; the precision apart.
 
         Completions are scored in batches as large as those of training, whatever fits that: logits over the whole
         vocabulary for every token take more memory than anything else of a forward pass.
         """
-        fields = TRAINING_DEFAULTS | self.training.model_dump(exclude_unset=True)
+        fields = TRAINING_DEFAULTS | self.training.model_dump(exclude_unset=True, exclude=set(_FLAGS))
         if self.task.type.scores_every_token and "per_device_eval_batch_size" not in self.training.model_fields_set:
             fields["per_device_eval_batch_size"] = fields["per_device_train_batch_size"]
         return fields
@@ -137,6 +152,7 @@ class Recipe(BaseModel):
             "adapter": self.adapter_fields,
             "ggpo": ggpo and ggpo.to_dict(),
             "training": self.training_fields,
+            "precision": self.asked_precision,
             "seeds": [seed],
             "output": os.path.abspath(self.output),
         }

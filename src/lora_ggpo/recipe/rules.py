@@ -88,8 +88,8 @@ def _of_methods(recipe: Recipe) -> Iterator[str]:
         idle = type(optimizer).model_fields.keys() - {"kind", *optimizer.options}
         for name in (*_changed(optimizer, sorted(idle)), *own):
             yield f"optimizer {optimizer.kind} takes no {name}; leave that out"
-    if ivon and recipe.training_fields.get("fp16"):
-        yield "optimizer ivon reads gradients that fp16 scales; use training.bf16, or neither"
+    if ivon and recipe.asked_precision == "fp16":
+        yield "optimizer ivon reads gradients that fp16 scales; set precision to bf16 or fp32"
 
 
 def _has_lora(recipe: Recipe) -> bool:
@@ -112,8 +112,8 @@ def _of_moves(recipe: Recipe) -> Iterator[str]:
             yield f"{name} moves layers by hooks, which a compiled model may not call; leave training.torch_compile out"
     if recipe.mgpo and training.get("optim", _MOMENTUM_KEPT[0]) not in _MOMENTUM_KEPT:
         yield f"mgpo follows the momentum of torch's Adam; set training.optim to {' or '.join(_MOMENTUM_KEPT)}"
-    if recipe.mgpo and training.get("fp16"):
-        yield "mgpo averages gradient norms, which fp16 scales; use training.bf16, or neither"
+    if recipe.mgpo and recipe.asked_precision == "fp16":
+        yield "mgpo averages gradient norms, which fp16 scales; set precision to bf16 or fp32"
 
 
 def _of_weights(recipe: Recipe) -> Iterator[str]:
@@ -141,7 +141,11 @@ def _of_weights(recipe: Recipe) -> Iterator[str]:
 
 
 def _of_run(recipe: Recipe) -> Iterator[str]:
-    training = recipe.training_fields
+    training, precision = recipe.training_fields, recipe.asked_precision
+    for name in _set(recipe.training, ("bf16", "fp16")):
+        value = getattr(recipe.training, name)
+        if value != (precision == name):
+            yield f"training.{name} {str(value).lower()} contradicts precision {precision}; leave training.{name} out"
     if training.get("max_steps", 1) < 1 and training["max_steps"] != -1:  # -1 is transformers' "not set"
         yield "training.max_steps must be above 0, or there is nothing to train"
     for name in _OF_WORKERS:

@@ -61,6 +61,7 @@ def _time(found: Forecast) -> list[list[str]]:
     step, low, high = statistics.median(found.step_seconds), min(found.step_seconds), max(found.step_seconds)
     whole = found.training_seconds + found.validation_seconds + found.scoring_seconds
     rows = [
+        ["precision", found.precision],
         [f"a step: median and range of {len(found.step_seconds)}", f"{step:.3f} s ({low:.3f} to {high:.3f} s)"],
         ["tokens a second, without padding", f"{found.tokens_a_second:,.0f}"],
         [f"{found.steps:,} steps on {found.rows:,} rows", duration(found.training_seconds)],

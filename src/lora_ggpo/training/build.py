@@ -34,6 +34,7 @@ from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
+from lora_ggpo.training.precision import choose_precision
 from lora_ggpo.training.scorer import evaluation_sets
 from lora_ggpo.training.trainer import MakeAscent, RunTrainer
 
@@ -52,12 +53,15 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
     """transformers' arguments for a run in `folder`.
 
     Raises:
-        UserError: transformers rejects a value.
+        UserError: transformers rejects a value, or the precision cannot be had here.
     """
+    precision = choose_precision(recipe, folder)
     with explain_rejection("training", recipe.training.model_fields_set):
         return TrainingArguments(
             # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
             **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
             output_dir=str((folder / "checkpoints").absolute()),  # transformers would expand a ~ at its beginning
             seed=seed,
             data_seed=seed,

@@ -1,7 +1,7 @@
 """Run folders as they lie on disk, one for each seed of a recipe.
 
 OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
-                versions.json  of Python and the libraries; the day the run was begun
+                versions.json  of Python and the libraries; the day and the precision the run was begun with
                 data.json      digest and size of each split, and the labels
                 model.json     digests of the base model's files
                 log.jsonl      one line for each logged step
@@ -21,6 +21,7 @@ from typing import Any
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe
+from lora_ggpo.training.identity import recorded_precision
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_text
 from lora_ggpo.workspace.folder import differences, refuse_changes
 
@@ -139,8 +140,9 @@ def weights_folder(folder: Path, recipe: Recipe) -> Path:
     return folder / ("model" if recipe.adapter is None else "adapter")
 
 
-def summary(recipe: dict[str, Any]) -> str:
+def summary(run: Run) -> str:
     """The recipe of a run in a few lines."""
+    recipe, chosen = run.recipe, recorded_precision(run.folder / "versions.json") or "fp32"
     data, sections = recipe["data"], ("sam", "mgpo", "bi_lora", "optimizer")
     lines = {
         "model": recipe["model"] + (f" in {recipe['quantise']}" if recipe["quantise"] else ""),
@@ -150,8 +152,14 @@ def summary(recipe: dict[str, Any]) -> str:
         "ggpo": _short(recipe["ggpo"]) if recipe["ggpo"] else "none",
         **{name: _short(recipe[name]) for name in sections if recipe[name]},
         "training": _short(recipe["training"]),
+        "precision": describe_precision(recipe["precision"], chosen),
     }
     return "\n".join(f"{name:10}{value}" for name, value in lines.items())
+
+
+def describe_precision(asked: str, chosen: str) -> str:
+    """``fp32``, or ``auto: fp32``."""
+    return f"{asked}: {chosen}" if asked == "auto" else asked
 
 
 def _short(values: dict[str, Any]) -> str:

@@ -41,7 +41,9 @@ from lora_ggpo.training.build import (
     scored_sets,
     training_arguments,
 )
+from lora_ggpo.training.folder import describe_precision
 from lora_ggpo.training.memory import available, in_use, memory_errors, peak, reset_peak
+from lora_ggpo.training.precision import precision_of
 from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.training.trainer import EpochSampler, RunTrainer
 from lora_ggpo.workspace.libraries import quiet_libraries
@@ -70,6 +72,7 @@ class Forecast:
         parameters: Of the model and its adapter; of quantised weights those that they stand for.
         trained: Those that are trained.
         perturbed: Layers with noise; None without GGPO.
+        precision: As the recipe asks, and what was chosen where that is auto.
         memory: The measured peak by parts, which sum to it; None where the system does not tell.
         step_seconds: Of each timed optimizer step.
         tokens_a_second: Tokens of the timed steps, without padding.
@@ -90,6 +93,7 @@ class Forecast:
     parameters: int
     trained: int
     perturbed: int | None
+    precision: str
     memory: dict[str, int] | None
     step_seconds: list[float]
     tokens_a_second: float
@@ -150,6 +154,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
         parameters=parameters,
         trained=trained,
         perturbed=full.perturbed,
+        precision=describe_precision(recipe.asked_precision, precision_of(args)),
         memory=_by_parts(full, before),
         step_seconds=full.seconds,
         tokens_a_second=full.tokens / sum(full.seconds),

@@ -39,6 +39,7 @@ from lora_ggpo.training.checkpoints import expect_tensors, last_whole, remove_br
 from lora_ggpo.training.folder import Run, check_checkpoint, claim_run, is_begun, read_run, weights_folder
 from lora_ggpo.training.identity import record, recorded_day, weight_digests
 from lora_ggpo.training.memory import memory_errors
+from lora_ggpo.training.precision import precision_of
 from lora_ggpo.training.scorer import Scorer, fixed_sample, plain
 from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer
 from lora_ggpo.workspace.files import new_folder, read_json, read_json_lines, settle, write_json
@@ -247,7 +248,8 @@ class _Unfinished:
         quantiser = {"bitsandbytes": version("bitsandbytes")} if installed else {}
         machine = {"platform": platform.platform(), "threads": torch.get_num_threads()}
         begun = {"begun": (recorded_day(self.folder / "versions.json", "begun") or date.today()).isoformat()}
-        write_json(self.folder / "versions.json", {**begun, **versions(), **quantiser, **machine})
+        precision = {"precision": precision_of(self.args)}
+        write_json(self.folder / "versions.json", {**begun, **precision, **versions(), **quantiser, **machine})
 
 
 def _training_summary(log: list[dict[str, Any]], model: AnyModel, args: TrainingArguments) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -16,6 +15,7 @@ from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import check_tokens
 from lora_ggpo.tasks import Measured, Task
+from lora_ggpo.training.precision import TYPES, precision_of
 from lora_ggpo.workspace.files import write_json_lines
 from lora_ggpo.workspace.progress import Reporter
 
@@ -36,7 +36,7 @@ class Scorer:
         self._model, self._tokenizer, self._task, self._reporter = model.to(args.device), tokenizer, task, reporter
         self._options: dict[str, Any] = {
             "batch_size": args.per_device_eval_batch_size,
-            "autocast": autocast_type(args),
+            "autocast": TYPES[precision_of(args)],
         }
         self.encoded: dict[str, Dataset] = {}
 
@@ -79,11 +79,6 @@ class Scorer:
         if predictions and lines:
             write_json_lines(predictions / f"{file_name(name)}.jsonl", lines)
         return metrics
-
-
-def autocast_type(args: TrainingArguments) -> torch.dtype | None:
-    """Type of the forward passes; None is the model's own."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def evaluation_sets(splits: Splits) -> dict[str, Dataset]:
