@@ -154,3 +154,16 @@ def test_layers_added_later_that_cannot_be_perturbed_are_named_then():
         warnings.simplefilter("error")
         model(batch(0))
     assert ggpo.metrics()["ggpo/coverage"] == 1 / 2
+
+
+def test_adapters_that_change_between_micro_batches():
+    """The first layer has one adapter all the time, so it does not tell."""
+    model, ggpo = start()
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=40, target_modules=["head"]))
+    shake(model)
+    model.double()
+    model(batch(0)).sum().backward()
+    model.base_model.set_adapter(["default", "other"])
+    model(batch(1)).sum().backward()
+    assert_sizes_are_those_of_the_weights(model, ggpo)
+    assert {layer.name.rpartition(".")[2]: layer.names for layer in ggpo.layers}["head"] == ["default", "other"]

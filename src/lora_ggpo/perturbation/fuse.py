@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +30,15 @@ def fuse_lora(model: nn.Module) -> Callable[[], None]:
     for layer in layers:
         layer.attach()
 
+    def follow(model: nn.Module, args: Any) -> None:
+        for layer in layers:
+            if layer.has_changed():
+                layer.follow()
+
+    handle = model.register_forward_pre_hook(follow)
+
     def detach() -> None:
+        handle.remove()
         for layer in layers:
             layer.detach()
 

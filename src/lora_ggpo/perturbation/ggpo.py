@@ -192,8 +192,10 @@ class GGPO:
             self._handles.append(StepHook(self._zero, self._capture))
 
     def _follow(self) -> None:
-        """Take up what has changed in the model: looked for once an optimizer step, and by its first layer always."""
-        if not any(layer.has_changed() for layer in (self.layers if self._stale else self.layers[:1])):
+        """Take up what has changed in the model: other active adapters always, anything else once an optimizer step,
+        and in the first layer always."""
+        others = any(layer.has_other_names() for layer in self.layers)
+        if not others and not any(layer.has_changed() for layer in (self.layers if self._stale else self.layers[:1])):
             return
         known = {skipped.name for skipped in self._skipped}
         self.layers, self._skipped = find_layers(self._model, self._passes, self.layers)
@@ -210,7 +212,7 @@ class GGPO:
                 rows = zip(group.layers, group.gradient, strict=True)
                 kept |= {layer.name: row for layer, row in rows if not layer.has_other_factors()}
         self._groups, self._stale = group_layers(self.layers), True
-        self._active = [layer for layer in self.layers if layer.active]
+        self._active = [layer for layer in self.layers if layer.names]
         for group in self._groups:
             group.load(kept)
         self._coverage.set_layers(self._groups, self._skipped)

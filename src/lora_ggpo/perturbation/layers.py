@@ -46,6 +46,7 @@ class PerturbedLayer:
         noise: eps of the pass that is running; None outside.
         sketch: R (k, n) and S (m, k) = 0 of the optimizer step: x (S R)^T is added too, which is 0, so that
             dL/dS = G R^T; None if it is not asked for.
+        names: The active adapters that this layer has.
         a, b, magnitudes: The modules of the active LoRA adapters: A, B, and DoRA's magnitudes.
         w0_norms: ||W0_i||^2 (m,).
         reached, reached_in_step: Whether the last pass, or one of this optimizer step, has called it.
@@ -107,9 +108,8 @@ class PerturbedLayer:
     def _fused(self, x: Tensor) -> Tensor:
         """PEFT's LoRA forward, with the noise in it."""
         noise, base, given = self.noise, self.base, x
-        names, scaling = self._names(), self.module.scaling
-        pairs = zip(self.a, self.b, names, strict=True)
-        adapters = [Thin(a.weight, b.weight, scaling[name]) for a, b, name in pairs]
+        scaling, named = self.module.scaling, zip(self.a, self.b, self._active_names(), strict=True)
+        adapters = [Thin(a.weight, b.weight, scaling[name]) for a, b, name in named]
         x, extra = self._input(given), None
         if isinstance(noise, Seeded):
             if self._has_plain_w0():
@@ -167,7 +167,7 @@ class PerturbedLayer:
     def _perturbs(self) -> bool:
         module = self.module
         training = module.training and self.base.training  # after unload(), eval() reaches the base layer alone
-        if not training or module.disable_adapters or module.merged or not self._names():
+        if not training or module.disable_adapters or module.merged or not self._active_names():
             return False
         if torch.compiler.is_compiling():
             return self.noise is not None
@@ -193,11 +193,14 @@ class PerturbedLayer:
         kinds = [getattr(module, kind) for kind in module.adapter_layer_names]
         return [name for name in module.active_adapters if any(name in kind for kind in kinds)]
 
+    def _active_names(self) -> list[str]:
+        """The same in a forward pass: as the pass found them; a graph looks for itself, and so guards them."""
+        return self._names() if torch.compiler.is_compiling() else self.names
+
     # Found once: to look them up by name in every step would take longer than all that is computed from them.
     def follow(self) -> None:
         """Take up the modules, ranks and scaling of the adapters that are active now."""
-        names = self._names()
-        self.active = bool(names)
+        self.names = names = self._names()
         self.a, self.b, self.magnitudes = self._factor_modules(names)
         self._fusable = bool(self.a) and all(self._is_fusable(name) for name in names)
         if any(all(one is not known for known in self._measured) for one in self._state()[0]):
@@ -250,6 +253,10 @@ class PerturbedLayer:
         """Whether something is not as it was taken up."""
         modules, rest = self._state()
         return rest != self._followed[1] or self._are_others(modules)
+
+    def has_other_names(self) -> bool:
+        """Whether other adapters are active than those that were taken up; quicker than :meth:`has_changed`."""
+        return self.names != self._names()
 
     def has_other_factors(self) -> bool:
         """Whether a gradient of before is one of other adapters than those that are active now."""

@@ -107,7 +107,12 @@ def _joined(
     thin, wide = list(weights[::2]), [(b * s).t() for b, s in zip(weights[1::2], scales, strict=True)]
     if noise is not None:
         thin, wide = [*thin, noise.v], [*wide, noise.u.t()]
-    return torch.cat([part.to(dtype) for part in thin]), torch.cat([part.to(dtype) for part in wide])
+    return _rows(thin, dtype), _rows(wide, dtype)
+
+
+def _rows(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    parts = [part.to(dtype) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _thin_gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:

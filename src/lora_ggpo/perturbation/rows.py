@@ -169,7 +169,7 @@ def group_layers(layers: list[PerturbedLayer]) -> list[LayerGroup]:
     for layer in layers:
         layer.tau = None
         layer.follow()
-        if layer.active:
+        if layer.names:
             kind = (bool(layer.magnitudes), layer.w0.dtype, layer.w0_norms.device)
             by_shape[(layer.m, layer.n, *layer.ranks(), *kind)].append(layer)
     return [_group(members) for members in by_shape.values()]
