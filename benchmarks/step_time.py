@@ -4,6 +4,7 @@
 
 One process holds one SmolLM2-135M with LoRA on all linear layers (r = 8, AdamW, 8 sequences a batch). Each round runs
 one step of every way in turn and divides its time by that round's plain step, so a machine that slows down slows all.
+On one thread of a CPU the time is that of the process, which other work on the machine does not lengthen.
 The rivals get their noise sizes for nothing: only the perturbation itself is timed, so their ratios are lower bounds.
 Peak memory is taken of a fresh process for each way, since what one way leaves behind would count for the next.
 """
@@ -175,16 +176,18 @@ WAYS: dict[str, Callable[[Bench], contextmanager]] = {
 def measure(bench: Bench, rounds: int, ways: list[str]) -> dict[str, dict[str, float]]:
     """Seconds of a step of each way, and its ratio to the plain step of the same round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    clock = time.process_time if alone else time.perf_counter
     for turn in range(rounds + 1):
         for name in ways:
             with WAYS[name](bench) as step:
                 step()  # settles caches and, for GGPO, supplies the gradient norms
-                began = time.perf_counter()
+                began = clock()
                 step()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 if turn:  # round 0 warms up
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(clock() - began)
         print(f"  round {turn}/{rounds}", file=sys.stderr)
     return {name: summary(times, seconds[PLAIN]) for name, times in seconds.items()}
 
