@@ -120,6 +120,20 @@ def test_a_label_has_one_style_in_all_panels_and_one_place_in_the_legend():
     assert sorted(text.get_text() for text in figure.legends[0].get_texts()) == sorted(names)
 
 
+def test_the_step_that_was_kept_is_marked_on_the_validation_loss():
+    """The last of those that were the best so far; the median of the seeds."""
+
+    def log(*best):
+        return [{"step": step, "loss": 1.0, "validation/loss": 0.5, "best": step in best} for step in range(1, 9)]
+
+    logs = {"lora": [log()], "kept": [log(1, 3), log(1, 2, 5), log(8)], "grey": [log(4)]}
+    training, validation = draw_learning_curves({"": logs}, ["lora", "kept"]).axes
+    assert not [line for line in training.lines if line.get_linestyle() == "--"]
+    (mark,) = [line for line in validation.lines if line.get_linestyle() == "--"]
+    assert mark.get_xdata() == [5.0, 5.0]
+    assert mark.get_color() == COLOURS[1]
+
+
 def test_planes_of_zero_or_constant_loss_are_drawn():
     for losses in ([[0.0, 0.0], [0.0, 0.0]], [[2.0, 2.0], [2.0, 2.0]], [[0.0, 1.0], [1.0, 1.0]]):
         assert np.ptp(imread(io.BytesIO(render(draw_planes({"a": {"at": [-1, 1], "loss": losses}}), "png")))) > 0.9

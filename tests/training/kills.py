@@ -23,6 +23,7 @@ import torch
 
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.run import train
+from lora_ggpo.training.validation import kept_step
 from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import GUIDED, recipe_text, write_rows
 
@@ -51,13 +52,15 @@ def kill_runs(folder, model, wanted):
             adapter={"lora_dropout": 0.1},
             ggpo=GUIDED,
             training={"max_steps": STEPS, "save_steps": 1},
-            validate_every=3,
+            validate_every=2,
+            keep="best",
         )
         train(parse_recipe(text, "r"), Reporter(quiet=True))
 
     began = time.monotonic()
     run("whole")
     expected, seconds = _result(folder / "whole" / "seed-0"), time.monotonic() - began
+    assert kept_step(expected[0]) in (2, 4), "the weights that are kept must not be the last ones"
     assert threading.active_count() == torch.get_num_threads() == 1, "a fork would lose the other threads"
     gc.collect()
     gc.freeze()

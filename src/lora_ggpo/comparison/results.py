@@ -91,7 +91,7 @@ def _run_row(run: PlannedRun) -> Row:
 
 
 def _curve_row(run: PlannedRun) -> Row:
-    keys = ("step", "epoch", "loss", "seconds")
+    keys = ("step", "epoch", "loss", "seconds", "best")
     rows = [
         {key: value for key, value in row.items() if key in keys or key.startswith("validation/")}
         for row in read_json_lines(run.folder / "log.jsonl")

@@ -95,6 +95,8 @@ METHODS: tuple[Method, ...] = (
         learning_rate=600.0,  # 0.03 where LoRA has 5e-5: its steps are clipped at a thousandth of the rate
         tuned={"optimizer.ess": (1e7, 1e6, 1e8)},
     ),
+    # Stopping where the validation set says
+    Method("best-checkpoint", "best checkpoint", "", {"keep": "best"}),
     # Flat minima
     Method(
         "flat-lora",

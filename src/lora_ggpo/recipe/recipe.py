@@ -84,7 +84,17 @@ class Recipe(BaseModel):
     validate_every: int | None = Field(
         None, gt=0, description="Optimizer steps between validations (at most 500 rows) during training; null is never."
     )
-
+    keep: Literal["last", "best"] = Field(
+        "last", description="Which weights to save and to score: the last, or those of the best validation."
+    )
+    keep_metric: str | None = Field(
+        None, description="The metric of the validation set that says which is best; null is the task's loss."
+    )
+    patience: int | None = Field(
+        None,
+        gt=0,
+        description="With keep best: end the training after so many validations in a row without a better one.",
+    )
     stop_loss: float | None = Field(
         None,
         gt=0,
@@ -135,6 +145,11 @@ class Recipe(BaseModel):
         if self.task.type.scores_every_token and "per_device_eval_batch_size" not in self.training.model_fields_set:
             fields["per_device_eval_batch_size"] = fields["per_device_train_batch_size"]
         return fields
+
+    @property
+    def kept_metric(self) -> str:
+        """The metric of the validation set by which the best weights are kept."""
+        return self.keep_metric or self.task.type.loss
 
     def ggpo_config(self, seed: int) -> GGPOConfig | None:
         """The method's settings in the run with `seed`, or None for plain LoRA."""

@@ -155,6 +155,14 @@ def _of_run(recipe: Recipe) -> Iterator[str]:
         yield "seeds must be different whole numbers from 0 to 4294967295"
     if recipe.stop_loss and not recipe.validate_every:
         yield "stop_loss is looked at every validate_every steps: set it"
+    if recipe.keep == "best" and not recipe.validate_every:
+        yield "keep best takes the best of the validations, every validate_every steps: set it"
+    for name in ("keep_metric", "patience"):
+        if getattr(recipe, name) is not None and recipe.keep != "best":
+            yield f"{name} is looked at where the best is kept; set keep: best, or leave it out"
+    if recipe.kept_metric not in recipe.task.type.metrics:
+        known = ", ".join(recipe.task.type.metrics)
+        yield f"keep_metric {recipe.keep_metric} is not measured for task {recipe.task.kind}; choose one of {known}"
 
 
 def _changed(section: BaseModel, names: Iterable[str]) -> Iterator[str]:

@@ -28,7 +28,8 @@ _CAPTIONS = {
     ),
     "curves": (
         "Mean loss over seeds with its 95 % t interval. Training loss is as the method has it: one that adds noise to "
-        "the weights has it under its noise."
+        "the weights has it under its noise. A dashed line marks the step whose weights were kept, where these are "
+        "the best ones (the median over seeds)."
     ),
     "tradeoffs": (
         "Test score with its 95 % t interval against cost. The Pareto front joins the methods that no cheaper one "

@@ -144,7 +144,14 @@ def draw_learning_curves(logs: Mapping[str, Mapping[str, Sequence[Log]]], highli
 def _curves(logs: Mapping[str, Sequence[Log]], key: str) -> dict[str, Line]:
     """By label what the logs of its seeds have under `key`; without those that have nothing."""
     found = {label: seed_curves(of_label, key) for label, of_label in logs.items()}
-    return {label: Line(steps, values) for label, (steps, values) in found.items() if steps}
+    marked = {label: _kept(of_label) if key in _VALIDATION_KEYS else () for label, of_label in logs.items()}
+    return {label: Line(steps, values, marked[label]) for label, (steps, values) in found.items() if steps}
+
+
+def _kept(logs: Sequence[Log]) -> Sequence[float]:
+    """The step of which the weights were kept, in the median over the seeds; none where the last ones were."""
+    best = [[row["step"] for row in log if row.get("best")] for log in logs]
+    return [float(np.median([steps[-1] for steps in best if steps]))] if any(best) else []
 
 
 # --- a comparison --------------------------------------------------------------------------------------------------

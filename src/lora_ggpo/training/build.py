@@ -37,11 +37,9 @@ from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.precision import choose_precision
 from lora_ggpo.training.scorer import evaluation_sets
 from lora_ggpo.training.trainer import MakeAscent, RunTrainer
+from lora_ggpo.training.validation import check_validation
 
 AnyModel = PreTrainedModel | PeftModel
-
-VALIDATION_ROWS = 500
-"""Rows of a set that are scored during training, at most."""
 
 
 def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
@@ -95,6 +93,7 @@ def build_model(
     Raises:
         UserError: the model, the adapter or the task does not fit the recipe.
     """
+    check_validation(recipe, splits)
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     task = recipe.task.for_labels(splits.labels)
     base, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args))

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from lora_ggpo.training.checkpoints import seal
 from lora_ggpo.training.memory import peak, reset_peak
 from lora_ggpo.training.trainer import NonFiniteLossError
+from lora_ggpo.training.validation import Validation
 from lora_ggpo.workspace.files import flush_to_disk, read_json_lines, write_json_lines
 from lora_ggpo.workspace.interrupt import StopRequest
 from lora_ggpo.workspace.progress import Task
@@ -34,19 +34,16 @@ class RunCallback(TrainerCallback):
         first_step: That step.
         task: Shows progress.
         stop: Asks for a clean stop.
-        validate: Returns what to log every `validate_every` steps: ``validation/*``, ``train/*``.
-        enough: Whether what was logged ends the training.
-        keep: Number of checkpoints to keep; None is all.
+        validation: Measures the model now and then, and says when training has gone on enough.
+        checkpoints: Number of checkpoints to keep; None is all.
     """
 
     log: Path
     first_step: int
     task: Task
     stop: StopRequest
-    validate: Callable[[], dict[str, float]]
-    validate_every: int | None
-    enough: Callable[[dict[str, float]], bool]
-    keep: int | None
+    validation: Validation
+    checkpoints: int | None
 
     def __post_init__(self) -> None:
         kept = [row for row in read_json_lines(self.log) if row["step"] <= self.first_step]
@@ -75,11 +72,9 @@ class RunCallback(TrainerCallback):
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
             _check_finite(kwargs["model"], state.global_step)
-        if self.validate_every and state.global_step % self.validate_every == 0:
-            measured = self.validate()
-            if measured:
-                self._write({"step": state.global_step, "epoch": state.epoch, **measured})
-            control.should_training_stop |= self.enough(measured)
+        if self.validation.is_due(state.global_step, state.max_steps):
+            self._write(self.validation.measure(state.global_step, state.epoch))
+            control.should_training_stop |= self.validation.is_over()
         return control
 
     def on_log(
@@ -104,7 +99,8 @@ class RunCallback(TrainerCallback):
             flush_to_disk(self.log)  # a power cut must not take lines that a resumed run does not write again
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             shutil.copyfile(self.log.with_name("recipe.yaml"), checkpoint / "recipe.yaml")  # says whose it is
-            seal(checkpoint, self.keep)
+            self.validation.save(checkpoint)
+            seal(checkpoint, self.checkpoints)
 
     def _write(self, row: dict[str, Any]) -> None:
         if not is_first():

@@ -33,7 +33,6 @@ from lora_ggpo.models.quantise import stored_bytes
 from lora_ggpo.models.saving import save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.training.build import (
-    VALIDATION_ROWS,
     AnyModel,
     build_model,
     build_trainer,
@@ -46,6 +45,7 @@ from lora_ggpo.training.memory import available, in_use, memory_errors, peak, re
 from lora_ggpo.training.precision import precision_of
 from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.training.trainer import EpochSampler, RunTrainer
+from lora_ggpo.training.validation import VALIDATION_ROWS
 from lora_ggpo.workspace.libraries import quiet_libraries
 from lora_ggpo.workspace.progress import Reporter, Task
 
@@ -147,7 +147,8 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
     other = probe.measure(full.batch // 2 if full.batch > 1 else 2, 0, reporter)  # half needs no more memory
     total, (trained, parameters) = optimizer_steps(args, len(rows)), count_parameters(model)
     weights_size = _weights_size(model, tokenizer, folder / "tokenizer")
-    validations = total // recipe.validate_every if recipe.validate_every else 0
+    every, best = recipe.validate_every, recipe.keep == "best"
+    validations = (-(-total // every) if best else total // every) if every else 0
     validated = [splits.validation, *([splits.train] if recipe.stop_loss else [])]
     row_seconds = _row_seconds(score)
     return Forecast(
@@ -165,7 +166,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
         validation_seconds=validations * row_seconds * sum(min(len(one), VALIDATION_ROWS) for one in validated),
         scoring_seconds=row_seconds * sum(map(len, scored.values())),
         weights_size=weights_size,
-        checkpoint_size=weights_size + full.parts["optimizer state"],
+        checkpoint_size=weights_size + full.parts["optimizer state"] + full.parts["trained parameters"] * best,
         checkpoints=_checkpoints(recipe, args, total),
         batch=full.batch,
         obtainable=limit,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -26,7 +25,6 @@ from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.build import (
-    VALIDATION_ROWS,
     AnyModel,
     build_model,
     build_trainer,
@@ -40,8 +38,9 @@ from lora_ggpo.training.folder import Run, check_checkpoint, claim_run, is_begun
 from lora_ggpo.training.identity import record, recorded_day, weight_digests
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.precision import precision_of
-from lora_ggpo.training.scorer import Scorer, fixed_sample, plain
+from lora_ggpo.training.scorer import Scorer, plain
 from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer
+from lora_ggpo.training.validation import Validation, is_over, kept_step
 from lora_ggpo.workspace.files import new_folder, read_json, read_json_lines, settle, write_json
 from lora_ggpo.workspace.folder import work_in
 from lora_ggpo.workspace.interrupt import Interrupted, StopRequest, two_stage_interrupt
@@ -129,12 +128,20 @@ class _Unfinished:
         score = self._scorer(model, tokenizer)
         score.prepare(scored_sets(self.recipe, self.splits))  # what cannot be scored is found before hours of training
         trainer = build_trainer(self.recipe, self.args, model, tokenizer, rows)
+        validation = Validation(self.recipe, self.splits, score, model)
         stop = StopRequest()
-        if checkpoint and self._is_trained(checkpoint):
-            with expect_tensors(checkpoint):
+        with expect_tensors(checkpoint):
+            if checkpoint:
+                validation.resume(checkpoint, self._log_until(checkpoint))
+            if checkpoint and self._is_trained(checkpoint):
                 trainer._load_from_checkpoint(str(checkpoint))  # train() would not know where to stop
-        else:
-            stop = self._fit(trainer, score, checkpoint)
+            else:
+                stop = self._fit(trainer, validation, checkpoint)
+        kept = kept_step(self._log())
+        if kept is not None:
+            validation.take_best()
+            best = f"the best validation by {self.recipe.kept_metric}"
+            self.reporter.say(f"{self.folder}: the weights of step {kept} are kept, {best}.")
         if is_first():
             self._save(model, tokenizer, weights, start if moved else None)
         if stop.made:
@@ -155,10 +162,9 @@ class _Unfinished:
     def _is_trained(self, checkpoint: Path) -> bool:
         """Whether all steps are done in `checkpoint`."""
         state = read_json(checkpoint / "trainer_state.json")
-        step = state["global_step"]
-        return step >= state["max_steps"] or any(self._is_enough(row) for row in self._log() if row["step"] == step)
+        return state["global_step"] >= state["max_steps"] or is_over(self.recipe, self._log_until(checkpoint))
 
-    def _fit(self, trainer: RunTrainer, score: Scorer, checkpoint: Path | None) -> StopRequest:
+    def _fit(self, trainer: RunTrainer, validation: Validation, checkpoint: Path | None) -> StopRequest:
         """Train. A stop asked for in the last step is left for later: what is trained is saved first."""
         if checkpoint:
             self.reporter.say(f"{self.folder}: going on from step {step_of(checkpoint)}.")
@@ -169,10 +175,8 @@ class _Unfinished:
                 first_step=step_of(checkpoint) if checkpoint else 0,
                 task=shown,
                 stop=stop,
-                validate=self._validation(score),
-                validate_every=self.recipe.validate_every,
-                enough=self._is_enough,
-                keep=self.recipe.training_fields["save_total_limit"],
+                validation=validation,
+                checkpoints=self.recipe.training_fields["save_total_limit"],
             )
             trainer.add_callback(callback)
             self._take_steps(trainer, checkpoint)
@@ -187,8 +191,7 @@ class _Unfinished:
 
     def _take_steps(self, trainer: RunTrainer, checkpoint: Path | None) -> None:
         try:
-            with expect_tensors(checkpoint):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NonFiniteLossError as error:
             good = last_whole(self._checkpoints)
             kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
@@ -210,30 +213,14 @@ class _Unfinished:
             save_ends(model, target)
             save_tokenizer(tokenizer, target)
 
-    def _validation(self, score: Scorer) -> Callable[[], dict[str, float]]:
-        """What measures the model during training, at most `VALIDATION_ROWS` rows of each set."""
-        encoded: dict[str, Dataset] = {}
-        if self.recipe.validate_every and len(self.splits.validation):
-            encoded["validation"] = fixed_sample(score.encoded["validation"], VALIDATION_ROWS)
-        if self.recipe.stop_loss:
-            encoded["train"] = score.encode(fixed_sample(self.splits.train, VALIDATION_ROWS), "train")
-
-        def validate() -> dict[str, float]:
-            measured = {name: score.quick(rows) for name, rows in encoded.items()}
-            return {f"{name}/{metric}": value for name, of in measured.items() for metric, value in of.items()}
-
-        return validate
-
-    def _is_enough(self, logged: Mapping[str, float]) -> bool:
-        """Whether the logged training loss has reached the recipe's stop_loss."""
-        loss = logged.get(f"train/{self.recipe.task.type.loss}")
-        return self.recipe.stop_loss is not None and loss is not None and loss <= self.recipe.stop_loss
-
     def _scorer(self, model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         return Scorer(self.args, model, tokenizer, self._task, self.reporter)
 
     def _log(self) -> list[dict[str, Any]]:
         return read_json_lines(self.folder / "log.jsonl")
+
+    def _log_until(self, checkpoint: Path) -> list[dict[str, Any]]:
+        return [row for row in self._log() if row["step"] <= step_of(checkpoint)]
 
     @property
     def _task(self) -> Task:
@@ -255,8 +242,10 @@ class _Unfinished:
 def _training_summary(log: list[dict[str, Any]], model: AnyModel, args: TrainingArguments) -> dict[str, Any]:
     last = max(log, key=lambda row: row["step"], default={"step": 0, "seconds": 0.0})
     trained, parameters = count_parameters(model)
+    kept = kept_step(log)
     return {
         "steps": last["step"],
+        **({} if kept is None else {"kept_step": kept}),
         "processes": args.world_size,
         "seconds": last["seconds"],
         "seconds_per_step": round(last["seconds"] / max(last["step"], 1), 5),
