@@ -9,8 +9,9 @@ import pytest
 from transformers import TrainingArguments
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.recipe.aliases import ALIASES
 from lora_ggpo.recipe.fields import AdapterFields, TrainingFields, why_not_set
-from lora_ggpo.recipe.recipe import json_schema, parse_recipe
+from lora_ggpo.recipe.recipe import dump_yaml, json_schema, parse_recipe
 
 RECIPE = """\
 model: minilm
@@ -22,6 +23,7 @@ output: runs/x
 """
 DOCS = Path(__file__).parents[2] / "docs"
 ADALORA = "type: adalora, r: 8"
+BEST = "eval_steps: 5, load_best_model_at_end: true"
 
 
 def refused(section, fields):
@@ -141,3 +143,58 @@ def test_the_docs_name_what_is_refused_and_why():
     rows = re.findall(r"^\| (`.+`) \| (.+) \|$", table, re.MULTILINE)
     assert {name: reason for names, reason in rows for name in re.findall(r"`(\w+)`", names)} == reasons
     assert f"{len(reasons)} of {len(every)}" in page
+    table = page.partition("## What a recipe takes over")[2].partition("\n## ")[0]
+    taken = re.findall(r"^\| `training\.(\w+)", table, re.MULTILINE)
+    assert set(taken) == ALIASES.keys() <= every - reasons.keys()
+
+
+@pytest.mark.parametrize(
+    ("training", "ours"),
+    [
+        ("eval_strategy: steps, eval_steps: 50", {"validate_every": 50}),
+        ("eval_steps: 50", {"validate_every": 50}),
+        ("eval_strategy: no, eval_steps: 50", {"validate_every": None}),
+        ("eval_strategy: steps, eval_steps: 5, load_best_model_at_end: true", {"validate_every": 5, "keep": "best"}),
+        (f"{BEST}, metric_for_best_model: eval_loss", {"keep": "best", "keep_metric": None}),
+        (f"{BEST}, metric_for_best_model: eval_accuracy, greater_is_better: true", {"keep_metric": "accuracy"}),
+        (f"{BEST}, metric_for_best_model: f1", {"keep_metric": "f1"}),
+        (f"{BEST}, greater_is_better: false, save_strategy: steps, logging_strategy: steps", {"keep_metric": None}),
+        ("load_best_model_at_end: false", {"keep": "last"}),
+    ],
+)
+def test_what_transformers_calls_otherwise_is_taken_over(training, ours):
+    recipe = parse_recipe(f"{RECIPE}training: {{{training}, learning_rate: 1.0e-3}}\n", "r.yaml")
+    assert {name: getattr(recipe, name) for name in ours} == ours
+    assert recipe.training_fields["learning_rate"] == 1e-3
+    again = recipe.resolved(0)
+    assert not again["training"].keys() & ALIASES.keys()
+    assert parse_recipe(dump_yaml(again), "again").resolved(0) == again
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ("eval_strategy: epoch", "eval_strategy epoch cannot be had: validations come every validate_every steps"),
+        ("eval_strategy: steps", "eval_strategy steps needs their number: set validate_every"),
+        ("eval_steps: 0.1", "eval_steps must be a whole number of steps, at least 1, not 0.1"),
+        ("load_best_model_at_end: maybe", "load_best_model_at_end must be true or false, not 'maybe'"),
+        (f"{BEST}, greater_is_better: true", "greater_is_better is false for loss in any case; leave it out"),
+        (
+            f"{BEST}, metric_for_best_model: f1, greater_is_better: false",
+            "greater_is_better is true for f1 in any case",
+        ),
+        ("save_strategy: best", "save_strategy best cannot be had: checkpoints come every save_steps steps"),
+        ("logging_strategy: epoch", "logging_strategy epoch cannot be had: the log has a line every logging_steps"),
+    ],
+)
+def test_what_is_meant_otherwise_is_not(training, message):
+    assert f"r.yaml, line 4: training.{message}" in refused("training", training)
+
+
+def test_a_recipe_that_contradicts_itself():
+    text = f"{RECIPE}validate_every: 20\ntraining: {{eval_steps: 50}}\n"
+    with pytest.raises(UserError, match=r"eval_steps makes validate_every 50, which is 20 here; leave one of them out"):
+        parse_recipe(text, "r.yaml")
+    assert parse_recipe(text.replace("50", "20"), "r.yaml").validate_every == 20
+    both = text.replace("eval_steps: 50", "eval_strategy: steps")
+    assert parse_recipe(both, "r.yaml").validate_every == 20

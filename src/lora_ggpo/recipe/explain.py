@@ -23,6 +23,7 @@ _NICKNAMES = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "seed": "seeds",
+    "early_stopping_patience": "patience",
     "dataset": "data",
     "name": "source",
     "lora": "adapter",

@@ -16,6 +16,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerati
 from transformers import TrainingArguments
 
 from lora_ggpo.perturbation.config import CHOICES, OLD_NOISES, GGPOConfig
+from lora_ggpo.recipe.aliases import ALIASES
 
 ADAPTER_DEFAULT: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -125,10 +126,9 @@ _TRAINING_OWNED = {
     **dict.fromkeys(("remove_unused_columns", "length_column_name", "label_names"), _COLUMNS),
     **dict.fromkeys(
         [
-            *("do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"),
+            *("do_train", "do_eval", "do_predict", "eval_delay", "eval_on_start"),
             *("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps", "batch_eval_metrics"),
-            *("include_for_metrics", "prediction_loss_only", "load_best_model_at_end", "metric_for_best_model"),
-            *("greater_is_better", "bf16_full_eval", "fp16_full_eval"),
+            *("include_for_metrics", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval"),
         ],
         _EVALUATION,
     ),
@@ -137,8 +137,6 @@ _TRAINING_OWNED = {
     "local_rank": "torchrun sets it",
     "enable_jit_checkpoint": "a run that is asked to stop saves a checkpoint in any case",
     "debug": "a loss that is not finite stops the run, and --debug shows tracebacks",
-    "logging_strategy": "use logging_steps",
-    "save_strategy": "use save_steps",
 }
 _OWNED: dict[str, dict[str, str]] = {"adapter": _ADAPTER_OWNED, "training": _TRAINING_OWNED}
 
@@ -177,7 +175,7 @@ def _mirror(
     hints = typing.get_type_hints(cls) | dict(types or {})
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        if field.init and not why_not_set(section, field.name):
+        if field.init and field.name not in ALIASES and not why_not_set(section, field.name):
             default = None if field.default is dataclasses.MISSING else field.default
             hint = _ranged(_describable(hints[field.name]), (ranges or {}).get(field.name))
             shown = (defaults or {}).get(field.name, default)

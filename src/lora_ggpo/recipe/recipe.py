@@ -27,6 +27,7 @@ from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import settle
 from lora_ggpo.perturbation import GGPOConfig
+from lora_ggpo.recipe.aliases import translate
 from lora_ggpo.recipe.explain import explain
 from lora_ggpo.recipe.fields import (
     ADAPTER_DEFAULT,
@@ -108,6 +109,11 @@ class Recipe(BaseModel):
     )
 
     _source: Source | None = PrivateAttr(None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translated(cls, values: Any) -> Any:
+        return translate(values)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
