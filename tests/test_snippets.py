@@ -29,5 +29,5 @@ def test_snippets_choose_a_rule_whose_guidance_counts(page):
 
 def test_snippets_are_found():
     found = {page.stem: len(list(ggpo_settings(page.read_text(encoding="utf-8")))) for page in PAGES}
-    assert found["recipes"] == 1
+    assert found["recipes"] == 2
     assert found["integration"] >= 4

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 
@@ -44,11 +44,6 @@ class CompletionReader(Reader):
     no use is named in one warning, with the number of rows.
     """
 
-    features: ClassVar = {
-        **dict.fromkeys(("id", "prompt", "completion", "template"), STRING),
-        "messages": [_MESSAGE],
-    }
-
     def learn(self, tables: Tables) -> Tables:
         unknown = [name for name in self.config.ignore if not any(name in table.columns for table in tables.values())]
         if unknown:
@@ -81,11 +76,12 @@ class CompletionReader(Reader):
 
     def dataset(self, columns: Columns) -> datasets.Dataset:
         # Beside its role and content, what a message says is JSON, as are the arguments of the template.
-        features, columns = {name: self.features[name] for name in columns}, dict(columns)
-        if "messages" in columns:
-            columns["messages"] = [[store(turn) for turn in chat] for chat in columns["messages"]]
-            if any("more" in turn for chat in columns["messages"] for turn in chat):
-                features["messages"] = [{**_MESSAGE, "more": STRING}]
+        features, columns = dict.fromkeys(columns, STRING), dict(columns)
+        for name, chats in columns.items():
+            if name == "messages" or isinstance(next(iter(chats), None), list):
+                columns[name] = stored = [[store(turn) for turn in chat] for chat in chats]
+                more = any("more" in turn for chat in stored for turn in chat)
+                features[name] = [{**_MESSAGE, "more": STRING}] if more else [_MESSAGE]
         if "template" in columns:
             columns["template"] = [json.dumps(arguments) if arguments else None for arguments in columns["template"]]
         return datasets.Dataset.from_dict(columns, datasets.Features(features))
@@ -95,16 +91,16 @@ class CompletionReader(Reader):
         chat = next((column for column in CHATS if column in table.columns and not named), None)
         prompt, completion = self._pair(table)
         for column in {*IDLE, *CHATS, *((HISTORY,) if chat else ())} - ({chat} if chat else {prompt, completion}):
-            unused[f"column {column!r}"] += sum(map(_given, _values(table, column)))
+            unused[f"column {column!r}"] += sum(map(is_given, _values(table, column)))
         if chat:
             chats = _chats(table, chat, unused)
-        elif isinstance(next(filter(_given, _values(table, prompt)), None), list):
+        elif isinstance(next(filter(is_given, _values(table, prompt)), None), list):
             chats = _conversational(table, prompt, completion, unused)
         else:
             alpaca = (prompt, completion) == ALPACA and not named
             prompts = _alpaca_prompts(table) if alpaca else table.texts(prompt, "prompt")
             completions = table.texts(completion, "completion")
-            if not any(_given(value) for column in _INSIDE for value in _values(table, column)):
+            if not any(is_given(value) for column in _INSIDE for value in _values(table, column)):
                 return {"prompt": prompts, "completion": completions}
             chats = [_exchange(*pair) for pair in zip(prompts, completions, strict=True)]
         return _with_context(table, chats, history=not chat)
@@ -116,7 +112,7 @@ class CompletionReader(Reader):
         return next((pair for pair in (ALPACA, *PAIRS) if set(pair) <= set(table.columns)), PAIRS[0])
 
 
-def _given(value: object) -> bool:
+def is_given(value: object) -> bool:
     """Whether a field says anything: not null, blank, or an empty list."""
     return bool(value.strip() if isinstance(value, str) else value) and value == value
 
@@ -127,7 +123,7 @@ def _values(table: Table, column: str) -> list[Any]:
 
 def _refuse_unlearnable(table: Table) -> None:
     for column in MEDIA:
-        row = next((row for row, value in enumerate(_values(table, column)) if _given(value)), None)
+        row = next((row for row, value in enumerate(_values(table, column)) if is_given(value)), None)
         if row is not None:
             raise UserError(
                 f"{table.where(row)}: column {column!r} holds what is no text, and only text is learnt; remove such "
@@ -151,7 +147,7 @@ def _chats(table: Table, column: str, unused: Counter[str]) -> list[list[Message
     for beside, role in (("prompt", "user"), ("completion", "assistant")):  # these may only repeat the conversation
         for row, value in enumerate(_values(table, beside)):
             said = {turn.get("content", "").strip() for turn in chats[row] if turn["role"] == role}
-            if _given(value) and not (isinstance(value, str) and value.strip() in said):
+            if is_given(value) and not (isinstance(value, str) and value.strip() in said):
                 raise UserError(
                     f"{table.where(row)}: column {beside!r} is not in {column!r}, so it is not clear which of them is "
                     f"to be learnt; set data.ignore: [{beside}] to learn the conversations, or data.ignore: [{column}]."
@@ -186,7 +182,7 @@ def _with_context(table: Table, chats: list[list[Message]], *, history: bool) ->
     columns = {column: table.values(column) for column in _INSIDE if column in table.columns}
     messages, arguments = [], []
     for row, chat in enumerate(chats):
-        context = {column: values[row] for column, values in columns.items() if _given(values[row])}
+        context = {column: values[row] for column, values in columns.items() if is_given(values[row])}
         earlier = list(_earlier(context[HISTORY], table, row)) if history and HISTORY in context else []
         messages.append(_system(context, chat, table, row) + earlier + chat)
         arguments.append(_arguments(context, table, row))

@@ -39,6 +39,13 @@ class DataConfig(BaseModel):
         '(MetaMathQA) or "answer" (CodeFeedback) are recognised.',
     )
     completion: str | None = Field(None, description='Column of the completion; default "completion".')
+    chosen: str | None = Field(None, description='Preferences: column of the better answer; default "chosen".')
+    rejected: str | None = Field(None, description='Preferences: column of the worse answer; default "rejected".')
+    choices: str | list[str] | None = Field(
+        None,
+        description="Multiple choice: column of the options, or one column for each of them; those of ARC, HellaSwag, "
+        "OpenBookQA, PIQA and MMLU are recognised.",
+    )
     single_turn: bool = Field(
         False,
         description="Of conversations keep those of one user and one assistant message, as prompt and completion: "

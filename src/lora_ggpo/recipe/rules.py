@@ -52,6 +52,12 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
 
 def _of_task(recipe: Recipe) -> Iterator[str]:
     task, kind = recipe.task, recipe.task.kind
+    fields = recipe.adapter_fields or {}
+    if task.type.has_reference and not _has_lora(recipe):
+        yield f"task {kind} compares the model with itself without its adapter, and there is no LoRA; set adapter"
+    elif task.type.has_reference and fields.get("init_lora_weights", True) not in _LEAVES_W0:
+        init = f"adapter.init_lora_weights {fields['init_lora_weights']} changes it"
+        yield f"task {kind} needs the model under the adapter as it was, but {init}; choose true, gaussian or eva"
     for name in _changed(task, _of_other_tasks(task.type, lambda task: task.settings)):
         yield f"task sets {name}, which kind {kind} does not look at; leave it out"
     if task.packing and recipe.training_fields.get("use_cache"):

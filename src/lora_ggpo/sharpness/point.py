@@ -117,7 +117,11 @@ def load_point(
     sample = fixed_sample(getattr(task.load(recipe.data), split), rows)
     if not len(sample):
         raise UserError(f"{folder}: its {split} set has no rows.")
-    encoded = task.encode(sample, tokenizer)
+    if task.has_reference:
+        raise UserError(
+            f"{folder} is a run of task {recipe.task.kind}, whose loss is not the model's own; none is measured."
+        )
+    encoded = task.learnt(task.encode(sample, tokenizer))
     collate = task.collator(tokenizer)
     order = np.argsort(-np.asarray(encoded["length"]), kind="stable")  # batches of like length
     device = torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -39,6 +39,8 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("accuracy", "accuracy, %", True, 100.0, " points", 2, "log_loss"),
+    "accuracy_norm": Metric("accuracy by character", "accuracy by character, %", True, 100.0, " points", 2, "accuracy"),
+    "margin": Metric("reward margin", "reward margin", True, 1.0, "", 4, "accuracy"),
     "f1": Metric("F1", "F1, %", True, 100.0, " points", 2, "log_loss"),
     "mcc": Metric("MCC", "100 × MCC", True, 100.0, " points", 2, "log_loss"),
     "log_loss": Metric("log-loss", "log-loss", False, 1.0, "", 4, "accuracy"),

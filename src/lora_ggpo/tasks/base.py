@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,13 +16,15 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 from lora_ggpo.data.config import DataConfig
 from lora_ggpo.data.load import Reader, Splits
 from lora_ggpo.errors import DivergedError, UserError
-from lora_ggpo.models.architecture import Architecture
+from lora_ggpo.models.architecture import ENCODER_DECODER, Architecture
 from lora_ggpo.models.load import load_model
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.tasks.forward import autocasting, evaluating
 from lora_ggpo.tasks.metrics import Floats, Measured
 
 if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
     from lora_ggpo.tasks.config import TaskConfig
 
 NO_LOSS = -100
@@ -46,6 +48,7 @@ _COLUMNS = {
     "labels": _TOKENS,
     "position_ids": _TOKENS,
     "length": Value("int32"),
+    "sizes": _TOKENS,
     "id": Value("string"),
 }
 
@@ -62,6 +65,7 @@ class Task(ABC):
         features: Arrow types of the columns in which its encoded rows differ from those of other tasks.
         default_template, default_length: Of its settings.
         scores_every_token: Whether scoring takes logits of every token, and so about the memory of training.
+        has_reference: Whether it compares a model with itself without its adapter, so that the loss is not the model's.
         answers: Whether a model that has learnt it can be asked something.
     """
 
@@ -75,6 +79,7 @@ class Task(ABC):
     default_template: ClassVar[str] = "{text}\nSentiment:"
     default_length: ClassVar[int] = 128
     scores_every_token: ClassVar[bool] = False
+    has_reference: ClassVar[bool] = False
     answers: ClassVar[bool] = False
 
     def __init__(self, config: TaskConfig, labels: list[str] | None = None) -> None:
@@ -113,9 +118,27 @@ class Task(ABC):
         """What is kept of each prediction; nothing if there is none."""
         return []
 
-    def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
-        """Prepare a new model for its training on encoded `rows`; return the rows as they are trained on."""
+    def learnt(self, rows: Dataset) -> Dataset:
+        """Of encoded `rows`, what is trained on."""
         return rows
+
+    def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
+        """Prepare a new model for its training on `rows`; return them as they are trained on."""
+        return rows
+
+    def trainer(self, args: TrainingArguments) -> tuple[type[Trainer], TrainingArguments]:
+        """The Trainer whose loss it is, and the arguments as that takes them."""
+        from transformers import Trainer  # slow to import, and recipes are read without it
+
+        return Trainer, args
+
+    @classmethod
+    def items(cls, batch: Batch) -> int | torch.Tensor:
+        """How many items the loss on `batch` is the mean of: rows where a row has one label, else tokens with one."""
+        labels = batch["labels"]
+        if labels.dim() == 1:
+            return len(labels)
+        return (labels if cls.architecture is ENCODER_DECODER else labels[:, 1:]).ne(NO_LOSS).sum()
 
     def user_turn(self, text: str) -> str:
         """What a user asks of a model that answers, as it stands in the training data."""
@@ -180,7 +203,7 @@ class Task(ABC):
         progress: Progress | None = None,
         autocast: torch.dtype | None = None,
     ) -> Floats:
-        """Scores (rows, k) of encoded rows, in their order.
+        """Scores (rows, k) of encoded rows, in their order; where a batch has fewer numbers a row, 0 follows.
 
         Args:
             batch_size: Rows in a forward pass; batches hold rows of like length, the longest first.
@@ -204,8 +227,9 @@ class Task(ABC):
                     parts.append(score(batch).double().cpu().numpy())
                 if progress:
                     progress(min(begin + batch_size, len(order)), len(order))
-        scores = np.empty((len(order), parts[0].shape[1]))
-        scores[order] = np.concatenate(parts)
+        scores = np.zeros((len(order), max(part.shape[1] for part in parts)))
+        for begin, part in zip(range(0, len(order), batch_size), parts, strict=True):
+            scores[order[begin : begin + batch_size], : part.shape[1]] = part
         broken = int((~np.isfinite(scores).all(axis=1)).sum())
         if broken:
             raise DivergedError(
@@ -228,6 +252,19 @@ class Task(ABC):
 def encoded_row(ids: list[int], labels: float | list[int], **further: Any) -> Row:
     """A row of tokens, the labels that the model gets, and what the task adds."""
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "length": len(ids), **further}
+
+
+def several_row(sequences: Sequence[tuple[list[int], list[int]]], **further: Any) -> Row:
+    """A row of several sequences (input_ids, labels), one behind the other, and what the task adds."""
+    ids, labels = ([token for part in parts for token in part] for parts in zip(*sequences, strict=True))
+    return encoded_row(ids, labels, sizes=[len(part) for part, _ in sequences], **further)
+
+
+def split_row(row: Mapping[str, Any]) -> list[Row]:
+    """The sequences of a row that `several_row` made."""
+    ends = np.cumsum(row["sizes"]).tolist()
+    places = [slice(end - size, end) for end, size in zip(ends, row["sizes"], strict=True)]
+    return [encoded_row(row["input_ids"][place], row["labels"][place]) for place in places]
 
 
 def packed_dataset(columns: dict[str, list[Any]]) -> Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.data.labels import LabelReader
 from lora_ggpo.models.architecture import HEADED, label_head
 from lora_ggpo.tasks.base import CHUNK, Batch, Row, Score, Task, encoded_row
-from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, Integers, Measured, measure_mean
+from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, Integers, Measured, measure_mean, measure_share
 
 # A probability below this counts as this much in log_loss: one confident mistake costs at most 34.5.
 _SMALLEST_PROBABILITY = 1e-15
@@ -103,7 +102,6 @@ def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str,
     Macro F1 averages over the classes that occur in the labels or the predictions.
     """
     n, predicted = len(labels), probabilities.argmax(axis=1)
-    accuracy = float(np.mean(labels == predicted))
     # F1 and the correlation depend on the data through the confusion counts alone, and drawing n examples with
     # replacement draws those counts from a multinomial: that is the bootstrap at a fraction of its cost.
     classes = int(max(labels.max(), predicted.max())) + 1
@@ -112,7 +110,7 @@ def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str,
     found = _f1_mcc(cells // classes, cells % classes, np.vstack([counts, draws]), classes)
     (f1, mcc), (f1_se, mcc_se) = found[0].tolist(), found[1:].std(axis=0, ddof=1).tolist()
     return {
-        "accuracy": Measured(accuracy, math.sqrt(accuracy * (1 - accuracy) / n), n),
+        "accuracy": measure_share(labels == predicted),
         "f1": Measured(f1, f1_se, n),
         "mcc": Measured(mcc, mcc_se, n),
         "log_loss": measure_mean(-np.log(np.clip(probabilities[np.arange(n), labels], _SMALLEST_PROBABILITY, 1.0))),

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lora_ggpo.tasks.base import Task
+from lora_ggpo.tasks.choice import Choice
 from lora_ggpo.tasks.classification import Classification
+from lora_ggpo.tasks.dpo import DPO
 from lora_ggpo.tasks.regression import Regression
 from lora_ggpo.tasks.sft import SFT
 from lora_ggpo.tasks.words import CausalClassification, Seq2SeqClassification
@@ -20,6 +22,8 @@ TASKS: dict[str, type[Task]] = {
     "seq2seq-classification": Seq2SeqClassification,
     "regression": Regression,
     "sft": SFT,
+    "choice": Choice,
+    "dpo": DPO,
 }
 """Tasks by the name that recipes give as ``task.kind``."""
 
@@ -48,8 +52,9 @@ class TaskConfig(BaseModel):
     )
     template: str = Field(
         default_factory=lambda fields: _of_kind(fields).default_template,
-        description="The prompt: {text} stands for the row's text (for sft its prompt), {text_pair} for the second "
-        'text. Default: "{text}\\nSentiment:"; for sft "{text}". Kind classification has none.',
+        description="The prompt: {text} stands for the row's text (its prompt, its question), {text_pair} for the "
+        'second text. Default: "{text}\\nSentiment:"; for sft and dpo "{text}"; for choice "Question: {text}\\nAnswer: '
+        '". Kind classification has none.',
     )
     label_words: list[str] | None = Field(
         None,
@@ -63,17 +68,21 @@ class TaskConfig(BaseModel):
         default_factory=lambda fields: _of_kind(fields).default_length,
         gt=0,
         description="Longest sequence, in tokens (of an encoder-decoder: the prompt); the text is cut to fit. "
-        "Default: 128; for sft 1024.",
+        "Default: 128; for sft, choice and dpo 1024.",
     )
     too_long: Literal["cut", "drop", "refuse"] = Field(
         "cut",
-        description="sft: a row that is longer than max_length loses its end, or is left out, each with a warning that "
-        "counts them; or such data is refused.",
+        description="sft, dpo: a row that is longer than max_length loses its end, or is left out, each with a warning "
+        "that counts them; or such data is refused.",
     )
     packing: bool = Field(
         False,
-        description="sft: training examples are put behind one another in rows of up to max_length tokens, none of "
-        "which sees another; a batch then holds that many rows, not examples.",
+        description="sft, choice: training examples are put behind one another in rows of up to max_length tokens, "
+        "none of which sees another; a batch then holds that many rows, not examples.",
+    )
+
+    beta: float = Field(
+        0.1, gt=0, description="dpo: how much the model's distance from itself without the adapter counts."
     )
 
     @field_validator("template")

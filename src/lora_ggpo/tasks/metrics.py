@@ -34,3 +34,9 @@ def measure_mean(values: Floats) -> Measured:
     """The mean of independent `values` (n,), n at least 1, and its standard error s / sqrt(n)."""
     n = len(values)
     return Measured(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan, n)
+
+
+def measure_share(hits: NDArray[np.bool_]) -> Measured:
+    """The share of `hits` (n,), n at least 1, and its binomial standard error."""
+    n, share = len(hits), float(hits.mean())
+    return Measured(share, math.sqrt(share * (1 - share) / n), n)

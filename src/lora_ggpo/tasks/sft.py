@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.data.completion import CompletionReader
+from lora_ggpo.data.load import Reader
 from lora_ggpo.data.messages import Message
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import CAUSAL
@@ -31,15 +33,18 @@ if TYPE_CHECKING:
 Segments = list[tuple[str, bool]]
 """Pieces of a row's text, and whether they are learnt."""
 
+Tokens = tuple[list[int], list[int]]
+"""The input_ids and labels of a sequence."""
+
 
 class SFT(Task):
     """Completions are learnt, prompts are not; the loss is that of a completion's tokens, its end included."""
 
-    reader = CompletionReader
+    reader: ClassVar[type[Reader]] = CompletionReader
     architecture = CAUSAL
     settings = frozenset({"template", "chat_template", "too_long", "packing"})
     columns = frozenset({"prompt", "completion", "single_turn", "ignore"})
-    metrics = ("loss", "perplexity")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
     loss = "loss"
     default_template = "{text}"
     default_length = 1024  # a prompt with its answer takes more room than a text with a label; a cut one teaches no end
@@ -70,13 +75,22 @@ class SFT(Task):
         for begin in range(0, len(dataset), CHUNK):
             rows = []
             for index in range(begin, min(begin + CHUNK, len(dataset))):
-                ids, labels = _join(tokenizer, self._segments(tokenizer, dataset[index], index, end, unused), first)
-                fitted = room.fit(ids, labels)
+                row = dataset[index]
+                segments = (self._segments(tokenizer, answer, index, end, unused) for answer in self.answered(row))
+                fitted = room.fit(*(_join(tokenizer, one, first) for one in segments))
                 if fitted:
-                    rows.append(encoded_row(*fitted))
+                    rows.append(self.encoded(fitted, row))
             yield rows
         unused.report()
         room.report()
+
+    def answered(self, row: Row) -> list[Row]:
+        """A row of the data as one or several prompts with a completion, or conversations."""
+        return [row]
+
+    def encoded(self, sequences: list[Tokens], row: Row) -> Row:
+        """The sequences of `answered` as one row."""
+        return encoded_row(*sequences[0])
 
     def begin(self, model: PreTrainedModel, rows: Dataset) -> Dataset:
         if not self.config.packing:
@@ -86,19 +100,7 @@ class SFT(Task):
 
     def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
         """Summed loss and number of completion tokens of each example, (batch, 2)."""
-
-        def score(batch: Batch) -> Tensor:
-            targets = batch["labels"][:, 1:]
-            learnt = targets != NO_LOSS
-            positions = torch.nonzero(learnt.any(dim=0)).squeeze(1)  # only these need logits over the whole vocabulary
-            logits = logits_at(model, batch["input_ids"], batch["attention_mask"], positions)
-            losses = [  # one example at a time: float32 copies of all logits would be most of the memory
-                F.cross_entropy(row.float(), wanted, ignore_index=NO_LOSS, reduction="none").double().sum()
-                for row, wanted in zip(logits, targets[:, positions], strict=True)
-            ]
-            return torch.stack([torch.stack(losses), learnt.sum(dim=1).double()], dim=1)
-
-        return score
+        return partial(completion_losses, model)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
         return completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))
@@ -147,18 +149,19 @@ class Room:
         self._learnt = self._lost = 0  # tokens to learn
         self._cut = self._left_out = 0  # rows
 
-    def fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]] | None:
-        """Return a row's tokens and labels as they are trained on, or None if nothing is left to learn."""
+    def fit(self, *sequences: Tokens) -> list[Tokens] | None:
+        """Return a row's sequences as they are trained on, or None if nothing is left to learn in one of them."""
         limit, drop = self._config.max_length, self._config.too_long == "drop"
-        whole, kept = _count_learnt(labels), _count_learnt(labels[:limit])
-        left_out = not kept or (kept < whole and drop)
+        whole = [_count_learnt(labels) for _, labels in sequences]
+        kept = [_count_learnt(labels[:limit]) for _, labels in sequences]
+        left_out = not all(kept) or (kept != whole and drop)
         self._rows += 1
-        self._longest = max(self._longest, len(ids))
-        self._learnt += whole
-        self._lost += whole if left_out else whole - kept
+        self._longest = max(self._longest, *(len(ids) for ids, _ in sequences))
+        self._learnt += sum(whole)
+        self._lost += sum(whole) if left_out else sum(whole) - sum(kept)
         self._left_out += left_out
-        self._cut += kept < whole and not left_out
-        return None if left_out else (ids[:limit], labels[:limit])
+        self._cut += kept != whole and not left_out
+        return None if left_out else [(ids[:limit], labels[:limit]) for ids, labels in sequences]
 
     def report(self) -> None:
         """Say what was lost, in one warning."""
@@ -186,7 +189,7 @@ def _count_learnt(labels: list[int]) -> int:
     return sum(label != NO_LOSS for label in labels[1:])  # nothing predicts the first token
 
 
-def _join(tokenizer: PreTrainedTokenizerBase, segments: Segments, first: list[int]) -> tuple[list[int], list[int]]:
+def _join(tokenizer: PreTrainedTokenizerBase, segments: Segments, first: list[int]) -> Tokens:
     """Tokenise segments one behind the other into (input_ids, labels)."""
     text, ids, labels = "", list(first), [NO_LOSS] * len(first)
     for segment, learnt in segments:
@@ -195,6 +198,19 @@ def _join(tokenizer: PreTrainedTokenizerBase, segments: Segments, first: list[in
         ids += added
         labels += added if learnt else [NO_LOSS] * len(added)
     return ids, labels
+
+
+def completion_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Summed loss and number of completion tokens of each sequence, (batch, 2)."""
+    targets = batch["labels"][:, 1:]
+    learnt = targets != NO_LOSS
+    positions = torch.nonzero(learnt.any(dim=0)).squeeze(1)  # only these need logits over the whole vocabulary
+    logits = logits_at(model, batch["input_ids"], batch["attention_mask"], positions)
+    losses = [  # one example at a time: float32 copies of all logits would be most of the memory
+        F.cross_entropy(row.float(), wanted, ignore_index=NO_LOSS, reduction="none").double().sum()
+        for row, wanted in zip(logits, targets[:, positions], strict=True)
+    ]
+    return torch.stack([torch.stack(losses), learnt.sum(dim=1).double()], dim=1)
 
 
 def completion_metrics(losses: Floats, tokens: Integers) -> dict[str, Measured]:

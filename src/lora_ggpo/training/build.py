@@ -101,7 +101,7 @@ def build_model(
         keep_day(tokenizer, folder)
     encoded = task.encode(splits.train, tokenizer, "train")
     check_tokens(base, tokenizer, encoded["input_ids"], "train: Row")
-    rows = task.begin(base, encoded)
+    rows = task.begin(base, task.learnt(encoded))
     _check_steps(args, len(rows))
     return _make_trainable(recipe, args, base, rows, task.collator(tokenizer)), tokenizer, rows
 
@@ -172,22 +172,24 @@ def build_trainer(
     recipe: Recipe, args: TrainingArguments, model: AnyModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
 ) -> RunTrainer:
     """The Trainer that trains `model` on encoded `rows` by the recipe's method. It keeps no log."""
-    ggpo, optimizer = recipe.ggpo_config(args.seed), recipe.optimizer
+    ggpo, optimizer, task = recipe.ggpo_config(args.seed), recipe.optimizer, recipe.task.for_labels(None)
     callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
     args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
     if recipe.adalora:
         callbacks.append(AdaLoraCallback())
         args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
     with explain_rejection("training", recipe.training.model_fields_set):
-        trainer = RunTrainer(
+        base, args = task.trainer(args)
+        trainer: RunTrainer = type("RunTrainer", (RunTrainer, base), {})(
             lengths=list(rows["length"]),
+            items=task.items,
             settings=recipe.training.model_fields_set,
             make_optimizer=partial(OPTIMIZERS[optimizer.kind], **optimizer.options) if optimizer else None,
             make_ascent=_ascent(recipe, args.seed),
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=recipe.task.type.collator(tokenizer),
+            data_collator=task.collator(tokenizer),
             processing_class=tokenizer,
             callbacks=callbacks,
         )

@@ -16,7 +16,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_ggpo.errors import DivergedError, explain_rejection
 from lora_ggpo.methods.ascent import Ascent
-from lora_ggpo.tasks import NO_LOSS
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
 MakeAscent = Callable[[nn.Module, Optimizer], Ascent]
@@ -69,22 +68,26 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
 
     Args:
         lengths: Tokens of each training row.
+        items: How many items the model's loss on a batch is the mean of.
         settings: The fields of the recipe's ``training``, for what a library says of one.
         make_optimizer: Makes the optimizer; None is the one that the arguments name.
         make_ascent: Makes what moves the weights for the gradient; None is nothing.
     """
 
+    loss_is_scaled_for_ga = True
+
     def __init__(
         self,
         *,
         lengths: list[int],
+        items: Callable[[dict[str, Tensor]], int | Tensor],
         settings: Collection[str] = (),
         make_optimizer: MakeOptimizer | None = None,
         make_ascent: MakeAscent | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self._lengths, self._settings = lengths, settings
+        self._lengths, self._items, self._settings = lengths, items, settings
         self._make_optimizer, self._make_ascent = make_optimizer, make_ascent
         self._ascent: Ascent | None = None
         self.model_accepts_loss_kwargs = True  # Trainer then knows that compute_loss sees the whole optimizer step
@@ -126,17 +129,10 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Items of an optimizer step, given this process's micro-batches: the mean over the processes."""
-        items = sum((self._items(batch) for batch in batch_samples), torch.tensor(0)).to(device)
+        items = sum((torch.as_tensor(self._items(batch)) for batch in batch_samples), torch.tensor(0)).to(device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             items = self.accelerator.gather(items)
         return items.float().mean()
-
-    def _items(self, batch: dict[str, Tensor]) -> Tensor:
-        """How many labels the model's loss on `batch` is the mean of."""
-        labels = batch["labels"]
-        if labels.dim() == 1:
-            return torch.tensor(len(labels))
-        return (labels if self._encodes_and_decodes() else labels[:, 1:]).ne(NO_LOSS).sum()
 
     def _encodes_and_decodes(self) -> bool:
         model: Any = self.model
@@ -155,8 +151,8 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
             base = self.accelerator.unwrap_model(model)
             made = base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
             inputs = {**inputs, "decoder_input_ids": made}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        return (loss * share, outputs) if return_outputs else loss * share
+        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs)
+        return (found[0] * share, found[1]) if return_outputs else found * share
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
         """As Trainer's, with the gradient where the run's method takes it.
