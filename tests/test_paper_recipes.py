@@ -145,7 +145,7 @@ def test_a_t5_run_from_recipe_to_scores(tiny_t5, tmp_path):
     run = train(recipe, Reporter(quiet=True))[0]
     scores = run.metrics["evaluation"]
     assert {"validation", "test", "validation_mismatched"} <= set(scores)
-    assert set(scores["test"]) == {"accuracy", "f1", "mcc", "log_loss"}
+    assert set(scores["test"]) == {"accuracy", "f1", "mcc", "log_loss", "brier", "ece"}
     assert scores["test"]["accuracy"]["n"] == glue.SIZES["validation"]
     adapter = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     assert adapter["task_type"] == "SEQ_2_SEQ_LM"

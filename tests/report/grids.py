@@ -31,6 +31,13 @@ def run(method, seed, values, setting="", sets=("test",), failed=None, seconds=1
     return row
 
 
+def calibration(accuracy):
+    """What is drawn of the probabilities of a run, the surest of which are right."""
+    confidence = [0.5 + 0.1 * i for i in range(5)]
+    bins = {"confidence": confidence, "accuracy": [accuracy * c for c in confidence], "count": [20] * 5}
+    return {"bins": bins, "accuracies": [1 - (1 - accuracy) * i / 19 for i in range(20)]}
+
+
 def curve(method, seed, losses, setting=""):
     """A line of curves.jsonl; step i has the i-th of `losses`, the last one is followed by a validation."""
     rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
@@ -87,7 +94,12 @@ def write_full_grid(folder):
                     run(
                         method,
                         seed,
-                        {"accuracy": accuracy, "log_loss": 1 - accuracy},
+                        {
+                            "accuracy": accuracy,
+                            "log_loss": 1 - accuracy,
+                            "ece": 0.1 - wobble,
+                            "scaled_ece": 0.05 + wobble,
+                        },
                         setting,
                         sets=("validation", "test", "amazon-reviews", "train-noisy"),
                         failed="The loss is nan at step 3" if (method, index, seed) == ("sam", 1, 2) else None,
@@ -95,6 +107,8 @@ def write_full_grid(folder):
                         memory=1000 + len(method),
                     )
                 )
+                if runs[-1]["evaluation"]:
+                    runs[-1]["calibration"] = {"test": calibration(accuracy)}
                 losses = [0.7 - (0.1 + gain) * step + wobble for step in range(1, 5)]
                 curves.append(curve(method, seed, losses, setting))
     return write_results(folder, runs, tuning, curves)

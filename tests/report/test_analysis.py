@@ -128,7 +128,9 @@ def test_sets_that_are_compared(tmp_path):
     assert [setting.sets for setting in settings] == [("test", "amazon-reviews")] * 2
     assert [setting.trained for setting in settings] == [("train-noisy",)] * 2
     assert set(settings[0].methods[0].scores) == {
-        (name, metric) for name in ("test", "amazon-reviews", "train-noisy") for metric in ("accuracy", "log_loss")
+        (name, metric)
+        for name in ("test", "amazon-reviews", "train-noisy")
+        for metric in ("accuracy", "log_loss", "ece", "scaled_ece")
     }
 
 

@@ -9,7 +9,9 @@ from tests.report.grids import curve, run, trial, write_full_grid, write_results
 from tests.report.pages import HOSTILE, Page, asks_nothing_of_the_network
 
 OUTPUTS = ["table.md", "table.tex", "report.html"] + [
-    f"figures/{name}.{kind}" for name in ("differences", "curves", "tradeoffs") for kind in ("png", "svg")
+    f"figures/{name}.{kind}"
+    for name in ("differences", "curves", "tradeoffs", "reliability", "coverage")
+    for kind in ("png", "svg")
 ]
 
 
@@ -54,7 +56,8 @@ def test_markdown_and_latex_have_the_numbers(report):
     assert "| SAM | 1,000 | 1.30× |" in markdown
     assert "The loss is nan at step 3" in markdown
     assert "| SAM | 77.75 ± 1.91 | -2.70 ± 7.62 |" in markdown  # on the wrong labels
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\toprule") == 10
+    assert "| method | calibration error, % ↓ | difference | p | calibration error, scaled, % ↓ |" in markdown
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\toprule") == 14
 
 
 def test_page_is_whole_and_asks_nothing_of_the_network(report):
@@ -68,7 +71,7 @@ def test_page_says_what_it_should(report):
     text = " ".join(" ".join(page.words).split())
     for words in ("lora-ggpo compare", "The loss is nan at step 3", "Holm", "2.9", "0, 1, 2", "16 tuning runs"):
         assert words in text
-    assert [tag for tag, _ in page.tags].count("svg") == 3
+    assert [tag for tag, _ in page.tags].count("svg") == 5
     assert text.index("worse than LoRA: SAM") < text.index("label_noise=0 test method")
 
 

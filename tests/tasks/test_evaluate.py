@@ -76,7 +76,7 @@ def test_metrics_follow_from_the_probabilities(minilm):
     encoded = chosen.encode(REVIEWS, tokenizer)
     probabilities = chosen.score(model, encoded, tokenizer)
     metrics = chosen.evaluate(model, encoded, tokenizer)
-    assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss"]
+    assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss", "brier", "ece"]
     assert metrics["accuracy"].value == accuracy_score(LABELS, probabilities.argmax(1))
     assert metrics["log_loss"].value == pytest.approx(log_loss(LABELS, probabilities))
     assert metrics["accuracy"].n == len(TEXTS)
@@ -173,7 +173,7 @@ def test_causal_metrics_and_an_adapted_model(smollm2):
     chosen = causal("negative", "positive")
     encoded = chosen.encode(REVIEWS, tokenizer)
     metrics = chosen.evaluate(model, encoded, tokenizer)
-    assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss"]
+    assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss", "brier", "ece"]
     assert metrics["accuracy"].value >= 0.5  # it knows a little without training
     adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": ["q_proj"]}, CAUSAL)
     after = chosen.evaluate(adapted, encoded, tokenizer)
@@ -260,7 +260,7 @@ def test_seq2seq_metrics_and_an_adapted_model(encoder_decoder):
     chosen = task(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
     encoded = chosen.encode(REVIEWS, tokenizer)
     metrics = chosen.evaluate(model, encoded, tokenizer)
-    assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss"]
+    assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss", "brier", "ece"]
     adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": "all-linear"}, ENCODER_DECODER)
     after = chosen.evaluate(adapted, encoded, tokenizer)
     assert after["log_loss"].value == pytest.approx(metrics["log_loss"].value, abs=1e-5)

@@ -28,6 +28,18 @@ def print_report(report: Report, folder: Path) -> None:
     print(f"Report: {folder / 'report.html'}")
 
 
+def print_calibration(runs: Sequence[Run]) -> None:
+    """Print how far the probabilities of the runs that are finished can be trusted, if they gave any."""
+    from lora_ggpo.report.tables import metrics_table
+    from lora_ggpo.training.calibrated import run_calibration
+    from lora_ggpo.training.scorer import plain
+
+    found = [run_calibration(run.folder, run.metrics["evaluation"]) for run in runs if run.metrics]
+    if any(found):
+        print("calibration; scaled: after temperature scaling on the validation set")
+        print_table(metrics_table([plain({name: of.metrics for name, of in run.items()}) for run in found]))
+
+
 def print_metrics(runs: Sequence[Run]) -> None:
     """Print the metrics of the runs that are finished."""
     from lora_ggpo.report.tables import metrics_table

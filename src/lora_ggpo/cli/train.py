@@ -13,6 +13,7 @@ def command(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     source = read_source(recipe, overrides or ())  # what is wrong in it is said before the heavy imports
     from lora_ggpo.recipe.recipe import check_recipe
+    from lora_ggpo.report.calibration import save_calibration_plot
     from lora_ggpo.report.plots import save_training_plot
     from lora_ggpo.training.run import train
 
@@ -22,5 +23,6 @@ def command(recipe: RecipeFile, overrides: Overrides = None) -> None:
     for run in runs:
         if not (run.folder / "training.png").is_file():
             save_training_plot(run.log, run.folder / "training.png")
+            save_calibration_plot(run, run.folder / "calibration.png")
     print_metrics(runs)
     print(f"Runs: {', '.join(str(run.folder) for run in runs)}")

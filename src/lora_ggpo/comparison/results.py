@@ -10,6 +10,8 @@ from typing import Any
 from lora_ggpo.comparison.grid import Grid, PlannedRun
 from lora_ggpo.comparison.pool import FAILURE
 from lora_ggpo.errors import UserError
+from lora_ggpo.training.calibrated import run_calibration
+from lora_ggpo.training.scorer import plain
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_json_lines
 
 Row = Mapping[str, Any]
@@ -86,7 +88,12 @@ def _tuning_row(run: PlannedRun, metric: str) -> Row:
 def _run_row(run: PlannedRun) -> Row:
     failed = _failure(run)
     metrics: Row = {} if failed else read_json(run.folder / "metrics.json")
-    found = {"evaluation": metrics.get("evaluation", {}), "training": metrics.get("training", {})}
+    evaluation = metrics.get("evaluation", {})
+    found = {"evaluation": evaluation, "training": metrics.get("training", {})}
+    if calibrated := run_calibration(run.folder, evaluation):
+        scores = plain({name: of.metrics for name, of in calibrated.items()})
+        found["evaluation"] = {name: {**scores.get(name, {}), **of} for name, of in evaluation.items()}
+        found["calibration"] = {name: of.curves() for name, of in calibrated.items()}
     return {**_identity(run), "seed": run.seed, "chosen": dict(run.values), **found, "failed": failed}
 
 

@@ -24,7 +24,7 @@ from lora_ggpo.statistics.intervals import (
     vary,
     verdict,
 )
-from lora_ggpo.statistics.metrics import METRICS
+from lora_ggpo.statistics.metrics import CALIBRATION, METRICS
 
 TEST = "test"
 TRAINED: Mapping[str, str] = {"train": "training rows", "train-clean": "right labels", "train-noisy": "wrong labels"}
@@ -68,6 +68,7 @@ class MethodResult:
         memory_ratio: Peak memory likewise; None where it was not measured.
         steps_to_level: First logged step at which its mean training loss is at or below the setting's level.
         logs: Rows of log.jsonl, one list a seed.
+        calibration: What is drawn of its probabilities on the test set, one a seed; none where it has no probabilities.
     """
 
     name: str
@@ -81,6 +82,7 @@ class MethodResult:
     memory_ratio: float | None
     steps_to_level: int | None
     logs: Sequence[Sequence[Row]]
+    calibration: Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _setting(name: str, results: Results) -> SettingResult:
     values: dict[Key, Values] = {
         (one, of): {method: _values(runs, one, of) for method, runs in groups.items()}
         for one in (*sets, *trained)
-        for of in filter(None, [metric, METRICS[metric].beside])
+        for of in dict.fromkeys(filter(None, [metric, METRICS[metric].beside, *CALIBRATION]))
     }
     scores = {key: _scores(of_methods, baseline, title, key[1]) for key, of_methods in values.items()}
     logs = {method: list(results.logs(name, method).values()) for method in groups}
@@ -162,6 +164,7 @@ def _setting(name: str, results: Results) -> SettingResult:
             memory_ratio=_ratio(reference, runs, "peak_memory_bytes"),
             steps_to_level=_steps_to(level, logs[method]),
             logs=logs[method],
+            calibration=[run["calibration"][TEST] for run in runs if TEST in run.get("calibration", {})],
         )
         for method, runs in groups.items()
     )

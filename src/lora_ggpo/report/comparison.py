@@ -11,10 +11,11 @@ from rich.table import Table
 
 from lora_ggpo.comparison.results import Results, read_results
 from lora_ggpo.errors import count
-from lora_ggpo.report.analysis import TEST, TRAINED, MethodResult, SettingResult, analyse, rank_methods
+from lora_ggpo.report.analysis import TEST, TRAINED, SettingResult, analyse, rank_methods
+from lora_ggpo.report.calibration import CALIBRATION_CAPTIONS, calibration_tables, draw_calibration, score_cells
 from lora_ggpo.report.page import Report, Section, provenance
 from lora_ggpo.report.plots import COLOURS, Tradeoff, draw_forest, draw_learning_curves, draw_tradeoffs
-from lora_ggpo.report.tables import NOTHING, TextTable, format_p, format_score, rows_table
+from lora_ggpo.report.tables import NOTHING, TextTable, rows_table
 from lora_ggpo.statistics.metrics import METRICS
 
 _NOTES = (
@@ -31,6 +32,7 @@ _CAPTIONS = {
         "the weights has it under its noise. A dashed line marks the step whose weights were kept, where these are "
         "the best ones (the median over seeds)."
     ),
+    **CALIBRATION_CAPTIONS,
     "tradeoffs": (
         "Test score with its 95 % t interval against cost. The Pareto front joins the methods that no cheaper one "
         "beats in the mean; it is not a test."
@@ -78,6 +80,7 @@ def _sections(settings: Sequence[SettingResult], ranks: Mapping[str, float], res
     sections = []
     for setting in settings:
         tables = [_score_table(setting, name, metric) for name in setting.sets]
+        tables += calibration_tables(setting)
         tables += [_training_table(setting, metric)] if setting.trained else []
         sections.append(Section(setting.name or "Results", [*tables, _cost_table(setting)]))
     tasks = count(sum(len(setting.sets) for setting in settings), "set")
@@ -101,20 +104,13 @@ def _score_table(setting: SettingResult, name: str, metric: str) -> TextTable:
     rows = tuple(
         (
             method.title,
-            *_score_cells(method, (name, metric)),
+            *score_cells(method, (name, metric)),
             method.verdicts[name],
-            *(_score_cells(method, (name, shown.beside)) if shown.beside else ()),
+            *(score_cells(method, (name, shown.beside)) if shown.beside else ()),
         )
         for method in setting.methods
     )
     return TextTable(name, tuple(header), rows)
-
-
-def _score_cells(method: MethodResult, key: tuple[str, str]) -> tuple[str, str, str]:
-    score, metric = method.scores.get(key), METRICS[key[1]]
-    if score is None:
-        return NOTHING, NOTHING, NOTHING
-    return format_score(score.mean, metric), format_score(score.difference, metric, sign=True), format_p(score.p)
 
 
 def _training_table(setting: SettingResult, metric: str) -> TextTable:
@@ -122,7 +118,7 @@ def _training_table(setting: SettingResult, metric: str) -> TextTable:
     shown = METRICS[metric].shown_as
     header = [f"{TRAINED[name]}: {column}" for name in setting.trained for column in (shown, "difference")]
     rows = tuple(
-        (method.title, *(cell for name in setting.trained for cell in _score_cells(method, (name, metric))[:2]))
+        (method.title, *(cell for name in setting.trained for cell in score_cells(method, (name, metric))[:2]))
         for method in setting.methods
     )
     return TextTable("rows trained on", ("method", *header), rows)
@@ -175,7 +171,7 @@ def _terminal_table(settings: Sequence[SettingResult], metric: str) -> Table:
     for setting in settings:
         rows += [[setting.name]] if setting.name else []
         for method in setting.methods:
-            mean, difference, _ = _score_cells(method, (TEST, metric))
+            mean, difference, _ = score_cells(method, (TEST, metric))
             rows.append([method.title, mean, difference, method.verdicts[TEST]])
     header = ["method", f"{TEST} {METRICS[metric].heading}", "difference", "verdict"]
     return rows_table(header, rows, "mean ± 95 % t interval over seeds; differences are paired by seed")
@@ -216,4 +212,5 @@ def _figures(
         "differences": draw_forest(differences, axis),
         "curves": draw_learning_curves(logs, highlighted),
         "tradeoffs": draw_tradeoffs(points, highlighted, shown, higher_is_better=metric.higher_is_better),
+        **draw_calibration(settings, highlighted),
     }

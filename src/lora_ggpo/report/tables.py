@@ -69,21 +69,30 @@ class TextTable:
 
 
 def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
-    """One row for each set: with one run, value ± standard error; with several, mean ± half the 95 % t interval."""
-    sets = dict.fromkeys(name for evaluation in evaluations for name in evaluation)
-    metrics = dict.fromkeys(metric for evaluation in evaluations for found in evaluation.values() for metric in found)
+    """Metrics by set, the fewer of the two side by side, so that it is narrow.
+
+    With one run, value ± standard error; with several, mean ± half the 95 % t interval.
+    """
     spread = "± standard error" if len(evaluations) == 1 else f"mean of {len(evaluations)} seeds ± 95 % t interval"
-    rows = []
-    for name in sets:
-        found = [evaluation[name] for evaluation in evaluations if name in evaluation]
-        count = str(next(iter(found[0].values()))["n"])
-        rows.append([name, count, *(_metric_cell([one.get(metric) for one in found]) for metric in metrics)])
-    return rows_table(["set", "rows", *metrics], rows, spread)
+    found = {
+        name: [evaluation[name] for evaluation in evaluations if name in evaluation]
+        for name in dict.fromkeys(name for evaluation in evaluations for name in evaluation)
+    }
+    metrics = list(dict.fromkeys(metric for runs in found.values() for run in runs for metric in run))
+    cells = {
+        name: [_metric_cell([run.get(metric) for run in runs]) for metric in metrics] for name, runs in found.items()
+    }
+    counts = {name: str(next(iter(runs[0].values()))["n"]) for name, runs in found.items()}
+    if len(metrics) <= len(found):
+        rows = [[name, counts[name], *cells[name]] for name in found]
+        return rows_table(["set", "rows", *metrics], rows, spread)
+    rows = [["rows", *counts.values()], *([metric, *of] for metric, *of in zip(metrics, *cells.values(), strict=True))]
+    return rows_table(["", *found], rows, spread)
 
 
 def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A table of ready-made cells, the first column on the left; a row of a single cell is a heading."""
-    table = Table(box=box.SIMPLE_HEAD, caption=title, caption_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, caption=title, caption_justify="left", pad_edge=False, collapse_padding=True)
     for index, name in enumerate(header):
         numbers = index > 0 and name != "verdict"
         table.add_column(escape(name), justify="right" if index else "left", overflow="fold", no_wrap=numbers)

@@ -44,9 +44,17 @@ METRICS: Mapping[str, Metric] = {
     "f1": Metric("F1", "F1, %", True, 100.0, " points", 2, "log_loss"),
     "mcc": Metric("MCC", "100 × MCC", True, 100.0, " points", 2, "log_loss"),
     "log_loss": Metric("log-loss", "log-loss", False, 1.0, "", 4, "accuracy"),
+    "brier": Metric("Brier score", "Brier score", False, 1.0, "", 4, "accuracy"),
+    "ece": Metric("calibration error", "calibration error, %", False, 100.0, " points", 2, "log_loss"),
+    "scaled_log_loss": Metric("log-loss, scaled", "log-loss, scaled", False, 1.0, "", 4),
+    "scaled_brier": Metric("Brier score, scaled", "Brier score, scaled", False, 1.0, "", 4),
+    "scaled_ece": Metric("calibration error, scaled", "calibration error, scaled, %", False, 100.0, " points", 2),
     "pearson": Metric("Pearson", "100 × Pearson", True, 100.0, " points", 2, "mse"),
     "spearman": Metric("Spearman", "100 × Spearman", True, 100.0, " points", 2, "mse"),
     "mse": Metric("MSE", "mean squared error", False, 1.0, "", 4, "pearson"),
     "loss": Metric("loss", "loss", False, 1.0, "", 4),
     "perplexity": Metric("perplexity", "perplexity", False, 1.0, "", 3),
 }
+
+CALIBRATION = ("ece", "scaled_ece", "brier", "scaled_brier", "log_loss", "scaled_log_loss")
+"""About probabilities; those that are scaled, after temperature scaling on the validation set."""

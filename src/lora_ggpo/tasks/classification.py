@@ -12,11 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.data.labels import LabelReader
 from lora_ggpo.models.architecture import HEADED, label_head
+from lora_ggpo.statistics import calibration
 from lora_ggpo.tasks.base import CHUNK, Batch, Row, Score, Task, encoded_row
 from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, Integers, Measured, measure_mean, measure_share
-
-# A probability below this counts as this much in log_loss: one confident mistake costs at most 34.5.
-_SMALLEST_PROBABILITY = 1e-15
 
 
 class ClassTask(Task):
@@ -24,7 +22,7 @@ class ClassTask(Task):
 
     reader = LabelReader
     columns = frozenset({"text", "text_pair", "label", "label_noise"})
-    metrics = ("accuracy", "f1", "mcc", "log_loss")
+    metrics = ("accuracy", "f1", "mcc", "log_loss", "brier", "ece")
     loss = "log_loss"
     features: ClassVar = {"label": Value("int64")}
 
@@ -41,7 +39,7 @@ class ClassTask(Task):
                 "id": id_,
                 "label": label,
                 "predicted": int(row.argmax()),
-                "probabilities": [round(float(p), 6) for p in row],
+                "probabilities": [float(f"{p:.6g}") for p in row],
             }
             for id_, label, row in zip(rows["id"], rows["label"], scores, strict=True)
         ]
@@ -91,14 +89,15 @@ def head_scorer(model: nn.Module) -> Score:
 
 
 def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str, Measured]:
-    """Accuracy, macro F1, Matthews correlation and log loss (nats) of predicted class probabilities.
+    """Accuracy, macro F1, Matthews correlation, log loss (nats), Brier score and calibration error of predictions.
 
     Args:
         probabilities: (n, classes), rows sum to 1. The most probable class is the prediction.
         labels: (n,) indices of the right classes.
 
-    Standard errors: binomial for accuracy; for F1 and the correlation the standard deviation over 1000 bootstrap
-    resamples of the examples (seeded, so the same data give the same figure); s / sqrt(n) for log loss.
+    Standard errors: binomial for accuracy; for F1, the correlation and the calibration error the standard deviation
+    over 1000 bootstrap resamples of the examples (seeded, so the same data give the same figure); s / sqrt(n) for the
+    log loss and the Brier score.
     Macro F1 averages over the classes that occur in the labels or the predictions.
     """
     n, predicted = len(labels), probabilities.argmax(axis=1)
@@ -113,7 +112,17 @@ def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str,
         "accuracy": measure_share(labels == predicted),
         "f1": Measured(f1, f1_se, n),
         "mcc": Measured(mcc, mcc_se, n),
-        "log_loss": measure_mean(-np.log(np.clip(probabilities[np.arange(n), labels], _SMALLEST_PROBABILITY, 1.0))),
+        **calibration_metrics(probabilities, labels),
+    }
+
+
+def calibration_metrics(probabilities: Floats, labels: Integers) -> dict[str, Measured]:
+    """Those of `classification_metrics` that are about the probabilities: log loss, Brier score, calibration error."""
+    spread = calibration.calibration_error_spread(probabilities, labels, resamples=RESAMPLES, seed=SEED)
+    return {
+        "log_loss": measure_mean(calibration.log_losses(probabilities, labels)),
+        "brier": measure_mean(calibration.brier_scores(probabilities, labels)),
+        "ece": Measured(calibration.calibration_error(probabilities, labels), spread, len(labels)),
     }
 
 

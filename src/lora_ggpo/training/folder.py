@@ -11,6 +11,7 @@ OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
                 predictions/   one file for each set: a line for each row
                 metrics.json   written last: a run that has it is finished
                 training.png   the log as curves, which `lora-ggpo train` draws
+                calibration.png  likewise, how far probabilities can be trusted
 """
 
 from __future__ import annotations

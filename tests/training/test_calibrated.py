@@ -1,0 +1,67 @@
+"""Calibration from the predictions that a run kept."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.metrics import log_loss
+
+from lora_ggpo.training.calibrated import SHARES, run_calibration
+
+N = 2000
+SETS = {"validation": {}, "out/of domain": {}, "test": {}}
+
+
+def predict(folder, name, temperature=0.5, digits=6, seed=0):
+    """Predictions that are too sure by a known temperature; returns them as they were before rounding."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(N, 3)) * 2
+    labels = np.array([random.choice(3, p=p) for p in softmax(logits, axis=1)])
+    probabilities = softmax(logits / temperature, axis=1)
+    rows = [
+        {"id": str(i), "label": int(y), "probabilities": [round(float(v), digits) for v in p]}
+        for i, (p, y) in enumerate(zip(probabilities, labels, strict=True))
+    ]
+    (folder / "predictions").mkdir(exist_ok=True)
+    (folder / "predictions" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return probabilities, labels
+
+
+def test_temperature_is_fitted_on_validation_and_used_on_the_others(tmp_path):
+    predict(tmp_path, "validation.jsonl", seed=1)
+    predict(tmp_path, "out-of-domain.jsonl", seed=2)
+    probabilities, labels = predict(tmp_path, "test.jsonl")
+    found = run_calibration(tmp_path, SETS)
+    assert list(found) == list(SETS)
+    test = found["test"].metrics
+    assert test["temperature"].value == pytest.approx(2, rel=0.2)
+    assert test["log_loss"].value == pytest.approx(log_loss(labels, probabilities), rel=1e-4)
+    assert test["scaled_ece"].value < 0.5 * test["ece"].value
+    scaled = softmax(np.log(probabilities) / test["temperature"].value, axis=1)
+    assert test["scaled_log_loss"].value == pytest.approx(log_loss(labels, scaled), rel=1e-4)
+    assert found["out/of domain"].metrics["temperature"] == test["temperature"]
+    assert not any(name.startswith("scaled") for name in found["validation"].metrics)
+    assert found["test"].curves()["accuracies"][-1] == pytest.approx(
+        (probabilities.argmax(1) == labels).mean(), abs=1e-4
+    )
+    assert len(found["test"].curves()["accuracies"]) == len(SHARES)
+
+
+def test_without_validation_nothing_is_scaled(tmp_path):
+    predict(tmp_path, "test.jsonl")
+    (found,) = run_calibration(tmp_path, {"test": {}, "train": {}}).values()
+    assert {"log_loss", "brier", "ece", "reliability", "resolution"} == set(found.metrics)
+
+
+def test_a_probability_that_was_rounded_to_zero_costs_no_more_than_it_can_have_been(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    row = {"id": "0", "label": 1, "probabilities": [1.0, 0.0]}
+    (tmp_path / "predictions" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    assert run_calibration(tmp_path, {"test": {}})["test"].metrics["log_loss"].value == pytest.approx(14.5, abs=0.1)
+
+
+def test_other_tasks_have_none(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "test.jsonl").write_text('{"id": "0", "loss": 1.0}\n')
+    assert run_calibration(tmp_path, {"test": {}, "validation": {}}) == {}
