@@ -13,7 +13,7 @@ def drawn(n=4000, classes=3, temperature=1.0, seed=0):
     """Probabilities and labels drawn from them; a temperature below 1 makes the probabilities too confident."""
     random = np.random.default_rng(seed)
     logits = random.normal(size=(n, classes)) * 1.5
-    labels = np.array([random.choice(classes, p=p) for p in softmax(logits, axis=1)])
+    labels = (softmax(logits, axis=1).cumsum(axis=1) > random.random((n, 1))).argmax(axis=1)
     return softmax(logits / temperature, axis=1), labels
 
 
