@@ -2,6 +2,7 @@
 
 import pytest
 
+from lora_ggpo.cli.placement import method_names
 from lora_ggpo.comparison.grid import RATE, TUNING_SEED, plan_comparison, plan_study
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source
@@ -56,6 +57,25 @@ def test_recipes_of_methods(tmp_path):
     assert (head.adapter, head.freeze_body) == (None, True)
     assert sam.sam.rho == 0.05
     assert (recipe.ggpo_config(0).sigma, recipe.adapter_fields["use_dora"]) == (0.07, True)
+
+
+def test_cures_change_the_recipe_by_what_they_say(tmp_path):
+    text = RECIPE.replace("max_steps: 10", "num_train_epochs: 5").replace("r: 4", "r: 6, lora_alpha: 12")
+    text += "validate_every: 5\n"
+    grid = plan_of(tmp_path, ",".join(method_names("cures")), seeds=1, text=text)
+    fields = {job.method.name: job.recipe for job in grid.final()}
+    trained = {name: recipe.training_fields for name, recipe in fields.items()}
+    assert (trained["half-epochs"]["num_train_epochs"], trained["half-epochs"].get("max_steps")) == (2.5, None)
+    lower = fields["low-rank"].adapter_fields
+    assert (lower["r"], lower["lora_alpha"]) == (2, 3)
+    assert fields["dropout"].adapter_fields["lora_dropout"] == 0.1
+    assert trained["weight-decay"]["weight_decay"] == 0.1
+    assert trained["label-smoothing"]["label_smoothing_factor"] == 0.1
+    assert trained["neftune"]["neftune_noise_alpha"] == 5
+    assert fields["best-checkpoint"].keep == "best"
+    assert trained["lora"]["num_train_epochs"] == 5
+    (_, steps) = plan_of(tmp_path, "lora,half-epochs", seeds=1).final()
+    assert steps.recipe.training_fields["max_steps"] == 5
 
 
 def test_tuning_sees_neither_the_test_set_nor_the_seeds(tmp_path):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_ggpo.methods.table import GROUPS
+
 if TYPE_CHECKING:
     from lora_ggpo.comparison.grid import Grid
 
@@ -30,8 +32,9 @@ def carry_out(grid: Grid, jobs: int, ray: str | None = None, ray_cpus: int = 1, 
 
 
 def method_names(text: str) -> list[str]:
-    """The names in a list with commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The names in a list with commas; a group stands for its methods."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return [one for name in names for one in GROUPS.get(name, (name,))]
 
 
 def _without_placement(arguments: list[str]) -> list[str]:

@@ -81,6 +81,7 @@ def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
         return
     used = {key.rpartition(".")[0] for key in method.settings}
     fixed = {key: value for key, value in {**PLAIN, **method.settings}.items() if key not in {*method.tuned, *used}}
+    fixed |= {key: f"{factor:g} times the recipe's" for key, factor in method.factors.items()}
     for key in keys:
         for other, value in fixed.items():
             if key == other or other.startswith(f"{key}.") or (value is None and key.startswith(f"{other}.")):

@@ -146,9 +146,25 @@ class Grid:
             set_value(changed, key.split("."), copy.deepcopy(value), f"{key}={value}")
         source = Source(self.source.name, changed, self.source.lines, self.source.overrides)
         try:
+            recipe = check_recipe(source)
+            if not method.factors:
+                return recipe
+            for key, value in _multiplied(recipe, method.factors).items():
+                set_value(changed, key.split("."), value, f"{key}={value}")
             return check_recipe(source)
         except UserError as error:
             raise UserError(f"Method {method.name!r} cannot be run here: {error}") from error
+
+
+def _multiplied(recipe: Recipe, factors: Mapping[str, float]) -> Values:
+    """The recipe's settings times their `factors`; without those that are not in force, such as max_steps -1."""
+    found: dict[str, Any] = {}
+    for key, factor in factors.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(recipe, section), name)
+        if value > 0:
+            found[key] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+    return found
 
 
 def _has(values: Any, key: str) -> bool:

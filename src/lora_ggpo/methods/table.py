@@ -21,6 +21,7 @@ class Method:
         name: What ``--methods`` takes.
         title: What tables say.
         settings: Recipe settings by dotted key, on top of `PLAIN`.
+        factors: What it multiplies the recipe's own settings by; counts are rounded, and stay at least 1.
         learning_rate: Typical learning rate in units of the recipe's, which is meant for LoRA.
         tuned: Further settings to tune beside the learning rate, the usual value first.
         source: Where the method is described.
@@ -31,6 +32,7 @@ class Method:
     title: str
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
     learning_rate: float = 1.0
     tuned: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     plain: bool = True
@@ -95,8 +97,43 @@ METHODS: tuple[Method, ...] = (
         learning_rate=600.0,  # 0.03 where LoRA has 5e-5: its steps are clipped at a thousandth of the rate
         tuned={"optimizer.ess": (1e7, 1e6, 1e8)},
     ),
-    # Stopping where the validation set says
+    # Simple cures of over-fitting
     Method("best-checkpoint", "best checkpoint", "", {"keep": "best"}),
+    Method(
+        "half-epochs",
+        "half the epochs",
+        "",
+        factors={"training.num_train_epochs": 0.5, "training.max_steps": 0.5},
+    ),
+    Method("low-rank", "a quarter of the rank", "", factors={"adapter.r": 0.25, "adapter.lora_alpha": 0.25}),
+    Method(
+        "dropout",
+        "LoRA dropout",
+        "2404.09610",
+        {"adapter.lora_dropout": 0.1},
+        tuned={"adapter.lora_dropout": (0.1, 0.3, 0.5)},
+    ),
+    Method(
+        "weight-decay",
+        "weight decay",
+        "1711.05101",
+        {"training.weight_decay": 0.1},
+        tuned={"training.weight_decay": (0.1, 0.01, 1.0)},
+    ),
+    Method(
+        "label-smoothing",
+        "label smoothing",
+        "1512.00567",
+        {"training.label_smoothing_factor": 0.1},
+        tuned={"training.label_smoothing_factor": (0.1, 0.05, 0.2)},
+    ),
+    Method(
+        "neftune",
+        "NEFTune",
+        "2310.05914",
+        {"training.neftune_noise_alpha": 5.0},
+        tuned={"training.neftune_noise_alpha": (5.0, 1.0, 15.0)},
+    ),
     # Flat minima
     Method(
         "flat-lora",
@@ -121,6 +158,23 @@ METHODS: tuple[Method, ...] = (
 
 BY_NAME = {method.name: method for method in METHODS}
 
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "cures": (
+        *(
+            "lora",
+            "best-checkpoint",
+            "half-epochs",
+            "low-rank",
+            "dropout",
+            "weight-decay",
+            "label-smoothing",
+            "neftune",
+        ),
+        *("monteclora", "ivon", "bi-lora", "flat-lora", "ggpo"),
+    )
+}
+"""Names for several methods, the baseline first. ``cures``: a run over-fits; what helps?"""
+
 
 def find_method(name: str) -> Method:
     """A method by name, or several joined by "+" (``dora+ggpo``).
@@ -142,6 +196,7 @@ def find_method(name: str) -> Method:
         " + ".join(part.title for part in parts),
         ", ".join(part.source for part in parts),
         {key: value for part in parts for key, value in part.settings.items()},
+        {key: value for part in parts for key, value in part.factors.items()},
         min(rates, default=1.0),
         {key: values for part in parts for key, values in part.tuned.items()},
     )
@@ -157,8 +212,8 @@ def _row(name: str) -> Method:
 
 def _clash(first: Method, second: Method) -> str | None:
     """A setting of both: the same key, or one inside the other (``adapter`` and ``adapter.use_dora``)."""
-    for one in first.settings:
-        for other in second.settings:
+    for one in (*first.settings, *first.factors):
+        for other in (*second.settings, *second.factors):
             if one == other or one.startswith(f"{other}.") or other.startswith(f"{one}."):
                 return min(one, other, key=len)
     return None
