@@ -161,9 +161,10 @@ def _multiplied(recipe: Recipe, factors: Mapping[str, float]) -> Values:
     found: dict[str, Any] = {}
     for key, factor in factors.items():
         section, _, name = key.partition(".")
-        value = getattr(getattr(recipe, section), name)
+        fields = getattr(recipe, section)
+        value, count = getattr(fields, name), isinstance(type(fields).model_fields[name].default, int)
         if value > 0:
-            found[key] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+            found[key] = max(1, round(value * factor)) if count else value * factor
     return found
 
 
