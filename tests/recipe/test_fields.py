@@ -69,6 +69,7 @@ def test_no_number_is_true(model):
         ("dataloader_num_workers", "-1", "must be at least 0, not -1"),
         ("dataloader_persistent_workers", "true", "is for workers; set training.dataloader_num_workers"),
         ("dataloader_multiprocessing_context", "fork", "is for workers; set training.dataloader_num_workers"),
+        ("gradient_checkpointing_kwargs", "{a: 1}", "is for checkpointing; set training.gradient_checkpointing: true"),
         ("accelerator_config", "file.json", "must be a valid dictionary"),
         ("include_num_input_tokens_seen", "some", "must be 'all', 'non_padding' or 'no'"),
         ("parallelism_config", "{}", "cannot be set: a recipe is trained with DDP"),

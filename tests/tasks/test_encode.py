@@ -322,7 +322,7 @@ def test_what_max_length_takes_is_said_once_with_its_numbers(smollm2):
     assert [str(warning.message) for warning in caught] == [
         "train: 1 of 3 rows are cut at task.max_length = 16 tokens, so what they teach has no end; 1 of 3 rows are "
         f"left out: their prompt fills task.max_length = 16 tokens. In all {lost} of {learnt} tokens to learn are "
-        f"lost; the longest row has {longest}."
+        f"lost; the longest row has {longest}; raise task.max_length, or set task.too_long: drop."
     ]
     assert encoded["length"][:] == [16, sum(lengths[2])]
     assert tokenizer.eos_token_id not in encoded[0]["labels"]

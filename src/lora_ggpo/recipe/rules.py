@@ -21,6 +21,7 @@ _IDLE_IN_ADALORA = (
     "alora_invocation_tokens",
 )
 _OF_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 _OF_ADAMS = ("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
 _MOMENTUM_KEPT = ("adamw_torch", "adamw_torch_fused")
 _LEAVES_W0 = (True, False, "gaussian", "eva")
@@ -39,10 +40,12 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
     if recipe.adapter and not recipe.adalora:
         for name in _set(recipe.adapter, _ADALORA_ONLY):
             yield f"adapter.{name} is a setting of AdaLoRA; set adapter.type to adalora as well"
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        if fields.get("monteclora_config") and (recipe.training_fields.get(name) or {}).get("use_reentrant"):
+    for name in _CHECKPOINTING:
+        if fields.get("monteclora_config") and (recipe.training_fields.get(f"{name}_kwargs") or {}).get(
+            "use_reentrant"
+        ):
             divergence = "adapter.monteclora_config adds a loss that reentrant checkpoints have no gradient of"
-            yield f"{divergence}; leave training.{name} out"
+            yield f"{divergence}; leave training.{name}_kwargs out"
     if recipe.adapter and recipe.adalora:
         if init_r is not None and init_r < r:
             yield f"adapter.init_r is the rank AdaLoRA starts from: it must be at least adapter.r, {r}, not {init_r}"
@@ -157,6 +160,9 @@ def _of_run(recipe: Recipe) -> Iterator[str]:
     for name in _OF_WORKERS:
         if training.get(name) and not training.get("dataloader_num_workers"):
             yield f"training.{name} is for workers; set training.dataloader_num_workers, or leave it out"
+    for name in _CHECKPOINTING:
+        if training.get(f"{name}_kwargs") and not any(training.get(one) for one in _CHECKPOINTING):
+            yield f"training.{name}_kwargs is for checkpointing; set training.{name}: true, or leave it out"
     if len({seed for seed in recipe.seeds if 0 <= seed < 2**32}) < len(recipe.seeds):
         yield "seeds must be different whole numbers from 0 to 4294967295"
     if recipe.stop_loss and not recipe.validate_every:

@@ -182,7 +182,8 @@ class Room:
         cut = f"{self._cut:,} {rows} are cut at {length}, so what they teach has no end"
         left_out = f"{self._left_out:,} {rows} are left out: {why} {length}"
         said = "; ".join([cut] * bool(self._cut) + [left_out] * bool(self._left_out))
-        warnings.warn(f"{self._name}: {said}. In all {lost}.".removeprefix(": "), stacklevel=4)
+        advice = "raise task.max_length" if way == "drop" else "raise task.max_length, or set task.too_long: drop"
+        warnings.warn(f"{self._name}: {said}. In all {lost}; {advice}.".removeprefix(": "), stacklevel=4)
 
 
 def _count_learnt(labels: list[int]) -> int:

@@ -32,6 +32,7 @@ from lora_ggpo.models.adapters import count_parameters
 from lora_ggpo.models.quantise import stored_bytes
 from lora_ggpo.models.saving import save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
+from lora_ggpo.training.advice import warn_of
 from lora_ggpo.training.build import (
     AnyModel,
     build_model,
@@ -139,6 +140,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
     splits = recipe.task.type.load(recipe.data)
     limit, before = available(args.device), in_use(args.device)
     model, tokenizer, rows = build_model(recipe, args, splits)
+    warn_of(recipe, args, splits, rows)
     score = Scorer(args, model, tokenizer, recipe.task.for_labels(splits.labels), Reporter(quiet=True))
     scored = scored_sets(recipe, splits)
     score.prepare(scored)

@@ -24,6 +24,7 @@ from lora_ggpo.models.adapters import count_parameters
 from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import Task
+from lora_ggpo.training.advice import warn_of
 from lora_ggpo.training.build import (
     AnyModel,
     build_model,
@@ -121,6 +122,8 @@ class _Unfinished:
         """Train, and save what was trained in `weights`; return what scores it."""
         checkpoint = self._checkpoint()
         model, tokenizer, rows = build_model(self.recipe, self.args, self.splits, self.folder)
+        if is_first() and not checkpoint:
+            warn_of(self.recipe, self.args, self.splits, rows)
         start = self.folder / "start"
         moved = isinstance(model, PeftModel) and is_first() and save_start(model, start)
         if moved:
