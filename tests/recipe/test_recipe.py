@@ -234,4 +234,4 @@ def test_schema_has_every_field_that_can_be_set():
     training = set(definitions["TrainingFields"]["properties"])
     assert training < {field.name for field in dataclasses.fields(TrainingArguments)}
     assert {"learning_rate", "max_steps", "gradient_checkpointing", "optim", "bf16", "torch_compile"} < training
-    assert not {"output_dir", "seed", "report_to", "push_to_hub", "hub_token"} & training
+    assert not {"output_dir", "seed", "disable_tqdm", "push_to_hub", "hub_token"} & training

@@ -89,10 +89,12 @@ _ADAPTER_TYPES: dict[str, Any] = {
     "alpha_pattern": dict[_Pattern, _AboveZero] | None,
     "trainable_token_indices": list[_Index] | dict[str, list[_Index]] | None,
 }
+_Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 _TRAINING_TYPES: dict[str, Any] = {
     "train_sampling_strategy": Literal["group_by_length", "random", "sequential"],
     "accelerator_config": dict[str, Any] | None,  # not the path of a file
     "include_num_input_tokens_seen": Literal["all", "non_padding", "no"] | bool,
+    "report_to": list[_Tracker] | _Tracker | Literal["none"],
 }
 
 # --- what the recipe may not set -----------------------------------------------------------------------------------
@@ -110,7 +112,6 @@ _ADAPTER_OWNED = dict.fromkeys(
 
 _EVALUATION = "evaluation is done after training, and every validate_every steps if the recipe says so"
 _HUB = "nothing is uploaded; push the adapter folder yourself"
-_LOGGING = "the run folder holds the log and the plot"
 _COLUMNS = "the task chooses the columns"
 _RESUMES = "an unfinished run resumes by itself"
 _DDP = "a recipe is trained with DDP; docs/integration.md shows FSDP2 and DeepSpeed in a script of your own"
@@ -132,7 +133,7 @@ _TRAINING_OWNED = {
         ],
         _EVALUATION,
     ),
-    **dict.fromkeys(("report_to", "disable_tqdm", "run_name", "project"), _LOGGING),
+    "disable_tqdm": "progress is shown in one way",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _DDP),
     "local_rank": "torchrun sets it",
     "enable_jit_checkpoint": "a run that is asked to stop saves a checkpoint in any case",

@@ -36,6 +36,7 @@ from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.precision import choose_precision
 from lora_ggpo.training.scorer import evaluation_sets
+from lora_ggpo.training.trackers import check_trackers
 from lora_ggpo.training.trainer import MakeAscent, RunTrainer
 from lora_ggpo.training.validation import check_validation
 
@@ -54,16 +55,16 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
         UserError: transformers rejects a value, or the precision cannot be had here.
     """
     precision = choose_precision(recipe, folder)
+    name = f"{recipe.training_fields.get('run_name') or folder.absolute().parent.name}-seed-{seed}"
     with explain_rejection("training", recipe.training.model_fields_set):
         return TrainingArguments(
             # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
-            **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields,
+            **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields | {"run_name": name},
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             output_dir=str((folder / "checkpoints").absolute()),  # transformers would expand a ~ at its beginning
             seed=seed,
             data_seed=seed,
-            report_to="none",
             disable_tqdm=True,
             logging_nan_inf_filter=False,
             remove_unused_columns=False,
@@ -94,6 +95,7 @@ def build_model(
         UserError: the model, the adapter or the task does not fit the recipe.
     """
     check_validation(recipe, splits)
+    check_trackers(args)
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     task = recipe.task.for_labels(splits.labels)
     base, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args))

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.training.checkpoints import seal
 from lora_ggpo.training.memory import peak, reset_peak
+from lora_ggpo.training.trackers import tracked
 from lora_ggpo.training.trainer import NonFiniteLossError
 from lora_ggpo.training.validation import Validation
 from lora_ggpo.workspace.files import flush_to_disk, read_json_lines, write_json_lines
@@ -36,6 +38,7 @@ class RunCallback(TrainerCallback):
         stop: Asks for a clean stop.
         validation: Measures the model now and then, and says when training has gone on enough.
         checkpoints: Number of checkpoints to keep; None is all.
+        track: Hands what was measured to the trackers, if there are any.
     """
 
     log: Path
@@ -44,6 +47,7 @@ class RunCallback(TrainerCallback):
     stop: StopRequest
     validation: Validation
     checkpoints: int | None
+    track: Callable[[dict[str, Any]], None]
 
     def __post_init__(self) -> None:
         kept = [row for row in read_json_lines(self.log) if row["step"] <= self.first_step]
@@ -73,7 +77,12 @@ class RunCallback(TrainerCallback):
             control.should_log = True  # the log must not average over a checkpoint, or a resumed run logs other means
             _check_finite(kwargs["model"], state.global_step)
         if self.validation.is_due(state.global_step, state.max_steps):
-            self._write(self.validation.measure(state.global_step, state.epoch))
+            measured = self.validation.measure(state.global_step, state.epoch)
+            self._write(measured)
+            if args.report_to:
+                logs = control.should_log
+                self.track(tracked(measured))
+                control.should_log = logs  # which the Trainer takes as done
             control.should_training_stop |= self.validation.is_over()
         return control
 

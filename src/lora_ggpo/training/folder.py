@@ -32,6 +32,7 @@ _FREE = (
     ("seeds",),
     ("training", "per_device_eval_batch_size"),
     ("training", "dataloader_num_workers"),
+    *(("training", name) for name in ("report_to", "run_name", "project")),
 )
 
 

@@ -206,7 +206,7 @@ class _Probe:
         batch = args.per_device_train_batch_size = min(batch, len(lengths))
         args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, -(-len(lengths) // batch))
         args.max_steps = WARM_UP + steps
-        args.save_strategy, args.logging_strategy = SaveStrategy.NO, IntervalStrategy.NO
+        args.save_strategy, args.logging_strategy, args.report_to = SaveStrategy.NO, IntervalStrategy.NO, []
         args.train_sampling_strategy = "sequential"
         size = batch * args.gradient_accumulation_steps
         chosen = [longest_rows(lengths, size)] * WARM_UP + self._typical(lengths, size, steps)

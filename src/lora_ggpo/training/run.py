@@ -40,6 +40,7 @@ from lora_ggpo.training.identity import record, recorded_day, weight_digests
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.precision import precision_of
 from lora_ggpo.training.scorer import Scorer, plain
+from lora_ggpo.training.trackers import tracking
 from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer
 from lora_ggpo.training.validation import Validation, is_over, kept_step
 from lora_ggpo.workspace.files import new_folder, read_json, read_json_lines, settle, write_json
@@ -180,9 +181,11 @@ class _Unfinished:
                 stop=stop,
                 validation=validation,
                 checkpoints=self.recipe.training_fields["save_total_limit"],
+                track=trainer.log,
             )
             trainer.add_callback(callback)
-            self._take_steps(trainer, checkpoint)
+            with tracking(trainer, self.recipe.training_fields.get("project")):
+                self._take_steps(trainer, checkpoint)
         state = trainer.state
         if stop.made and state.global_step < state.max_steps:
             anew = trainer.args.save_strategy == SaveStrategy.NO
