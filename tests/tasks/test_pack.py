@@ -6,11 +6,11 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import load_model
-from lora_ggpo.tasks.pack import _best_fit, check_packing, pack
+from lora_ggpo.tasks.pack import _best_fit, attend_apart, check_packing, flatten, pack
 from tests.tasks.make import task
 
 CONFIG = task(kind="sft", max_length=48)
@@ -77,3 +77,49 @@ def test_models_that_keep_examples_apart_and_others(llama, monkeypatch):
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
     with pytest.raises(UserError, match=r"lets packed examples see one another; set task.packing: false"):
         check_packing(llama[0])
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 400}
+
+
+def mistral(**settings):
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, **settings))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_examples_without_padding_have_the_losses_and_gradients_they_have_alone(rows, llama, window, packed):
+    model, collate = mistral(sliding_window=window), task(kind="sft").collator(llama[1])
+    alone = torch.cat([losses(model, collate([row])) for row in rows])
+    alone.sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    assert attend_apart(model)
+    batch = flatten(list(pack(rows, 48) if packed else rows))
+    assert batch["input_ids"].shape == (1, sum(rows["length"]))
+    together = losses(model, batch)
+    torch.testing.assert_close(together.sort().values, alone.sort().values, rtol=1e-5, atol=1e-6)
+    together.sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], wanted, rtol=1e-4, atol=1e-4)
+    seen = losses(model, {name: of for name, of in batch.items() if name != "cu_seq_lens_q"})
+    assert not torch.allclose(seen.sort().values, alone.sort().values, rtol=1e-3)  # the borders are what matters
+
+
+def test_padded_rows_are_attended_to_as_before(rows, llama):
+    model, batch = mistral(), task(kind="sft").collator(llama[1])(list(rows)[:9])
+    before = losses(model, batch)
+    assert attend_apart(model)
+    assert attend_apart(model)
+    torch.testing.assert_close(losses(model, batch), before, rtol=0, atol=0)
+
+
+def test_models_that_cannot_attend_apart_are_left_as_they_were():
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    half, eager = mistral().bfloat16(), mistral(attn_implementation="eager")
+    for model in (bloom, half, eager):
+        before = model.config._attn_implementation
+        assert not attend_apart(model)
+        assert model.config._attn_implementation == before
+    assert attend_apart(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)))

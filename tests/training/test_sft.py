@@ -1,4 +1,4 @@
-"""Runs of task sft: packing and gradient checkpointing change nothing but memory and speed."""
+"""Runs of task sft: packing, gradient checkpointing and torch.compile change nothing but memory and speed."""
 
 import json
 import warnings
@@ -68,6 +68,14 @@ def test_packing_and_gradient_checkpointing(run, method):
             assert other.metrics["evaluation"][split]["loss"]["value"] == pytest.approx(
                 scores["loss"]["value"], rel=1e-3
             )
+
+
+def test_a_compiled_run_is_the_eager_one(run, pytestconfig):
+    if not pytestconfig.getoption("thorough"):
+        pytest.skip("half a minute, most of it the compiler's")
+    plain = run("plain", *METHODS["ggpo"])
+    compiled = run("compiled", *METHODS["ggpo"], "training.torch_compile=true", "training.torch_compile_backend=eager")
+    assert losses(compiled) == [pytest.approx(row, rel=1e-5) for row in losses(plain)]
 
 
 def test_packed_runs_have_fewer_steps_an_epoch(run):

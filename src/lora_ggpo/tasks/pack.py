@@ -1,16 +1,21 @@
-"""Several training examples in one row, none of which sees another."""
+"""Several training examples in one row, none of which sees another: without padding, or in rows of a given length."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks.base import NO_LOSS, packed_dataset
+from lora_ggpo.tasks.base import NO_LOSS, Batch, Row, packed_dataset
 from lora_ggpo.tasks.forward import evaluating
 
 
@@ -56,6 +61,90 @@ def check_packing(model: torch.nn.Module) -> None:
 
 
 _REFUSED = "task.packing: this kind of model"
+
+
+# --- without padding ------------------------------------------------------------------------------------------------
+
+
+def flatten(rows: Sequence[Row]) -> Batch:
+    """Put all examples of encoded rows, packed or not, behind one another in a single row.
+
+    Only a model that `attend_apart` has prepared keeps them apart: the mask alone would let each see those before it.
+    """
+    positions = [*chain.from_iterable(row.get("position_ids") or range(len(row["input_ids"])) for row in rows)]
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    labels = torch.tensor([[*chain.from_iterable(row["labels"] for row in rows)]])
+    labels[0, starts] = NO_LOSS  # nothing in its own example predicts an example's first token
+    ids = torch.tensor([[*chain.from_iterable(row["input_ids"] for row in rows)]])
+    borders = torch.tensor([*starts, len(positions)], dtype=torch.int32)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.tensor([positions]),
+        "labels": labels,
+        "cu_seq_lens_q": borders,
+    }
+
+
+def attend_apart(model: Any) -> bool:
+    """Have a model in float32 attend within the examples of a row alone where `flatten` made it; elsewhere as before.
+
+    Returns:
+        Whether it can. Otherwise it is left as it was.
+    """
+    config = model.config.get_text_config()
+    in_chunks = getattr(config, "attention_chunk_size", None)  # of the row, which would cut examples
+    if config._attn_implementation != "sdpa" or model.dtype != torch.float32 or in_chunks:
+        return bool(config._attn_implementation == _APART)
+    if not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(_APART)
+    if _is_apart(model):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False
+
+
+def _is_apart(model: nn.Module) -> bool:
+    examples = [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    batch = flatten([{"input_ids": ids, "labels": ids} for ids in examples])
+    inputs = [{name: of for name, of in batch.items() if name != "labels"}]
+    inputs += [{"input_ids": torch.tensor([ids])} for ids in examples]
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model):
+            together, *alone = (
+                model(**{name: of.to(device) for name, of in one.items()}, use_cache=False).logits[0] for one in inputs
+            )
+    except TypeError:  # it does not take the arguments
+        return False
+    return float((together - torch.cat(alone)).abs().max()) <= 1e-4 * float(together.abs().max())
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention by torch, for each example that `flatten` put into a row on its own."""
+    borders = options.pop("cu_seq_lens_q", None)
+    if borders is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    lengths = borders.diff().tolist()
+    parts, begin = [], 0
+    for q, k, v in zip(*(of.split(lengths, dim=2) for of in (query, key, value)), strict=True):
+        end = begin + q.shape[2]
+        # There is one where a layer has a window, which is the same one in each example.
+        mask = None if attention_mask is None else attention_mask[..., begin:end, begin:end]
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+        begin = end
+    return torch.cat(parts, dim=1), None
+
+
+_APART = "sdpa_apart"
+AttentionInterface.register(_APART, _attention)
+AttentionMaskInterface.register(_APART, sdpa_mask)
+
+
+# --- rows of a given length -------------------------------------------------------------------------------------------
 
 
 def _best_fit(lengths: list[int], size: int) -> list[list[int]]:

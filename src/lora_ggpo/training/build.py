@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -28,10 +29,14 @@ from lora_ggpo.methods.ascent import SAM
 from lora_ggpo.methods.optimizers import OPTIMIZERS, AdaLoraCallback, Posterior
 from lora_ggpo.methods.thin import MGPO, BiLoRA
 from lora_ggpo.models.adapters import add_adapter, freeze_body, load_adapter
+from lora_ggpo.models.architecture import CAUSAL
 from lora_ggpo.models.load import check_tokens
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import Task
+from lora_ggpo.tasks.base import Batch, Row
+from lora_ggpo.tasks.pack import attend_apart, flatten
+from lora_ggpo.training.callbacks import FuseCallback
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.precision import choose_precision
@@ -41,6 +46,7 @@ from lora_ggpo.training.trainer import MakeAscent, RunTrainer
 from lora_ggpo.training.validation import check_validation
 
 AnyModel = PreTrainedModel | PeftModel
+Collate = Callable[[Sequence[Row]], Batch]
 
 
 def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
@@ -176,6 +182,8 @@ def build_trainer(
     """The Trainer that trains `model` on encoded `rows` by the recipe's method. It keeps no log."""
     ggpo, optimizer, task = recipe.ggpo_config(args.seed), recipe.optimizer, recipe.task.for_labels(None)
     callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
+    if recipe.adapter and not (ggpo and ggpo.sigma):  # without noise GGPO attaches nothing
+        callbacks.append(FuseCallback())
     args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
     if recipe.adalora:
         callbacks.append(AdaLoraCallback())
@@ -188,15 +196,25 @@ def build_trainer(
             settings=recipe.training.model_fields_set,
             make_optimizer=partial(OPTIMIZERS[optimizer.kind], **optimizer.options) if optimizer else None,
             make_ascent=_ascent(recipe, args.seed),
+            from_labels=base is Trainer,
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=task.collator(tokenizer),
+            data_collator=_collator(recipe, args, model, task.collator(tokenizer)),
             processing_class=tokenizer,
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _collator(recipe: Recipe, args: TrainingArguments, model: AnyModel, padded: Collate) -> Collate:
+    """What makes a batch of rows: without padding on a processor, where that takes as much time as other tokens."""
+    task = recipe.task.type
+    own_rows = task.architecture is not CAUSAL or "collator" in vars(task)
+    own_forward = args.torch_compile or (recipe.adapter_fields or {}).get("alora_invocation_tokens")
+    flat = args.device.type == "cpu" and not own_rows and not own_forward and attend_apart(model)
+    return flatten if flat else padded
 
 
 def _ascent(recipe: Recipe, seed: int) -> MakeAscent | None:

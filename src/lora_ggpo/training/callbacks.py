@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from lora_ggpo.perturbation.fuse import fuse_lora
 from lora_ggpo.training.checkpoints import seal
 from lora_ggpo.training.memory import peak, reset_peak
 from lora_ggpo.training.trackers import tracked
@@ -25,6 +27,22 @@ from lora_ggpo.workspace.files import flush_to_disk, read_json_lines, write_json
 from lora_ggpo.workspace.interrupt import StopRequest
 from lora_ggpo.workspace.progress import Task
 from lora_ggpo.workspace.ranks import any_of, is_first, wait_for_all
+
+
+class FuseCallback(TrainerCallback):
+    """Trains layers of plain LoRA by the forward pass that GGPO takes, so that methods differ in what they are."""
+
+    def __init__(self) -> None:
+        self._detach: Callable[[], None] = lambda: None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        with suppress(ValueError):  # there is no such layer
+            self._detach = fuse_lora(kwargs["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._detach()
 
 
 @dataclass(eq=False)

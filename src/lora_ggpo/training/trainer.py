@@ -4,6 +4,7 @@ the first loss that is not finite, and the optimizers and gradients of other met
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_ggpo.errors import DivergedError, explain_rejection
 from lora_ggpo.methods.ascent import Ascent
+from lora_ggpo.training.head_loss import HeadLoss, takes_head_loss
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
 MakeAscent = Callable[[nn.Module, Optimizer], Ascent]
@@ -72,6 +74,7 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
         settings: The fields of the recipe's ``training``, for what a library says of one.
         make_optimizer: Makes the optimizer; None is the one that the arguments name.
         make_ascent: Makes what moves the weights for the gradient; None is nothing.
+        from_labels: Whether the loss is the one that the model takes of the labels.
     """
 
     loss_is_scaled_for_ga = True
@@ -84,12 +87,18 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
         settings: Collection[str] = (),
         make_optimizer: MakeOptimizer | None = None,
         make_ascent: MakeAscent | None = None,
+        from_labels: bool = True,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self._lengths, self._items, self._settings = lengths, items, settings
         self._make_optimizer, self._make_ascent = make_optimizer, make_ascent
         self._ascent: Ascent | None = None
+        self._head_loss: HeadLoss | None = None
+        inner: Any = self.model
+        if from_labels and not self.args.use_liger_kernel and takes_head_loss(inner):  # liger has one of its own
+            self._head_loss = HeadLoss(inner, self.args.label_smoothing_factor)
+            self.label_smoother = None
         self.model_accepts_loss_kwargs = True  # Trainer then knows that compute_loss sees the whole optimizer step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -151,7 +160,8 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
             base = self.accelerator.unwrap_model(model)
             made = base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
             inputs = {**inputs, "decoder_input_ids": made}
-        found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs)
+        with self._head_loss.over(inputs["labels"]) if self._head_loss else nullcontext():
+            found: Any = super().compute_loss(model, inputs, return_outputs=return_outputs)
         return (found[0] * share, found[1]) if return_outputs else found * share
 
     def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
