@@ -19,6 +19,7 @@ CHANGED = {
     "gradient": "lstsq",
     "ema": 0.9,
     "strict": True,
+    "rise": 0.05,
 }
 
 

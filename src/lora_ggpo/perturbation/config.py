@@ -51,6 +51,9 @@ class GGPOConfig:
             global generators.
         gradient: Estimator of the gradient's row norms, ``"lstsq"``, ``"sketch"`` or the published ``"lora"``: see
             :mod:`~lora_ggpo.perturbation.scales`. Layers without LoRA's A and B have ``"sketch"`` whatever this says.
+        rise: Hold the noise at the size that raises the training loss by this share, such as 0.05, whatever sigma means
+            in the model: sigma is where it begins, and is steered from there (:mod:`~lora_ggpo.perturbation.rise`);
+            ``schedule`` ramps what has been steered. None leaves sigma as it is.
         ema: Decay of the moving average of squared gradient row norms over optimizer steps, in [0, 1); 0 uses the
             step before alone.
         strict: Raise, instead of warn, if the adapter has layers that cannot be perturbed.
@@ -71,6 +74,7 @@ class GGPOConfig:
     gradient: str = "lora"
     ema: float = 0.0
     strict: bool = False
+    rise: float | None = None
 
     def __post_init__(self) -> None:
         if self.noise in OLD_NOISES:
@@ -82,6 +86,9 @@ class GGPOConfig:
         if RULES[self.rule].shares:
             self._require("beta", self.beta <= 1, f'in [0, 1] with rule="{self.rule}"')
         self._require("noise_rank", type(self.noise_rank) is int and self.noise_rank >= 1, "an integer >= 1")
+        if self.rise is not None:
+            self._require("rise", _is_number(self.rise) and self.rise > 0, "a finite number > 0, or None")
+            self._require("sigma", self.sigma > 0, "> 0 with rise, which begins there")
         self._require("ema", _is_number(self.ema) and self.ema < 1, "in [0, 1)")
         self._require("seed", type(self.seed) is int and self.seed >= 0, "an integer >= 0")
         self._require("strict", type(self.strict) is bool, "true or false")

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .compiled import draw, no_graph_of_its_own, register
 from .config import GGPOConfig
 from .find import DATA_PARALLEL, check_layers, find_layers, report_skipped
-from .noise import NOISES, Noise, Seeded, buckets, joint_factors, mix, split_factors
+from .linear import autocast_dtype
+from .noise import NOISES, Noise, Seeded, buckets, joint_factors, mix, own_number, split_factors
 from .passes import Passes, tied_tensors
-from .rows import LayerGroup, group_layers
+from .rise import Rise
+from .rows import LayerGroup, gradient_norm_squared, group_layers
 from .scales import RULES, ramp
-from .watch import Coverage, Watch, noise_metrics
-from .weights import whole
+from .watch import Coverage, Watch, noise_metrics, report_blind
 from .zero import StepHook, zero_optimizer
 
 _SKETCH = 0x536B
@@ -77,7 +78,8 @@ class GGPO:
         self._handles: list[Any] = []
         self._watched: list[Any] = []
         self._number, self._counter = register(self), torch.zeros((), dtype=torch.int64)
-        self._drawn_in_graph = self.config.noise == "factored"
+        self._rise, self._measures = None if self.config.rise is None else Rise(self.config.rise), False
+        self._drawn_in_graph = self.config.noise == "factored" and self._rise is None  # a graph cannot run itself again
         self._steps = self._forwards = 0
         self._drawn: list[Noise] = []
         self._stale = True
@@ -123,13 +125,15 @@ class GGPO:
         sqrt(E ||eps||^2) / ||W'||; ``ggpo/tau``, the root mean square of tau; each again as ``ggpo/<group>/...``. A
         layer that the pass did not reach counts as one without noise. ``ggpo/coverage`` is the share of the adapted
         layers that it reached, ``ggpo/coverage_parameters`` that of the entries of their weights. Empty until the
-        first forward pass in training mode with gradients.
+        first forward pass in training mode with gradients. With ``config.rise`` also ``ggpo/sigma``, where sigma has
+        been steered to, and ``ggpo/rise``, the rise that was measured last.
 
         Raises:
             FloatingPointError: the squares of the adapted weights are not finite.
         """
         self._watch.look(self._groups)
-        return self._coverage.metrics() | noise_metrics(self._groups)
+        steered = {} if self._rise is None else self._rise.metrics(self.config.sigma)
+        return self._coverage.metrics() | noise_metrics(self._groups) | steered
 
     def memory(self) -> dict[str, int]:
         """Bytes that the method keeps: the ``factors`` of the last draw, row ``statistics``, and the ``block`` of a
@@ -143,8 +147,11 @@ class GGPO:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What exact resumption needs beyond the adapter: counters (int64) and ||G_i||^2 (m,) of each layer."""
+        """What exact resumption needs beyond the adapter: counters (int64), ||G_i||^2 (m,) of each layer, and
+        what steers sigma."""
         state = {"steps": torch.tensor(self._steps), "forwards": torch.tensor(self._forwards)}
+        if self._rise is not None:
+            state["rise"] = self._rise.state()
         for group in self._groups:
             if group.gradient is not None:
                 for layer, norms in zip(group.layers, group.gradient, strict=True):
@@ -163,6 +170,8 @@ class GGPO:
             if shapes.get(name) != value.shape:
                 raise ValueError(f"the GGPO state is of another model: no layer {name} of {len(value)} rows here")
         self._steps, self._forwards = int(state["steps"]), int(state["forwards"])
+        if self._rise is not None:
+            self._rise.load(state.get("rise"))
         for group in self._groups:
             group.load(norms)
         self._draw_sketches()
@@ -186,7 +195,7 @@ class GGPO:
             layer.attach()
         self._handles = [
             self._model.register_forward_pre_hook(self._before_forward),
-            self._model.register_forward_hook(self._after_forward, always_call=True),
+            self._model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
         if self._zero is not None:
             self._handles.append(StepHook(self._zero, self._capture))
@@ -228,12 +237,16 @@ class GGPO:
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module) -> None:
+        if self._measures:
+            return
         if getattr(model, "_is_replica", False):
             raise RuntimeError(DATA_PARALLEL)
         if self._passes.begin(model.training):
             config, number = self.config, self._advance()
-            self._drawn = NOISES[config.noise](self.layers, config.seed, number, config.noise_rank, _autocast_dtype())
+            self._drawn = NOISES[config.noise](self.layers, config.seed, number, config.noise_rank, autocast_dtype())
             self._show(self._drawn)
+            if self._rise:
+                self._rise.begin(self._steps)
         elif not self._passes.in_backward():
             self._show(None)
 
@@ -243,13 +256,15 @@ class GGPO:
         self._follow()
         if self._stale:
             factor = ramp(self.config.schedule, self._steps, self.total_steps)
+            factor *= 1.0 if self._rise is None else self._rise.apply(factor)
             for group in self._groups:
                 group.refresh(self.config, factor)
             self._stale = False
         for layer in self.layers:
             layer.reached = layer.always_reached
         by_step = self.config.redraw == "optimizer-step"
-        return self._own(self._steps) if by_step else self._own(self._forwards - 1) + 1
+        agree = self.config.ranks == "agree"
+        return own_number(self._steps, agree) if by_step else own_number(self._forwards - 1, agree) + 1
 
     # A graph with the hooks in it has the operator `draw` in it, which calls draw_joint() whenever the graph runs.
 
@@ -314,26 +329,22 @@ class GGPO:
         chosen = self.config.gradient
         return [group for group in self._groups if group.estimator(chosen) == "sketch"] if self.config.beta > 0 else []
 
-    def _own(self, draw: int) -> int:
-        """This process's number of the draw that is the run's ``draw``-th."""
-        if self.config.ranks == "agree" or not (distributed.is_available() and distributed.is_initialized()):
-            return draw
-        return draw * distributed.get_world_size() + distributed.get_rank()
-
     @no_graph_of_its_own
-    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling() and self._drawn_in_graph:
             self._hide()
         else:
-            self._end(output)
+            self._end(model, args, kwargs, output)
 
     @torch.compiler.disable
-    def _end(self, output: Any) -> None:
+    def _end(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Tie the output to its draw: when its gradient arrives, the layers that gradient checkpointing runs again
         must see the noise of this forward pass, even if others have run since."""
-        if not self._passes.end():
+        if self._measures or not self._passes.end():
             return
         drawn = self._drawn
+        if self._rise is not None and output is not None:
+            self._rise.measure(output, drawn, lambda: model(*args, **kwargs), self._under)
         self._hide()
 
         def on_gradient(_: Tensor) -> None:
@@ -342,6 +353,16 @@ class GGPO:
 
         for tensor in tied_tensors(output):
             tensor.register_hook(on_gradient)
+
+    @contextmanager
+    def _under(self, drawn: list[Noise] | None) -> Iterator[None]:
+        """A pass of the model that is not one of training, under a draw or none."""
+        self._measures = self._passes.forward = True
+        self._show(drawn)
+        try:
+            yield
+        finally:
+            self._measures = self._passes.forward = False
 
     def _after_backward(self) -> None:
         if self._zero is None:
@@ -357,7 +378,7 @@ class GGPO:
                 if (estimator := group.estimator(self.config.gradient)) != "sketch":
                     group.capture(estimator)
         if RULES[self.config.rule].clipped:
-            self._norm_squared = self._gradient_norm_squared()
+            self._norm_squared = gradient_norm_squared(self.layers)
         self._coverage.note_gradients(always=self._zero is not None)
 
     def _capture_late(self) -> None:
@@ -370,28 +391,10 @@ class GGPO:
     def _clip_factor_squared(self) -> float:
         """What clipping has multiplied the squared norm of the gradients with since they were read; 1 if they are gone,
         or if the rule means them unclipped."""
-        now = self._gradient_norm_squared() if RULES[self.config.rule].clipped else 0.0
+        now = gradient_norm_squared(self.layers) if RULES[self.config.rule].clipped else 0.0
         return now / self._norm_squared if now and self._norm_squared else 1.0
 
-    def _gradient_norm_squared(self) -> float:
-        gradients = [p.grad for layer in self.layers for p in layer.trained() if p.grad is not None]
-        return float(sum(whole(gradient).double().square().sum() for gradient in gradients))
-
     def _warn_if_blind(self) -> None:
-        if self._captured or self._warned or not self._handles:
-            return
-        self._warned = True
-        message = (
-            "GGPO saw no gradient before step(): call the forward of the very model that was given to GGPO, in "
-            "training mode and with gradients, let it return tensors (in tuples, lists, dictionaries or objects), and "
-            "step() after backward()"
-        )
-        if self.config.strict:
-            raise RuntimeError(message)
-        warnings.warn(message, stacklevel=3)
-
-
-def _autocast_dtype() -> torch.dtype | None:
-    """The dtype of products under the autocast that is on; None where none is."""
-    on = next((kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)), None)
-    return None if on is None else torch.get_autocast_dtype(on)
+        if not self._captured and not self._warned and self._handles:
+            self._warned = True
+            report_blind(self.config.strict)

@@ -32,6 +32,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def autocast_dtype() -> torch.dtype | None:
+    """The dtype of products under the autocast that is on; None where none is."""
+    on = next((kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)), None)
+    return None if on is None else torch.get_autocast_dtype(on)
+
+
 # --- thin factors that ride on a product with W0 -------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 _MASK = (1 << 64) - 1
 _BLOCK_ENTRIES = 1 << 20
@@ -121,6 +121,13 @@ NOISES: dict[str, Callable[[Sequence[Sized], int, int, int, torch.dtype | None],
 }
 """``GGPOConfig.noise``: functions of the layers, the seed, the number of the draw, k, and the dtype that products are
 taken in (None is that of tau). The draw is a function of these alone, and never touches torch's global generators."""
+
+
+def own_number(draw: int, agree: bool) -> int:
+    """This process's number of the run's ``draw``-th draw: all have the same if they must ``agree``."""
+    if agree or not (distributed.is_available() and distributed.is_initialized()):
+        return draw
+    return draw * distributed.get_world_size() + distributed.get_rank()
 
 
 def gaussian_rows(seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:

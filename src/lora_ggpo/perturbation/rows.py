@@ -179,3 +179,9 @@ def _group(layers: list[PerturbedLayer]) -> LayerGroup:
     w0_norms = torch.stack([layer.w0_norms for layer in layers])
     s = w0_norms.new_tensor([layer.column_scaling() for layer in layers])
     return LayerGroup(layers, w0_norms, s, any(is_cut(p) for layer in layers for p in layer.trained()))
+
+
+def gradient_norm_squared(layers: list[PerturbedLayer]) -> float:
+    """The squared norm of all gradients that the layers hold."""
+    gradients = [p.grad for layer in layers for p in layer.trained() if p.grad is not None]
+    return float(sum(whole(gradient).double().square().sum() for gradient in gradients))

@@ -208,3 +208,15 @@ def noise_metrics(groups: Sequence[LayerGroup]) -> dict[str, float]:
         metrics[f"ggpo/{key}relative_noise"] = (energy / weight) ** 0.5 if weight else 0.0
         metrics[f"ggpo/{key}tau"] = (tau2_sum / rows) ** 0.5
     return metrics
+
+
+def report_blind(strict: bool) -> None:
+    """Say, to whoever steps, that no gradient has been seen."""
+    message = (
+        "GGPO saw no gradient before step(): call the forward of the very model that was given to GGPO, in "
+        "training mode and with gradients, let it return tensors (in tuples, lists, dictionaries or objects), and "
+        "step() after backward()"
+    )
+    if strict:
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=4)
