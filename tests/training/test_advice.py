@@ -118,7 +118,7 @@ def test_classes_that_are_rare(few, splits):
     assert advised(950, 50) == advised(12, 40) == _advice(splits) == []
 
 
-def test_rows_that_are_tested_on_and_trained_on(splits):
+def test_rows_that_are_tested_on_and_trained_on(splits, monkeypatch):
     """As many as change what a test says; capitals and line breaks hide none."""
     loud = splits.train.select(range(20)).map(lambda row: {"text": row["text"].upper().replace(" ", "\n ")})
 
@@ -130,6 +130,8 @@ def test_rows_that_are_tested_on_and_trained_on(splits):
         "one of the two."
     ]
     assert advised(15) == _advice(splits) == []
+    monkeypatch.setattr("lora_ggpo.training.advice.LOOKED_AT", 19)
+    assert advised(20)[0].startswith("At least 19 of the 1,820 rows of the test set")
 
 
 def test_train_and_plan_warn(recipe_file):
