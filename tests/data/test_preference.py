@@ -26,8 +26,8 @@ def read(tmp_path):
         rows = [{**row, "id": str(n)} for n in range(10)]
         source = write_rows(tmp_path / "data.jsonl", rows)
         reader = PreferenceReader(DataConfig(source=str(source), **settings))
-        columns = reader.read(read_tables(str(source))["all"])
-        return {key: value for key, value in reader.dataset(columns)[0].items() if key != "id"}
+        rows = reader.read_all(read_tables(str(source)))["all"]
+        return {key: value for key, value in rows[0].items() if key != "id"}
 
     return read
 

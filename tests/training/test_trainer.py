@@ -1,3 +1,8 @@
+import numpy as np
+import pytest
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
 from lora_ggpo.training.trainer import EpochSampler
 
 
@@ -23,3 +28,10 @@ def test_groups_hold_rows_of_like_length():
         return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
     assert padding(list(EpochSampler(lengths, 0, 8))) < 0.3 * padding(list(EpochSampler(lengths, 0, None)))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 4), (5, 8), (100, 3), (1000, 4), (1001, 16)])
+def test_groups_are_those_of_transformers(rows, size):
+    lengths = np.random.default_rng(rows).integers(1, 20, rows)
+    expected = get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(3))
+    assert list(EpochSampler(lengths, 3, size)) == expected

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
+import pyarrow
 
+from lora_ggpo.data.config import DataConfig
 from lora_ggpo.data.load import STRING, Columns, Reader, Tables, find_test_table
 from lora_ggpo.data.messages import Message, MessageReader, parse_json, read_tools, require_json, store
 from lora_ggpo.data.table import Table
@@ -35,6 +38,23 @@ _INSIDE = frozenset({*SYSTEM, HISTORY, TOOLS, TEMPLATE})
 _MESSAGE = {"role": STRING, "content": STRING}
 
 
+@dataclass
+class Notes:
+    """What a reader learns of all rows of a source, which it sees piece by piece.
+
+    Attributes:
+        as_chats: Whether prompts and completions are to become conversations.
+        forms: Whether there were conversations, in each piece.
+        unused: By table, in how many rows there was something without a use.
+        same: By table, how many pairs of answers were the same.
+    """
+
+    as_chats: bool = False
+    forms: set[bool] = field(default_factory=set)
+    unused: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    same: Counter[str] = field(default_factory=Counter)
+
+
 class CompletionReader(Reader):
     """Reads "id" and either "prompt" and "completion", or "messages" and perhaps "template".
 
@@ -52,29 +72,54 @@ class CompletionReader(Reader):
             )
         return tables
 
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__(config)
+        self.notes = Notes()
+
     def read(self, table: Table) -> Columns:
         table = table.without(self.config.ignore)
         _refuse_unlearnable(table)
-        unused: Counter[str] = Counter()
-        columns = {"id": table.ids(), **self._columns(table, unused)}
-        found = [f"{name} ({rows:,})" for name, rows in sorted(unused.items()) if rows]
-        if found:
-            warnings.warn(f"{table.origin}: not used for training, in so many rows: {', '.join(found)}.", stacklevel=3)
-        return _single_turns(columns, table) if self.config.single_turn else columns
+        columns = {"id": table.ids(), **self._columns(table, self.notes.unused[table.origin])}
+        if self.config.single_turn:
+            return self._single_turns(columns, table)
+        self.notes.forms.add("messages" in columns)
+        if self.notes.as_chats and "messages" not in columns:
+            pairs = zip(columns.pop("prompt"), columns.pop("completion"), strict=True)
+            columns["messages"] = [_exchange(*pair) for pair in pairs]
+        return columns
 
-    def read_other(self, tables: Tables) -> Columns:
-        return self.read(find_test_table(tables, tables))
+    def read_other(self, tables: Tables) -> datasets.Dataset:
+        return self.read_all({"": find_test_table(tables, tables)})[""]
 
-    def read_all(self, tables: Tables) -> dict[str, Columns]:
+    def read_all(self, tables: Tables) -> dict[str, datasets.Dataset]:
+        self.notes = Notes()
         read = super().read_all(tables)
-        if any("messages" in columns for columns in read.values()):
-            for columns in read.values():  # all alike
-                if "messages" not in columns:
-                    pairs = zip(columns.pop("prompt"), columns.pop("completion"), strict=True)
-                    columns["messages"] = [_exchange(*pair) for pair in pairs]
+        if len(self.notes.forms) > 1:  # all are to be alike
+            self.notes = Notes(as_chats=True)
+            read = super().read_all(tables)
+        for split, table in tables.items():
+            self.report(table, read[split])
         return read
 
-    def dataset(self, columns: Columns) -> datasets.Dataset:
+    def report(self, table: Table, rows: datasets.Dataset) -> None:
+        """Say in one warning each what was not used of a table that gave `rows`."""
+        unused = sorted(self.notes.unused[table.origin].items())
+        found = [f"{name} ({rows:,})" for name, rows in unused if rows]
+        if found:
+            warnings.warn(f"{table.origin}: not used for training, in so many rows: {', '.join(found)}.", stacklevel=3)
+        if self.config.single_turn and not len(rows):
+            raise UserError(
+                f"{table.origin} has no conversation of one user and one assistant message, which data.single_turn "
+                "keeps."
+            )
+        if len(rows) < len(table):
+            warnings.warn(
+                f"{table.origin}: {len(table) - len(rows)} of {len(table)} conversations are left out, since they are "
+                "not one user and one assistant message of text alone.",
+                stacklevel=3,
+            )
+
+    def arrow(self, columns: Columns) -> pyarrow.Table:
         # Beside its role and content, what a message says is JSON, as are the arguments of the template.
         features, columns = dict.fromkeys(columns, STRING), dict(columns)
         for name, chats in columns.items():
@@ -84,7 +129,7 @@ class CompletionReader(Reader):
                 features[name] = [{**_MESSAGE, "more": STRING}] if more else [_MESSAGE]
         if "template" in columns:
             columns["template"] = [json.dumps(arguments) if arguments else None for arguments in columns["template"]]
-        return datasets.Dataset.from_dict(columns, datasets.Features(features))
+        return pyarrow.Table.from_pydict(columns, datasets.Features(features).arrow_schema)
 
     def _columns(self, table: Table, unused: Counter[str]) -> Columns:
         named = self.config.prompt is not None or self.config.completion is not None
@@ -104,6 +149,16 @@ class CompletionReader(Reader):
                 return {"prompt": prompts, "completion": completions}
             chats = [_exchange(*pair) for pair in zip(prompts, completions, strict=True)]
         return _with_context(table, chats, history=not chat)
+
+    def _single_turns(self, columns: Columns, table: Table) -> Columns:
+        """The conversations of one user and one assistant message, as prompt and completion."""
+        if "messages" not in columns:
+            raise UserError(f"data.single_turn is for conversations, but {table.origin} has none; leave it out.")
+        arguments = columns.get("template", [{}] * len(table))
+        rows = zip(columns["id"], columns["messages"], arguments, strict=True)
+        kept = [(name, chat) for name, chat, more in rows if not more and _is_single(chat)]
+        prompts, completions = ([chat[place]["content"] for _, chat in kept] for place in (0, 1))
+        return {"id": [name for name, _ in kept], "prompt": prompts, "completion": completions}
 
     def _pair(self, table: Table) -> tuple[str, str]:
         """The columns of prompt and completion."""
@@ -225,27 +280,6 @@ def _arguments(context: Mapping[str, Any], table: Table, row: int) -> dict[str, 
 
 
 # --- prompts and completions ---------------------------------------------------------------------------------------
-
-
-def _single_turns(columns: Columns, table: Table) -> Columns:
-    """Keep the conversations of one user and one assistant message; one warning counts the others."""
-    if "messages" not in columns:
-        raise UserError(f"data.single_turn is for conversations, but {table.origin} has none; leave it out.")
-    arguments = columns.get("template", [{}] * len(table))
-    rows = zip(columns["id"], columns["messages"], arguments, strict=True)
-    kept = [(name, chat) for name, chat, more in rows if not more and _is_single(chat)]
-    if not kept:
-        raise UserError(
-            f"{table.origin} has no conversation of one user and one assistant message, which data.single_turn keeps."
-        )
-    if len(kept) < len(table):
-        warnings.warn(
-            f"{table.origin}: {len(table) - len(kept)} of {len(table)} conversations are left out, since they are not "
-            "one user and one assistant message of text alone.",
-            stacklevel=3,
-        )
-    prompts, completions = ([chat[place]["content"] for _, chat in kept] for place in (0, 1))
-    return {"id": [name for name, _ in kept], "prompt": prompts, "completion": completions}
 
 
 def _is_single(chat: list[Message]) -> bool:

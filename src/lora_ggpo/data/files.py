@@ -7,7 +7,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import pyarrow
 import pyarrow.parquet
 
 from lora_ggpo.data.separated import Records, csv_records, tsv_records, with_header
-from lora_ggpo.data.table import Table
+from lora_ggpo.data.spool import PIECE
+from lora_ggpo.data.table import Table, is_id
 from lora_ggpo.errors import UserError, first_line
 
 SPLIT_NAMES = {
@@ -30,6 +33,9 @@ SPLIT_NAMES = {
 }
 WRAPPERS = ("data", "rows", "examples", "records", "items", "instances")
 """Keys under which a JSON file may hold its rows."""
+
+LONG = 2**26
+"""Bytes of a file of JSON lines above which it is read piece by piece."""
 
 GZIP = b"\x1f\x8b"
 BINARY = {b"PAR1": "a parquet file", b"PK\x03\x04": "a zip archive", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file"}
@@ -52,7 +58,7 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> Table:
         if reader not in (parse_csv, parse_tsv):
             raise UserError(f"data.columns is for CSV and TSV files without a header, but {path} is none; drop it.")
         reader = partial(reader, columns=columns)
-    table = reader(path, _content(path))
+    table = _long_table(path) if reader is parse_jsonl and _is_long(path) else reader(path, _content(path))
     if not len(table):
         raise UserError(f"{path} has no rows; give a file with data in it.")
     return table
@@ -135,6 +141,86 @@ def parse_parquet(path: Path, content: bytes) -> Table:
     return Table.of_arrow(table, str(path))
 
 
+# --- long files ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LongTable(Table):
+    """The rows of a long file of JSON lines, which are parsed as they are looked at.
+
+    Attributes:
+        path: The file.
+        starts: Where each row begins in it, and its end.
+    """
+
+    path: Path = Path()
+    starts: Sequence[int] = ()
+
+    def pieces(self) -> Iterator[Table]:
+        with self.path.open("rb") as file:
+            for begin in range(0, len(self), PIECE):
+                positions = self.positions[begin : begin + PIECE]
+                file.seek(self.starts[begin])
+                content = file.read(self.starts[begin + len(positions)] - self.starts[begin])
+                lines = (line for line in content.split(b"\n") if line.strip())
+                rows = [_parsed(self.path, *one) for one in zip(positions, lines, strict=True)]
+                columns = {name: [row.get(name) for row in rows] for name in self.columns}
+                yield Table(self.origin, columns, self.unit, positions)
+
+
+class _Columns(Mapping[str, list[Any]]):
+    """Columns that are read from their file when they are asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], list[Any]]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> list[Any]:
+        self._names[name]
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _is_long(path: Path) -> bool:
+    """Whether a file is long and begins with a line of JSON."""
+    if path.stat().st_size <= LONG:
+        return False
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    return not first.startswith(GZIP) and _is_json(first.decode("utf-8-sig", "replace"))
+
+
+def _long_table(path: Path) -> LongTable:
+    starts, positions, names, place, named = array("q"), array("q"), dict[str, None](), 0, True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                row = _parsed(path, number, line)
+                names.update(dict.fromkeys(row))
+                named = named and is_id(row.get("id"))
+                starts.append(place)
+                positions.append(number)
+            place += len(line)
+    starts.append(place)
+    if not named:  # ids are for all rows or none
+        names.pop("id", None)
+    table = LongTable(str(path), {}, "line", positions, path=path, starts=starts)
+
+    def read(name: str) -> list[Any]:
+        return [value for piece in replace(table, columns={name: []}).pieces() for value in piece.columns[name]]
+
+    return replace(table, columns=_Columns(names, read))
+
+
+def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    place = f"{path}, line {number}"
+    return _object(_json(_decoded(path, line, number), place), place)
+
+
 READERS: dict[str, Callable[[Path, bytes], Table]] = {
     ".jsonl": parse_jsonl,
     ".json": parse_json,
@@ -162,14 +248,15 @@ def _content(path: Path) -> bytes:
         raise UserError(f"{path} is truncated or no gzip file ({error}); fetch or compress it again.") from None
 
 
-def _decoded(path: Path, content: bytes) -> str:
+def _decoded(path: Path, content: bytes, first: int = 1) -> str:
+    """Bytes as text; `first` is the number of their first line."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         kind = next((kind for magic, kind in BINARY.items() if content.startswith(magic)), None)
         if kind:
             raise UserError(f"{path} is {kind}, not what its name says; unpack it, or rename it.") from None
-        line = content.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + first
         raise UserError(f"{path}, line {line}: the text is not UTF-8; save the file as UTF-8.") from None
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 
 import datasets
+import pyarrow
 
-from lora_ggpo.data.load import STRING, Columns, TextReader
-from lora_ggpo.data.sampling import flip_labels
+from lora_ggpo.data.load import STRING, TextReader
+from lora_ggpo.data.sampling import Indices, flip_labels
+from lora_ggpo.data.spool import numbers, spooled
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
@@ -22,7 +24,6 @@ class LabelReader(TextReader):
     value = "label"
     features = dict.fromkeys(("id", "text", "text_pair"), STRING) | {
         "label": datasets.Value("int64"),
-        "noisy": datasets.Value("bool"),
     }
     labels: list[str]
 
@@ -48,13 +49,14 @@ class LabelReader(TextReader):
                 )
         return [index[name] for name in names]
 
-    def strata(self, columns: Columns) -> list[int]:
-        return columns["label"]
+    def strata(self, rows: datasets.Dataset) -> Indices:
+        return numbers(rows, "label")
 
-    def corrupt(self, train: Columns) -> Columns:
+    def corrupt(self, train: datasets.Dataset) -> datasets.Dataset:
         fraction, seed = self.config.label_noise, self.config.noise_seed
-        labels, noisy = flip_labels(train["label"], len(self.labels), fraction, seed)
-        return {**train, "label": labels, "noisy": noisy}
+        labels, noisy = flip_labels(numbers(train, "label").tolist(), len(self.labels), fraction, seed)
+        columns = {name: train.data.table[name] for name in train.column_names} | {"label": labels, "noisy": noisy}
+        return spooled([pyarrow.table(columns)])
 
 
 def read_label_names(table: Table, column: str) -> list[str]:

@@ -9,17 +9,21 @@ import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import datasets
 import numpy as np
+import pyarrow
+from numpy.typing import NDArray
 
 from lora_ggpo.data.bundled import BUNDLED
 from lora_ggpo.data.config import DataConfig
-from lora_ggpo.data.sampling import carve, stratified_order
+from lora_ggpo.data.sampling import Indices, carve, stratified_order
 from lora_ggpo.data.sources import ALL, FURTHER_TESTS, read_tables
+from lora_ggpo.data.spool import PIECE, spooled, taken
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 
@@ -75,10 +79,7 @@ class Reader(ABC):
         train = reader.corrupt(reader._cut(parts["train"], origin))
         for source, name in config.set_names.items():
             further[name] = reader.read_other(read_tables(source, None, config.columns))
-        train, validation, test = (reader.dataset(part) for part in (train, parts["validation"], parts["test"]))
-        return Splits(
-            train, validation, test, reader.labels, {name: reader.dataset(part) for name, part in further.items()}
-        )
+        return Splits(train, parts["validation"], parts["test"], reader.labels, further)
 
     @abstractmethod
     def learn(self, tables: Tables) -> Tables:
@@ -89,53 +90,56 @@ class Reader(ABC):
         """The columns of a table."""
 
     @abstractmethod
-    def read_other(self, tables: Tables) -> Columns:
-        """The columns of the test set of another source."""
+    def read_other(self, tables: Tables) -> datasets.Dataset:
+        """The rows of the test set of another source."""
 
-    def read_all(self, tables: Tables) -> dict[str, Columns]:
-        """The columns of each table."""
-        return {split: self.read(table) for split, table in tables.items()}
+    def read_all(self, tables: Tables) -> dict[str, datasets.Dataset]:
+        """The rows of each table."""
+        return {split: self.read_whole(table) for split, table in tables.items()}
 
-    def strata(self, columns: Columns) -> list[int]:
+    def read_whole(self, table: Table) -> datasets.Dataset:
+        """The rows of a table, piece by piece if it is long."""
+        return spooled(self.arrow(self.read(piece)) for piece in table.pieces())
+
+    def strata(self, rows: datasets.Dataset) -> Indices:
         """Each row's class, of which every split has its share."""
-        return [0] * len(columns["id"])
+        return np.zeros(len(rows), dtype=np.int64)
 
-    def corrupt(self, train: Columns) -> Columns:
+    def corrupt(self, train: datasets.Dataset) -> datasets.Dataset:
         """The training rows with the noise that the settings ask for."""
         return train
 
-    def dataset(self, columns: Columns) -> datasets.Dataset:
-        """The rows as a dataset."""
-        return datasets.Dataset.from_dict(columns, datasets.Features({name: self.features[name] for name in columns}))
+    def arrow(self, columns: Columns) -> pyarrow.Table:
+        """The columns in their types."""
+        schema = datasets.Features({name: self.features[name] for name in columns}).arrow_schema
+        return pyarrow.Table.from_pydict(columns, schema)
 
-    def _three_splits(self, read: dict[str, Columns]) -> dict[str, Columns]:
+    def _three_splits(self, read: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """Take the splits that are missing from the first of the given ones."""
         wanted = {"validation": self.config.validation_fraction, "test": self.config.test_fraction}
         fractions = {split: fraction for split, fraction in wanted.items() if split not in read}
         if not fractions:
             return read
         whole = next(iter(read.values()))
-        values = next(whole[name] for name in ("text", "messages", "prompt") if name in whole)
-        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        texts = _keys(whole)
         chosen = carve(self.strata(whole), texts, fractions, self.config.split_seed)
         if min(len(part) for part in chosen.values()) == 0:
             raise UserError(
-                f"{self.config.source} has {len(set(texts))} different texts, too few to split into train, validation "
-                "and test."
+                f"{self.config.source} has {len(np.unique(texts))} different texts, too few to split into train, "
+                "validation and test."
             )
-        given = {split: columns for split, columns in read.items() if split in wanted}
-        return given | {split: _take(whole, part.tolist()) for split, part in chosen.items()}
+        given = {split: rows for split, rows in read.items() if split in wanted}
+        return given | {split: taken(whole, part) for split, part in chosen.items()}
 
-    def _cut(self, train: Columns, origin: str) -> Columns:
-        size, strata = self.config.train_size, self.strata(train)
+    def _cut(self, train: datasets.Dataset, origin: str) -> datasets.Dataset:
+        size, rows = self.config.train_size, len(train)
         if size is None:
-            return dict(train)
-        if size > len(strata):
-            rows = len(strata)
+            return train
+        if size > rows:
             raise UserError(
                 f"data.train_size is {size}, but {origin} gives {rows} rows to train on; ask for at most {rows}."
             )
-        return _take(train, np.sort(stratified_order(strata, self.config.split_seed)[:size]).tolist())
+        return taken(train, np.sort(stratified_order(self.strata(train), self.config.split_seed)[:size]))
 
 
 class TextReader(Reader):
@@ -184,13 +188,13 @@ class TextReader(Reader):
     def read(self, table: Table) -> Columns:
         return self._read(table, self._texts, self._column)
 
-    def read_other(self, tables: Tables) -> Columns:
+    def read_other(self, tables: Tables) -> datasets.Dataset:
         # Another source may have the default names of the columns instead.
         here = [name for table in tables.values() for name in table.columns]
         column = self._column if here.count(self._column) == len(tables) else self._default(tables.values())
         texts = {name: given if here.count(given) == len(tables) else name for name, given in self._texts.items()}
         usable = {s: t for s, t in tables.items() if column not in t.columns or not self._is_withheld(t, column)}
-        return self._read(find_test_table(usable, tables), texts, column)
+        return spooled([self.arrow(self._read(find_test_table(usable, tables), texts, column))])
 
     @property
     def _texts(self) -> dict[str, str]:
@@ -222,9 +226,19 @@ def find_test_table(usable: Tables, tables: Tables) -> Table:
 def digest(dataset: datasets.Dataset) -> str:
     """The sha256 over the rows, each as JSON with sorted keys: equal for equal rows in equal order."""
     sha = hashlib.sha256()
-    for row in dataset:
-        sha.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+    for begin in range(0, len(dataset), PIECE):
+        for row in dataset.select(range(begin, min(begin + PIECE, len(dataset)))).to_list():
+            sha.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
     return sha.hexdigest()
+
+
+def _keys(rows: datasets.Dataset) -> NDArray[np.uint64]:
+    """A number for each row, the same for the same text."""
+    name = next(name for name in ("text", "messages", "prompt") if name in rows.column_names)
+    values = chain.from_iterable(piece[name] for piece in rows.select_columns(name).iter(PIECE))
+    texts = (value if isinstance(value, str) else json.dumps(value) for value in values)
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
 def _main_tables(config: DataConfig) -> dict[str, Table]:
@@ -243,7 +257,3 @@ def _main_tables(config: DataConfig) -> dict[str, Table]:
     if not len(tables["train"]):
         raise UserError(f"{tables['train'].origin} has no rows; give data with rows in it.")
     return {split: tables[split] for split in ("train", "validation", "test", *FURTHER_TESTS) if split in tables}
-
-
-def _take(columns: Columns, rows: Sequence[int]) -> Columns:
-    return {name: [values[row] for row in rows] for name, values in columns.items()}

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from lora_ggpo.data.completion import CompletionReader, is_given
-from lora_ggpo.data.load import Columns, Tables
+import datasets
+
+from lora_ggpo.data.completion import CompletionReader, Notes, is_given
+from lora_ggpo.data.load import Columns
 from lora_ggpo.data.messages import Message
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
@@ -26,25 +28,40 @@ class PreferenceReader(CompletionReader):
     """
 
     def read(self, table: Table) -> Columns:
-        return self.read_all({"": table})[""]
+        table = self._with_prompts(table.without(self.config.ignore))
+        chosen, rejected = (self._side(side) for side in SIDES)
+        names = self._names
+        read = (
+            chosen.read(table.without([names["rejected"]])),
+            rejected.read(table.without([names["chosen"]])),
+        )
+        self.notes.forms |= chosen.notes.forms | rejected.notes.forms
+        origin = table.origin
+        self.notes.unused[origin] += chosen.notes.unused[origin] | rejected.notes.unused[origin]
+        columns, same = _paired(*read)
+        self.notes.same[origin] += same
+        return columns
 
-    def read_all(self, tables: Tables) -> dict[str, Columns]:
-        tables = {split: self._with_prompts(table.without(self.config.ignore)) for split, table in tables.items()}
-        chosen, rejected = (self._side(tables, side) for side in SIDES)
-        return {split: _paired(table, chosen[split], rejected[split]) for split, table in tables.items()}
+    def report(self, table: Table, rows: datasets.Dataset) -> None:
+        super().report(table, rows)
+        same = self.notes.same[table.origin]
+        if same:
+            warnings.warn(
+                f"{table.origin}: in {same:,} of {len(table):,} rows both answers are the same, which teaches nothing.",
+                stacklevel=3,
+            )
 
     @property
     def _names(self) -> dict[str, str]:
         """The columns of the two sides."""
         return {side: getattr(self.config, side) or side for side in SIDES}
 
-    def _side(self, tables: Tables, side: str) -> dict[str, Columns]:
-        """Prompts and the answers of one side, as prompts and completions are read."""
-        names = self._names
-        others = [name for other, name in names.items() if other != side]
-        settings = {"prompt": self._prompt, "completion": names[side], "ignore": []}
+    def _side(self, side: str) -> CompletionReader:
+        """Reads prompts and the answers of one side, as prompts and completions are read."""
+        settings = {"prompt": self._prompt, "completion": self._names[side], "ignore": []}
         reader = CompletionReader(self.config.model_copy(update=settings))
-        return reader.read_all({split: table.without(others) for split, table in tables.items()})
+        reader.notes = Notes(self.notes.as_chats)
+        return reader
 
     @property
     def _prompt(self) -> str:
@@ -89,21 +106,18 @@ def _before(prompt: object, shared: list[Message], table: Table, row: int) -> li
     return shared if shared[: len(turns)] == turns else [*turns, *shared]
 
 
-def _paired(table: Table, chosen: Columns, rejected: Columns) -> Columns:
-    """The columns of both sides together; one warning counts the pairs of equal answers."""
+def _paired(chosen: Columns, rejected: Columns) -> tuple[Columns, int]:
+    """The columns of both sides together, and how many pairs of answers are the same."""
     name = "messages" if "messages" in chosen else "completion"
     common: Columns = {column: chosen[column] for column in ("id", "prompt", "template") if column in chosen}
     pairs = [list(pair) for pair in zip(chosen[name], rejected[name], strict=True)]
     same = sum(one == other for one, other in pairs)
-    if same:
-        warnings.warn(
-            f"{table.origin}: in {same:,} of {len(table):,} rows both answers are the same, which teaches nothing.",
-            stacklevel=3,
-        )
     if name == "messages":
         shared = [_shared(pair) for pair in pairs]
-        common["messages"] = [
-            [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in one] for one in shared
-        ]
+        common["messages"] = [[_unlearnt(turn) for turn in one] for one in shared]
         pairs = [[answer[len(turns) :] for answer in pair] for pair, turns in zip(pairs, shared, strict=True)]
-    return {**common, "chosen": [pair[0] for pair in pairs], "rejected": [pair[1] for pair in pairs]}
+    return {**common, "chosen": [pair[0] for pair in pairs], "rejected": [pair[1] for pair in pairs]}, same
+
+
+def _unlearnt(turn: Message) -> Message:
+    return {**turn, "weight": 0} if turn["role"] == "assistant" else turn

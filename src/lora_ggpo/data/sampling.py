@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Indices = NDArray[np.int64]
 
 
-def stratified_order(labels: Sequence[int], seed: int) -> Indices:
+def stratified_order(labels: ArrayLike, seed: int) -> Indices:
     """Return a random order of the rows in which every prefix of N rows has each class's share of N, rounded.
 
     A class's first row comes early, so that a prefix of at least as many rows as there are classes has them all.
@@ -25,17 +25,14 @@ def stratified_order(labels: Sequence[int], seed: int) -> Indices:
     return np.argsort(place, kind="stable")
 
 
-def carve(
-    labels: Sequence[int], texts: Sequence[Hashable], fractions: dict[str, float], seed: int
-) -> dict[str, Indices]:
-    """Divide rows into "train" and parts of the given fractions, stratified; equal texts stay together.
+def carve(labels: ArrayLike, texts: ArrayLike, fractions: dict[str, float], seed: int) -> dict[str, Indices]:
+    """Divide rows into "train" and parts of the given fractions, stratified; equal `texts` (numbers) stay together.
 
     Returns row indices in ascending order; each part has at least one distinct text.
     """
-    first: dict[Hashable, int] = {}
-    owner = np.array([first.setdefault(text, row) for row, text in enumerate(texts)])
-    distinct = np.array(list(first.values()))
-    order = distinct[stratified_order(np.asarray(labels)[distinct].tolist(), seed)]
+    _, first, number = np.unique(np.asarray(texts), return_index=True, return_inverse=True)
+    owner, distinct = first[number], np.sort(first)
+    order = distinct[stratified_order(np.asarray(labels)[distinct], seed)]
     parts, end = {}, len(order)
     for name, fraction in fractions.items():
         size = max(1, round(fraction * len(order)))

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -54,6 +54,10 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def pieces(self) -> Iterator[Table]:
+        """The table in parts that can be held, one behind the other."""
+        yield self
 
     def where(self, row: int) -> str:
         """Return the place of a row, as in "reviews.csv, line 3"."""
@@ -120,10 +124,15 @@ class Table:
     def ids(self) -> list[str]:
         """Return the "id" column as text if every row has one, else "origin:position"."""
         given = self.values("id") if "id" in self.columns else [None] * len(self)
-        if all(isinstance(value, int | str) and _encodable(str(value)) for value in given):
+        if all(map(is_id, given)):
             return [str(value) for value in given]
         name = self.origin.replace("\\", "/").rpartition("/")[2]
         return [f"{name}:{position}" for position in self.positions]
+
+
+def is_id(value: object) -> bool:
+    """Whether `value` can name a row."""
+    return isinstance(value, int | str) and _encodable(str(value))
 
 
 def _as_written(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from lora_ggpo.data.spool import numbers
 from lora_ggpo.errors import UserError
 from lora_ggpo.tasks import NO_LOSS
 from lora_ggpo.training.reuse import load_trained
@@ -123,7 +124,7 @@ def load_point(
         )
     encoded = task.learnt(task.encode(sample, tokenizer))
     collate = task.collator(tokenizer)
-    order = np.argsort(-np.asarray(encoded["length"]), kind="stable")  # batches of like length
+    order = np.argsort(-numbers(encoded, "length"), kind="stable")  # batches of like length
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     parts = (encoded.select(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
     batches = [{name: t.to(device) for name, t in collate(part.to_list()).items()} for part in parts]

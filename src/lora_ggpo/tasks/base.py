@@ -8,13 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pyarrow
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.data.config import DataConfig
 from lora_ggpo.data.load import Reader, Splits
+from lora_ggpo.data.spool import numbers, spooled
 from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.models.architecture import ENCODER_DECODER, Architecture
 from lora_ggpo.models.load import load_model
@@ -174,12 +176,11 @@ class Task(ABC):
             )
         try:
             self.check(dataset, tokenizer)
-            chunks = [self._dataset(rows) for rows in self.rows(dataset, tokenizer, name) if rows]
+            return spooled(self._arrow(rows) for rows in self.rows(dataset, tokenizer, name) if rows)
         except UserError as error:
             if not name or str(error).startswith("task."):  # a setting of the recipe: its line is named
                 raise
             raise UserError(f"{name}: {error}") from error
-        return concatenate_datasets(chunks)
 
     @classmethod
     def collator(cls, tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Row]], Batch]:
@@ -217,7 +218,7 @@ class Task(ABC):
         """
         collate, score = self.collator(tokenizer), self.scorer(model, tokenizer)
         device = next(model.parameters()).device
-        order = np.argsort(-np.asarray(rows["length"]), kind="stable")
+        order = np.argsort(-numbers(rows, "length"), kind="stable")
         parts: list[Floats] = []
         with evaluating(model):
             for begin in range(0, len(order), batch_size):
@@ -244,9 +245,10 @@ class Task(ABC):
         """The metrics of encoded rows; `options` are those of `score`."""
         return self.measure(self.score(model, rows, tokenizer, **options), rows)
 
-    def _dataset(self, rows: list[Row]) -> Dataset:
+    def _arrow(self, rows: list[Row]) -> pyarrow.Table:
         types = {name: type_ for name, type_ in {**_COLUMNS, **self.features}.items() if name in rows[0]}
-        return Dataset.from_dict({name: [row[name] for row in rows] for name in types}, Features(types))
+        columns = {name: [row[name] for row in rows] for name in types}
+        return pyarrow.Table.from_pydict(columns, Features(types).arrow_schema)
 
 
 def encoded_row(ids: list[int], labels: float | list[int], **further: Any) -> Row:

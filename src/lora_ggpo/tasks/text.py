@@ -30,15 +30,16 @@ def start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def continuation(
-    tokenizer: PreTrainedTokenizerBase, context: str, text: str, context_ids: list[int] | None = None
-) -> list[int]:
+def continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -> list[int]:
     """Tokens of `text` behind `context`, whose own tokens stand, as they do when a model generates.
 
     The two are tokenised together unless a token would straddle the border; then the text is on its own.
     """
-    before = tokens(tokenizer, context) if context_ids is None else context_ids
-    joint = tokens(tokenizer, context + text)
+    return appended(tokenizer, tokens(tokenizer, context), tokens(tokenizer, context + text), text)
+
+
+def appended(tokenizer: PreTrainedTokenizerBase, before: list[int], joint: list[int], text: str) -> list[int]:
+    """`continuation` of the tokens `before`; `joint` are those of the context and `text` together."""
     return joint[len(before) :] if joint[: len(before)] == before else tokens(tokenizer, text)
 
 

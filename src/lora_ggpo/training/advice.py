@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from lora_ggpo.data import Splits
+from lora_ggpo.data.spool import numbers
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.training.build import optimizer_steps
 
@@ -87,7 +88,7 @@ def _rank(plan: Plan) -> Iterator[str]:
 
 def _classes(plan: Plan) -> Iterator[str]:
     names, rows = plan.splits.labels or [], len(plan.splits.train)
-    counts = Counter(plan.splits.train["label"]) if names else Counter()
+    counts = Counter(numbers(plan.splits.train, "label").tolist() if names else ())
     enough = max(FEW_ROWS, RARE * rows / max(len(names), 1))
     rare = [f"{name!r} ({counts[index]:,})" for index, name in enumerate(names) if counts[index] < enough]
     if rare:
@@ -114,12 +115,12 @@ def _duplicates(plan: Plan) -> Iterator[str]:
             )
 
 
-def _contents(rows: Dataset) -> Iterator[list[str]]:
-    """What each row says, in batches; spaces and capitals make no difference."""
+def _contents(rows: Dataset) -> Iterator[list[int]]:
+    """A number for what each row says, in batches; spaces and capitals make no difference."""
     names = [name for name in _CONTENT if name in rows.column_names]
     for batch in rows.select_columns(names).iter(1000):
         whole = (" ".join(map(str, row)) for row in zip(*(batch[name] for name in names), strict=True))
-        yield [" ".join(text.casefold().split()) for text in whole]
+        yield [hash(" ".join(text.casefold().split())) for text in whole]
 
 
 CHECKS: tuple[Callable[[Plan], Iterator[str]], ...] = (_passes, _rank, _classes, _duplicates)

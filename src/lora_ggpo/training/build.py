@@ -23,6 +23,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.data import Splits
+from lora_ggpo.data.spool import numbers
 from lora_ggpo.errors import UserError, explain_rejection
 from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.ascent import SAM
@@ -191,7 +192,7 @@ def build_trainer(
     with explain_rejection("training", recipe.training.model_fields_set):
         base, args = task.trainer(args)
         trainer: RunTrainer = type("RunTrainer", (RunTrainer, base), {})(
-            lengths=list(rows["length"]),
+            lengths=numbers(rows, "length"),
             items=task.items,
             settings=recipe.training.model_fields_set,
             make_optimizer=partial(OPTIMIZERS[optimizer.kind], **optimizer.options) if optimizer else None,

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from lora_ggpo.data.spool import numbers
 from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.initialise import moves_base
 from lora_ggpo.models.adapters import count_parameters
@@ -202,7 +203,7 @@ class _Probe:
 
     def measure(self, batch: int, steps: int, reporter: Reporter) -> _Measured:
         """Take `WARM_UP` steps on the longest rows and `steps` on rows of all lengths, of `batch` rows at a time."""
-        args, lengths = copy.copy(self.args), list(self.rows["length"])
+        args, lengths = copy.copy(self.args), numbers(self.rows, "length").tolist()
         batch = args.per_device_train_batch_size = min(batch, len(lengths))
         args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, -(-len(lengths) // batch))
         args.max_steps = WARM_UP + steps

@@ -1,0 +1,71 @@
+"""Rows that are made piece by piece: in memory while they are few, else in files that are mapped into it.
+
+What is mapped takes no memory of its own: the system reads from the file what is looked at, and drops it at will. The
+files have no name as soon as they are written, so that they go with the process, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby
+from typing import Any
+
+import numpy as np
+import pyarrow
+from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
+from numpy.typing import NDArray
+
+HELD = 2**28
+"""Bytes that are held in memory; more go to files, in the folder for temporary ones (TMPDIR)."""
+
+PIECE = 10_000
+"""Rows that are copied at a time."""
+
+
+def spooled(pieces: Iterable[pyarrow.Table]) -> Dataset:
+    """The rows of all `pieces`, at least one. A column that some lack is null there, as is a field of a struct."""
+    pieces = (piece.replace_schema_metadata(None) for piece in pieces)
+    held, size = [], 0
+    for piece in pieces:
+        held.append(piece)
+        size += piece.nbytes
+        if size > HELD:
+            return _dataset([_mapped(like) for _, like in groupby(chain(held, pieces), lambda one: one.schema)])
+    return _dataset([_dataset(held).data.table.combine_chunks()])
+
+
+def taken(rows: Dataset, chosen: NDArray[np.int64]) -> Dataset:
+    """The `chosen` ones of rows that `spooled` made, in ascending order."""
+    table = rows.data.table
+
+    def pieces() -> Iterator[pyarrow.Table]:
+        for begin in range(0, max(len(rows), 1), PIECE):
+            low, high = np.searchsorted(chosen, (begin, begin + PIECE))
+            yield table.slice(begin, PIECE).take(pyarrow.array(chosen[low:high] - begin))
+
+    return spooled(pieces())
+
+
+def numbers(rows: Dataset, name: str) -> NDArray[Any]:
+    """A column of numbers, which datasets gives row by row."""
+    found: NDArray[Any] = rows.select_columns(name).with_format("arrow")[:].column(0).to_numpy()
+    return found
+
+
+def _dataset(tables: list[pyarrow.Table]) -> Dataset:
+    table = pyarrow.concat_tables(tables, promote_options="permissive")
+    return Dataset(table, fingerprint=generate_random_fingerprint())  # without one it takes a digest of all rows
+
+
+def _mapped(pieces: Iterable[pyarrow.Table]) -> pyarrow.Table:
+    with tempfile.NamedTemporaryFile(prefix="lora-ggpo-", suffix=".arrow") as file:
+        writer = None
+        for piece in pieces:
+            writer = writer or pyarrow.ipc.new_stream(file, piece.schema)
+            writer.write_table(piece, max_chunksize=PIECE)
+        if writer:
+            writer.close()
+        file.flush()
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(file.name)).read_all()
