@@ -115,7 +115,7 @@ def test_classes_that_are_rare(few, splits):
         "(keep_metric: f1, compare --metric f1), and add such rows if you can."
     ]
     assert len(advised(8, 40)) == len(advised(3000, 140)) == 1
-    assert advised(950, 50) == advised(12, 40) == _advice(splits) == []
+    assert advised(950, 50) == advised(12, 40) == advised(7, 12) == _advice(splits) == []
 
 
 def test_rows_that_are_tested_on_and_trained_on(splits, monkeypatch):

@@ -26,7 +26,7 @@ ENOUGH_RANK = 4
 """docs/results.md: on 500 reviews, with right and with wrong labels, higher ranks have no higher accuracy."""
 
 RARE, FEW_ROWS = 0.1, 10
-"""A class with less than this part of an even share, or with fewer rows, hardly moves the accuracy."""
+"""A class with less than this part of an even share, or with fewer rows and not half a share, hardly moves accuracy."""
 
 DUPLICATES = 0.01
 """Share of a set that is also trained on, beyond which its scores are partly memory. Of TREC's test set it is 2.2 %, of
@@ -89,7 +89,8 @@ def _rank(plan: Plan) -> Iterator[str]:
 def _classes(plan: Plan) -> Iterator[str]:
     names, rows = plan.splits.labels or [], len(plan.splits.train)
     counts = Counter(numbers(plan.splits.train, "label").tolist() if names else ())
-    enough = max(FEW_ROWS, RARE * rows / max(len(names), 1))
+    even = rows / max(len(names), 1)
+    enough = max(RARE * even, min(FEW_ROWS, even / 2))
     rare = [f"{name!r} ({counts[index]:,})" for index, name in enumerate(names) if counts[index] < enough]
     if rare:
         yield (

@@ -141,9 +141,8 @@ class _Unfinished:
                 trainer._load_from_checkpoint(str(checkpoint))  # train() would not know where to stop
             else:
                 stop = self._fit(trainer, validation, checkpoint)
-        kept = kept_step(self._log())
+        kept = validation.take_best()
         if kept is not None:
-            validation.take_best()
             best = f"the best validation by {self.recipe.kept_metric}"
             self.reporter.say(f"{self.folder}: the weights of step {kept} are kept, {best}.")
         if is_first():

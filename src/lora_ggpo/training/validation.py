@@ -125,8 +125,8 @@ class Validation:
         if self._best:
             save_file(self._best, checkpoint / BEST)
 
-    def take_best(self) -> None:
-        """Put the best weights into the model."""
+    def take_best(self) -> int | None:
+        """Put the best weights into the model; return their step. None leaves the last ones."""
         parameters = dict(self._model.named_parameters())
         with torch.no_grad():
             for name, value in self._best.items():
@@ -134,6 +134,7 @@ class Validation:
                     parameters[name].copy_(value)
         if self._best and self._adalora:
             self._adalora.rank_pattern = self._ranks
+        return kept_step(self._log)
 
     def _keep(self) -> None:
         if is_first():  # which saves and scores what is trained
