@@ -26,9 +26,10 @@ class Quadratic(nn.Module):
 
 
 def model_and_batch(dropout=0.0, rows=64):
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # and weights so large that the noise they have does some harm
     config = LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
     model = get_peft_model(Quadratic(dropout), config).double().train()
+    model.base_model.model.linear.base_layer.weight.data *= 10
     x = torch.randn(rows, 12, dtype=torch.float64)
     return model, {"x": x, "labels": 3 * torch.randn(rows, 10, dtype=torch.float64)}
 
@@ -65,8 +66,8 @@ def test_what_is_measured_is_the_trace_of_the_hessian(noise):
     model, batch = model_and_batch()
     loss, shares, expected = clean_loss(model, batch), [], 0.0
     for seed in range(120):
-        config = GGPOConfig(sigma=0.5, beta=0, rise=TARGET, noise=noise, seed=seed)
-        ggpo, _ = run(model, batch, 2, config)
+        config = GGPOConfig(sigma=0.1, beta=0, rise=TARGET, noise=noise, seed=seed)
+        ggpo, _ = run(model, batch, 5, config)
         shares.append(ggpo.metrics()["ggpo/rise"])
         expected = expected_share(ggpo, batch, loss)
         ggpo.detach()
@@ -75,7 +76,7 @@ def test_what_is_measured_is_the_trace_of_the_hessian(noise):
     assert shares.min() > 0
 
 
-@pytest.mark.parametrize("sigma", [0.005, 3.0])
+@pytest.mark.parametrize("sigma", [0.01, 1.0])
 def test_sigma_is_steered_to_the_rise_from_either_side(sigma):
     model, batch = model_and_batch()
     ggpo, _ = run(model, batch, 602, GGPOConfig(sigma=sigma, beta=0, rise=TARGET))
@@ -111,7 +112,7 @@ def test_measuring_changes_nothing_but_sigma():
     for chosen in (config, GGPOConfig(sigma=0.3, beta=0)):
         model, batch = model_and_batch(dropout=0.3)
         torch.manual_seed(5)
-        ggpo, losses = run(model, batch, 2, chosen)
+        ggpo, losses = run(model, batch, 5, chosen)
         found.append((losses, torch.rand(3)))
         ggpo.detach()
     (losses, after), (plain, same) = found
@@ -122,7 +123,7 @@ def test_measuring_changes_nothing_but_sigma():
 def test_dropout_masks_are_those_of_the_pass():
     """Else a rise would be measured between different networks: at next to no noise it must be next to none."""
     model, batch = model_and_batch(dropout=0.5)
-    ggpo, _ = run(model, batch, 2, GGPOConfig(sigma=1e-6, beta=0, rise=TARGET))
+    ggpo, _ = run(model, batch, 5, GGPOConfig(sigma=1e-6, beta=0, rise=TARGET))
     assert abs(ggpo.metrics()["ggpo/rise"]) < 1e-8
 
 
@@ -143,17 +144,18 @@ def test_resumes_exactly():
 
 
 def test_a_loss_that_is_not_finite_makes_the_noise_smaller():
-    steering = Rise(TARGET)
+    steering = Rise(TARGET, 0.03)
     steering.take(torch.tensor(torch.inf), torch.tensor(1.0), torch.tensor(1.0))
-    assert steering.factor == 0.25
+    assert steering.factor == 0.5
     assert torch.isnan(torch.tensor(steering.curvature))
 
 
 def test_noise_that_does_no_harm_grows_within_bounds():
-    steering = Rise(TARGET)
-    for _ in range(20):
-        steering.take(*(torch.tensor(1.0),) * 3)
-    assert steering.factor == 100
+    for sigma, largest in ((0.02, 0.2), (0.5, 0.5)):
+        steering = Rise(TARGET, sigma)
+        for _ in range(20):
+            steering.take(*(torch.tensor(1.0),) * 3)
+        assert sigma * steering.factor == pytest.approx(largest)
 
 
 def test_a_model_without_loss_is_told():
@@ -161,8 +163,6 @@ def test_a_model_without_loss_is_told():
     inner = model.base_model.model
     inner.forward = lambda x, labels: inner.linear(x)
     ggpo = GGPO(model, GGPOConfig(sigma=0.3, beta=0, rise=TARGET))
-    model(**batch).mean().backward()
-    ggpo.step()
     with pytest.raises(RuntimeError, match="returns none: give it the labels"):
         model(**batch)
     ggpo.detach()

@@ -64,6 +64,7 @@ def test_bad_training_settings(line, message):
         ("data.out_of_domain=[test]", "data.out_of_domain has a source named test, as a set of the run's own is"),
         ("data.sorce=x", "data.sorce is not a setting; did you mean source?"),
         ("task.kind=classify", "task.kind must be one of classification, "),
+        ("ggpo.rise=0", "ggpo.rise must be a finite number > 0, or None, not 0"),
         ("adapter=null", "r.yaml, line 6: ggpo perturbs an adapter, but adapter is null"),
     ],
 )
@@ -91,6 +92,7 @@ def test_bad_sections(override, message):
         (["optimizer.kind=lora-fa", "training.optim=sgd"], "optimizer lora-fa takes no optim"),
         (["optimizer={kind: ivon, lr_ratio: 4}", "ggpo=null"], "optimizer ivon takes no lr_ratio"),
         (["optimizer={kind: lora-plus, ess: 4}"], "optimizer lora-plus takes no ess"),
+        (["ggpo.rise=0.05", "training.label_smoothing_factor=0.1"], "ggpo.rise is measured by the model's own loss"),
     ],
 )
 def test_settings_without_effect(overrides, message):

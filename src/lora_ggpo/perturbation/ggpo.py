@@ -78,7 +78,8 @@ class GGPO:
         self._handles: list[Any] = []
         self._watched: list[Any] = []
         self._number, self._counter = register(self), torch.zeros((), dtype=torch.int64)
-        self._rise, self._measures = None if self.config.rise is None else Rise(self.config.rise), False
+        self._rise = Rise(self.config.rise, self.config.sigma) if self.config.rise else None
+        self._measures = False
         self._drawn_in_graph = self.config.noise == "factored" and self._rise is None  # a graph cannot run itself again
         self._steps = self._forwards = 0
         self._drawn: list[Noise] = []
@@ -132,7 +133,7 @@ class GGPO:
             FloatingPointError: the squares of the adapted weights are not finite.
         """
         self._watch.look(self._groups)
-        steered = {} if self._rise is None else self._rise.metrics(self.config.sigma)
+        steered = self._rise.metrics(self.config.sigma) if self._rise else {}
         return self._coverage.metrics() | noise_metrics(self._groups) | steered
 
     def memory(self) -> dict[str, int]:
@@ -150,8 +151,7 @@ class GGPO:
         """What exact resumption needs beyond the adapter: counters (int64), ||G_i||^2 (m,) of each layer, and
         what steers sigma."""
         state = {"steps": torch.tensor(self._steps), "forwards": torch.tensor(self._forwards)}
-        if self._rise is not None:
-            state["rise"] = self._rise.state()
+        state |= {"rise": self._rise.state()} if self._rise else {}
         for group in self._groups:
             if group.gradient is not None:
                 for layer, norms in zip(group.layers, group.gradient, strict=True):

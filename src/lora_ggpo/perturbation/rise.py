@@ -12,11 +12,13 @@ from torch import Tensor, distributed
 
 from .noise import Factors, Noise, Seeded
 
-_EARLY, _EVERY = (1, 4, 16, 64), 200
+_EARLY, _EVERY = (4, 16, 64), 200
 """Optimizer steps before which the rise is measured: these, and each so many."""
 
-_JUMP, _RANGE = 4.0, 100.0
-"""The factor on sigma changes by at most the first at a time, and stays within the second of 1 either way."""
+_JUMP, _SMALLEST, _LARGEST = 2.0, 0.01, 0.2
+"""Sigma changes by this factor at most at a time, and stays between this share of where it began and this size, or that
+where it began if that is larger. A model that knows nothing yet loses nothing by noise, and would never learn under all
+the noise that it bears."""
 
 _NO_LOSS = (
     "rise is measured by the loss that the model itself returns, and this one returns none: give it the labels, or set "
@@ -40,8 +42,9 @@ class Rise:
         measured: The last rise, as a share of the loss; nan before.
     """
 
-    def __init__(self, target: float) -> None:
+    def __init__(self, target: float, sigma: float) -> None:
         self.target, self.factor, self.curvature, self.measured = target, 1.0, math.nan, math.nan
+        self._largest = max(1.0, _LARGEST / sigma)
         self._rng: list[Tensor] = []
         self._taken_at = -1
         self._applied = 1.0
@@ -75,9 +78,9 @@ class Rise:
         Raises:
             RuntimeError: the model returns no loss.
         """
+        losses, now = [_loss(output)], _rng_states()
         if not self._rng or not self._applied:
             return
-        losses, now = [_loss(output)], _rng_states()
         for noise in ([_minus(one) for one in drawn], None):
             _set_rng_states(self._rng)  # for the dropout masks that there were
             with torch.no_grad(), under(noise):
@@ -101,7 +104,7 @@ class Rise:
         else:
             wanted = 0.0
         within = min(max(wanted, self.factor / _JUMP), self.factor * _JUMP)
-        self.factor = min(max(within, 1 / _RANGE), _RANGE)
+        self.factor = min(max(within, _SMALLEST), self._largest)
 
     def metrics(self, sigma: float) -> dict[str, float]:
         """Where sigma is, and the last rise; nothing before the first measurement."""

@@ -84,6 +84,10 @@ def _of_methods(recipe: Recipe) -> Iterator[str]:
             yield f"ggpo{str(error).removeprefix(GGPOConfig.__name__)}"
     if ggpo and recipe.adapter is None:
         yield "ggpo perturbs an adapter, but adapter is null; set ggpo: null as well, or an adapter"
+    smoothing = "label smoothing" if recipe.training_fields.get("label_smoothing_factor") else ""
+    elsewhere = f"task {recipe.task.kind}" if recipe.task.type.has_reference else smoothing
+    if ggpo and getattr(ggpo, "rise", None) and elsewhere:
+        yield f"ggpo.rise is measured by the model's own loss, but {elsewhere} takes another; set ggpo.sigma instead"
     ivon = ["optimizer ivon"] if optimizer and optimizer.kind == "ivon" else []
     first, *others = [n for n in ("ggpo", "sam", "mgpo", "bi_lora") if getattr(recipe, n)] + ivon or [""]
     for other in others:
