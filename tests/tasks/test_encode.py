@@ -324,6 +324,9 @@ def test_what_max_length_takes_is_said_once_with_its_numbers(smollm2):
         f"left out: their prompt fills task.max_length = 16 tokens. In all {lost} of {learnt} tokens to learn are "
         f"lost; the longest row has {longest}; raise task.max_length, or set task.too_long: drop."
     ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task(kind="sft", max_length=longest).encode(LONG, tokenizer, "train")
     assert encoded["length"][:] == [16, sum(lengths[2])]
     assert tokenizer.eos_token_id not in encoded[0]["labels"]
     assert tokenizer.eos_token_id in encoded[1]["labels"]

@@ -33,7 +33,9 @@ def write_recipe(folder, model, reviews, batch):
         adapter={"r": 4, "target_modules": "all-linear"},
         ggpo={"sigma": 0.1, "rule": "relative", "beta": 0.5, "ranks": "agree"},
         training={"max_steps": 12, "per_device_train_batch_size": batch, "save_steps": 4, "save_total_limit": 5},
-        validate_every=6,
+        validate_every=2,
+        keep="best",
+        keep_metric="mcc",
     )
     path = folder / f"recipe-{batch}.yaml"
     path.write_text(text)
@@ -77,6 +79,8 @@ def test_two_processes_train_as_one_on_the_global_batch_and_resume(tiny_llama, r
     def check():
         together = read_run(folder)
         assert together.metrics["training"]["processes"] == 2
+        kept = [run.metrics["training"]["kept_step"] for run in (alone, together)]
+        assert kept[0] == kept[1] < 12
         assert [row["step"] for row in together.log if "loss" in row] == list(range(1, 13))
         for keys in (("step", "loss"), ("step", "grad_norm"), ("step", "validation/log_loss")):
             for one, two in zip(logged(alone, *keys), logged(together, *keys), strict=True):
