@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +21,53 @@ def _run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_help_needs_no_heavy_library():
+HEAVY = {"torch", "transformers", "peft", "datasets", "scipy.stats", "matplotlib", "pandas"}
+
+
+def _imports(*commands, home):
+    """What these commands print, and the heavy libraries that they import, in a process of their own."""
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom lora_ggpo.cli import app\n"
-        "assert CliRunner().invoke(app, ['train', '--help']).exit_code == 0\n"
-        "assert not {'torch', 'transformers', 'peft', 'matplotlib', 'datasets'} & set(sys.modules)"
+        f"for command in {[[str(word) for word in command] for command in commands]}:\n"
+        "    print(CliRunner().invoke(app, command).output)\n"
+        f"print(sorted({HEAVY} & set(sys.modules)))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    settings = {**os.environ, "XDG_CACHE_HOME": str(home)}
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=settings)
+    *lines, heavy = found.stdout.splitlines()
+    return "\n".join(lines), heavy
+
+
+def test_what_needs_no_model_imports_no_heavy_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    schema = _run("schema").stdout  # kept for the next time
+    commands = [["--help"], ["train", "--help"], ["--version"], ["methods"], ["schema"]]
+    commands += [["train", "absent.yaml"], ["show", "absent"], ["eval", "absent"]]
+    printed, heavy = _imports(*commands, home=tmp_path)
+    assert heavy == "[]"
+    assert schema in printed
+    for words in ("Fine-tune language models", "lora-ggpo 0.1.0", "GGPO (relative rule)", "There is no run in absent"):
+        assert words in printed
+
+
+def test_show_imports_no_heavy_library(finished, tmp_path):
+    """Of a run without probabilities, from which it would compute how far they can be trusted."""
+    folder = shutil.copytree(finished[1].folder, tmp_path / "seed-0")
+    (folder / "metrics.json").unlink()
+    shown, heavy = _imports(["show", folder], home=tmp_path)
+    assert heavy == "[]"
+    assert "ggpo      sigma 0.05" in shown
+    assert "unfinished" in shown
+
+
+@pytest.mark.parametrize("damage", ["older release", "another file"])
+def test_a_cache_that_does_not_fit_is_passed_over(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    schema, file = _run("schema").stdout, tmp_path / "lora-ggpo" / "schema.json"
+    file.write_text({"older release": f"0123\n{schema}", "another file": "{}"}[damage])
+    assert _run("schema").stdout == schema
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # where no folder can be
+    assert _run("schema").stdout == schema
 
 
 def test_of_many_processes_the_first_tells_what_is_wrong(monkeypatch):
@@ -148,6 +190,7 @@ def test_demo_compares_both_methods(tmp_path, tiny_bert, reviews):
     ]
     small += ["data.validation_fraction=0.16", "data.test_fraction=0.16", "validate_every=3", "task.max_length=16"]
     small += ["training.max_steps=3", "adapter.r=4", "training.warmup_steps=0", "ggpo.sigma=0.05"]
+    small += ["score_rows=7"]
     result = here("demo", "--seeds", 1, "--output", tmp_path / "demo", *small)
     assert result.exit_code == 0, result.stderr
     output = tmp_path / "demo"
@@ -155,6 +198,7 @@ def test_demo_compares_both_methods(tmp_path, tiny_bert, reviews):
     assert "\ntest: " in result.stdout
     runs = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
     assert [(run["method"], run["seed"]) for run in runs] == [("lora", 0), ("ggpo", 0)]
+    assert [run["evaluation"]["test"]["accuracy"]["n"] for run in runs] == [7, 7]
     assert [run["chosen"] for run in runs] == [{"training.learning_rate": 1e-3}] * 2
     assert (output / "figures" / "curves.png").stat().st_size > 10_000
     recipes = {name: load_recipe(output / "runs" / name / "seed-0" / "recipe.yaml") for name in ("lora", "ggpo")}

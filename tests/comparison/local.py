@@ -30,6 +30,8 @@ class Here:
 
     def close(self): ...
 
+    def abandon(self): ...
+
 
 def here(*arguments):
     """`lora-ggpo` with these arguments."""

@@ -1,13 +1,17 @@
 """A small comparison: killed, stopped and resumed."""
 
+import io
 import json
 import os
+import re
 import signal
 import threading
+from concurrent.futures import Future
 from datetime import date
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lora_ggpo.comparison import engine
 from lora_ggpo.comparison.engine import run_comparison
@@ -16,6 +20,7 @@ from lora_ggpo.comparison.pool import FAILURE, LocalPool, carry_out
 from lora_ggpo.comparison.results import read_results
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.source import parse_source, read_source
+from lora_ggpo.workspace import progress
 from lora_ggpo.workspace.files import write_json
 from lora_ggpo.workspace.progress import Reporter
 from tests.comparison.local import Here, forking, here
@@ -114,6 +119,28 @@ def test_workers_are_fresh_processes_that_share_the_cores():
     assert pool.submit(os.getpid).result() != os.getpid()
     assert pool.submit(threading.active_count).result() == 2  # one looks whether the parent is still there
     pool.close()
+
+
+def test_runs_under_way_say_how_far_they_are(recipe_file, tmp_path, monkeypatch):
+    class Slow(Here):
+        """Takes half of the steps, and fails once that has been seen."""
+
+        def submit(self, function, name, recipe, folder):
+            future = Future()
+            folder.mkdir(parents=True)
+            (folder / "log.jsonl").write_text('{"step": 2, "loss": 0.5}\n{"step": 2, "validation/loss": 1.0}\n{"ste')
+            threading.Timer(0.3, lambda: future.set_result(write_json(folder / FAILURE, {"message": "none"}))).start()
+            return future
+
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.1)
+    grid = plan_comparison(read_source(recipe_file, OVERRIDES), ["lora", "ggpo"], 1, 1, (), None, tmp_path)
+    said = io.StringIO()
+    run_comparison(grid, Slow, "command", Reporter(Console(file=said, width=200)))
+    lines = said.getvalue().splitlines()
+    assert re.search(r"^compare: 0/2, lora seed 0 step 2, loss 0\.500, 0:0\d left$", lines[0])
+    assert "compare: 1/2, ggpo seed 0 step 2, loss 0.500, 0:00 left" in lines
+    assert lines[-1] == "compare: 2/2, ggpo seed 0"
 
 
 def test_another_comparison_in_the_folder_is_refused(compared):

@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 from lora_ggpo.errors import UserError
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.recipe.fields import TRAINING_DEFAULTS
-from lora_ggpo.recipe.recipe import dump_yaml, json_schema, load_recipe, parse_recipe
+from lora_ggpo.recipe.recipe import json_schema, load_recipe, parse_recipe
+from lora_ggpo.recipe.source import dump_yaml
 
 TEXT = """\
 model: minilm

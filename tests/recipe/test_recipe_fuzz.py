@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.explain import sections
-from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe, parse_recipe
+from lora_ggpo.recipe.recipe import Recipe, load_recipe, parse_recipe
+from lora_ggpo.recipe.source import dump_yaml
 
 VALUES = {
     "model": "minilm",

@@ -169,6 +169,23 @@ def test_a_mistake_before_the_first_step_can_be_corrected(recipe_file, tmp_path)
         train(load_recipe(recipe_file, [*few, "training.learning_rate=1e-2"]), QUIET)
 
 
+def test_fewer_rows_can_be_scored(finished, recipe_file):
+    """The same ones, in training, after it and when it is over."""
+    run = _train(recipe_file, "score_rows=7", "training.max_steps=2", "validate_every=2")
+    scored = run.metrics["evaluation"]
+    sizes = {name: {metric["n"] for metric in of.values()} for name, of in scored.items()}
+    assert sizes["validation"] == sizes["test"] == {7}
+    assert sum(n for name, of in sizes.items() if name.startswith("train") for n in of) == 7
+    (validated,) = [row["validation/accuracy"] for row in run.log if "validation/accuracy" in row]
+    assert validated == pytest.approx(scored["validation"]["accuracy"]["value"])
+    assert evaluate_run(run.folder, reporter=QUIET) == scored
+
+    def ids(folder):
+        return {json.loads(row)["id"] for row in (folder / "predictions" / "test.jsonl").read_text().splitlines()}
+
+    assert ids(run.folder) < ids(finished[1].folder)
+
+
 def test_evaluation_of_a_finished_run(finished, reviews):
     _, run = finished
     assert evaluate_run(run.folder, reporter=QUIET) == run.metrics["evaluation"]

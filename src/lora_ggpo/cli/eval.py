@@ -16,8 +16,10 @@ def command(
     base: Base = None,
 ) -> None:
     """Score a finished run again, or on other data. What it generates is scored by `lora-ggpo suite`."""
-    from lora_ggpo.report.tables import metrics_table
     from lora_ggpo.training.folder import find_runs
+
+    runs = find_runs(run)  # what is wrong with it is said before the heavy imports
+    from lora_ggpo.report.tables import metrics_table
     from lora_ggpo.training.reuse import evaluate_run
 
-    print_table(metrics_table([evaluate_run(one.folder, on, base=base) for one in find_runs(run)]))
+    print_table(metrics_table([evaluate_run(one.folder, on, base=base) for one in runs]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +14,7 @@ from lora_ggpo.methods.table import GROUPS
 
 if TYPE_CHECKING:
     from lora_ggpo.comparison.grid import Grid
+    from lora_ggpo.comparison.pool import LocalPool, RayPool
 
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time on this machine.")]
 Ray = Annotated[str | None, typer.Option(help="Address of a Ray cluster to run on instead.")]
@@ -21,14 +24,31 @@ RayGpus = Annotated[float, typer.Option(min=0, help="GPUs of a run on the cluste
 _OPTIONS = ("--jobs", "--ray", "--ray-cpus", "--ray-gpus")
 
 
-def carry_out(grid: Grid, jobs: int, ray: str | None = None, ray_cpus: int = 1, ray_gpus: float = 0) -> None:
+@contextmanager
+def start_pool(
+    jobs: int, ray: str | None = None, ray_cpus: int = 1, ray_gpus: float = 0
+) -> Iterator[Callable[[], LocalPool | RayPool]]:
+    """What gives the place of the runs. On this machine a worker imports the libraries from now on."""
+    from lora_ggpo.comparison.pool import LocalPool, RayPool, load_libraries
+
+    if ray:
+        yield lambda: RayPool(ray, ray_cpus, ray_gpus)
+        return
+    pool = LocalPool(jobs)
+    pool.submit(load_libraries)
+    try:
+        yield lambda: pool
+    finally:
+        pool.abandon()
+
+
+def carry_out(grid: Grid, make_pool: Callable[[], LocalPool | RayPool]) -> None:
     """Do the runs of `grid`."""
     from lora_ggpo.comparison.engine import run_comparison
-    from lora_ggpo.comparison.pool import LocalPool, RayPool
     from lora_ggpo.workspace.progress import Reporter
 
     command = shlex.join(["lora-ggpo", *_without_placement(sys.argv[1:])])
-    run_comparison(grid, lambda: RayPool(ray, ray_cpus, ray_gpus) if ray else LocalPool(jobs), command, Reporter())
+    run_comparison(grid, make_pool, command, Reporter())
 
 
 def method_names(text: str) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 
 from lora_ggpo.cli.options import MethodsRecipe, Output, Overrides
 from lora_ggpo.cli.output import print_report
-from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names
+from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names, start_pool
 
 
 def command(
@@ -35,9 +35,11 @@ def command(
     from lora_ggpo.recipe.source import read_source
 
     source = read_source(recipe, overrides or ())
-    from lora_ggpo.comparison.grid import plan_study
+    with start_pool(jobs, ray, ray_cpus, ray_gpus) as pool:
+        from lora_ggpo.comparison.grid import plan_study
+
+        grid = plan_study(source, method_names(methods), seeds, axis or (), output)
+        carry_out(grid, pool)
     from lora_ggpo.report.study import write_study_report
 
-    grid = plan_study(source, method_names(methods), seeds, axis or (), output)
-    carry_out(grid, jobs, ray, ray_cpus, ray_gpus)
     print_report(write_study_report(output), output)

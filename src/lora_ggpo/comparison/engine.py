@@ -6,10 +6,10 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 from lora_ggpo.comparison.axes import Values
@@ -17,13 +17,19 @@ from lora_ggpo.comparison.grid import Grid, PlannedRun
 from lora_ggpo.comparison.pool import FAILURE, Pool, carry_out
 from lora_ggpo.comparison.results import validation_score, write_results
 from lora_ggpo.errors import UserError
-from lora_ggpo.recipe.recipe import check_recipe
+from lora_ggpo.recipe.recipe import Recipe, check_recipe
 from lora_ggpo.statistics.metrics import METRICS
-from lora_ggpo.workspace.files import read_json, write_json
+from lora_ggpo.workspace.files import read_json, read_json_lines, write_json
 from lora_ggpo.workspace.folder import claim
 from lora_ggpo.workspace.interrupt import Interrupted
 from lora_ggpo.workspace.libraries import device_name, versions
 from lora_ggpo.workspace.progress import Reporter, Task
+
+LOOK_SECONDS = 1.0
+"""Between two looks at the logs of runs that are under way."""
+
+SHOWN_RUNS = 2
+"""Of these, at most."""
 
 
 def run_comparison(grid: Grid, make_pool: Callable[[], Pool], command: str, reporter: Reporter) -> None:
@@ -38,8 +44,10 @@ def run_comparison(grid: Grid, make_pool: Callable[[], Pool], command: str, repo
     """
     with _claim(grid, command):
         tuning = grid.tuning()
-        with reporter.task("study" if grid.study else "compare") as shown:
-            progress = _Progress(grid, shown, make_pool)
+        with (
+            reporter.task("study" if grid.study else "compare") as shown,
+            closing(_Progress(grid, shown, make_pool)) as progress,
+        ):
             progress.carry_out(tuning)
             runs = grid.final(choose(grid, tuning))
             progress.carry_out(runs)
@@ -70,6 +78,7 @@ class _Progress:
         final = len(grid.seeds) * len(grid.settings) * len(grid.methods)
         self._grid, self._task, self._make_pool = grid, task, make_pool
         self._done, self._total = 0, len(grid.tuning()) + final
+        self._pool: Pool | None = None
 
     def carry_out(self, runs: Sequence[PlannedRun]) -> None:
         """Carry out those of `runs` that are neither finished nor failed."""
@@ -81,18 +90,29 @@ class _Progress:
         if not missing:
             return
         _note_environment(self._grid)
-        pool = self._make_pool()
+        self._pool = self._pool or self._make_pool()
+        self._carry_out(missing, self._pool)
+
+    def close(self) -> None:
+        """Wait for the workers to end."""
+        if self._pool is None:
+            return
         try:
-            self._carry_out(missing, pool)
-        finally:
-            _close(pool)
+            self._pool.close()
+        except KeyboardInterrupt:  # a second Ctrl-C
+            self._pool.stop()
+            self._pool.close()
+            raise
 
     def _carry_out(self, runs: Sequence[PlannedRun], pool: Pool) -> None:
         waiting = iter(runs)
         running = {_submit(run, pool): run for run in itertools.islice(waiting, pool.width)}
         try:
             while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                ended = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED).done
+                if not ended:
+                    self._show(itertools.islice(running.values(), SHOWN_RUNS))
+                for future in ended:
                     run = running.pop(future)
                     future.result()
                     self._done += 1
@@ -109,14 +129,20 @@ class _Progress:
                 f"Stopped after {self._done} of {self._total} runs; give the same command again to go on from there."
             ) from error
 
+    def _show(self, runs: Iterable[PlannedRun]) -> None:
+        """Say how far `runs` are, from their logs."""
+        logs = [(run, [row for row in read_json_lines(run.folder / "log.jsonl") if "loss" in row]) for run in runs]
+        last = [(run, rows[-1]) for run, rows in logs if rows]
+        notes = [f"{_name(run)} step {row['step']}, loss {row['loss']:.3f}" for run, row in last]
+        part = sum(_share(run.recipe, row) for run, row in last)
+        self._task.update(self._done, self._total, "; ".join(notes), part)
 
-def _close(pool: Pool) -> None:
-    try:
-        pool.close()
-    except KeyboardInterrupt:  # a second Ctrl-C
-        pool.stop()
-        pool.close()
-        raise
+
+def _share(recipe: Recipe, row: Mapping[str, Any]) -> float:
+    """Which share of its steps a run has done whose last logged row is `row`."""
+    training = recipe.training
+    steps, epochs = training.max_steps, training.num_train_epochs  # type: ignore[attr-defined]
+    return min(1.0, float(row["step"] / steps if steps > 0 else row["epoch"] / epochs))
 
 
 def _submit(run: PlannedRun, pool: Pool) -> Future[Any]:

@@ -54,6 +54,11 @@ class LocalPool:
         """Wait for the workers to end."""
         self._executor.shutdown()
 
+    def abandon(self) -> None:
+        """End the workers at once; after `close` there are none."""
+        for process in multiprocessing.active_children():
+            process.kill()
+
 
 def _begin(threads: int, parent: int) -> None:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
@@ -134,6 +139,13 @@ Pool = LocalPool | RayPool
 """Where calls are carried out."""
 
 
+def load_libraries() -> None:
+    """Import what a run takes: in a worker, while the recipe is still being checked."""
+    quiet_bitsandbytes()
+    warnings.simplefilter("ignore")  # every worker would give them again
+    importlib.import_module("lora_ggpo.training.run")
+
+
 def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
     """Train and score the recipe `values`, of which `name` is the file, in its `folder`.
 
@@ -143,7 +155,7 @@ def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
         UserError: what would stop the other runs as well.
         Interrupted: Ctrl-C; a checkpoint has been saved.
     """
-    quiet_bitsandbytes()
+    load_libraries()
     import torch
 
     from lora_ggpo.recipe.recipe import check_recipe
@@ -152,7 +164,6 @@ def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:
     from lora_ggpo.workspace.files import write_json
     from lora_ggpo.workspace.progress import Reporter
 
-    warnings.simplefilter("ignore")  # every run would give them again
     try:
         train(check_recipe(Source(name, values, {}, {})), Reporter(quiet=True))
     except DivergedError as error:

@@ -6,12 +6,11 @@ import json
 import os
 import typing
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -106,6 +105,9 @@ class Recipe(BaseModel):
     )
     score_test: bool = Field(
         True, description="Score the test sets after training; false while settings are still being chosen."
+    )
+    score_rows: int | None = Field(
+        None, gt=0, description="Rows of each set to score, at most, the same in every run; null is all of them."
     )
 
     _source: Source | None = PrivateAttr(None)
@@ -233,8 +235,3 @@ def json_schema() -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # defaults that JSON has no form for are left out
         return json.dumps(Recipe.model_json_schema(), indent=2)
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    """`values` as YAML, in the order given."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)

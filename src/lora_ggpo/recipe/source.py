@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,3 +167,8 @@ def set_value(values: dict[str, Any], keys: list[str], value: Any, override: str
         if not isinstance(inner, dict):
             raise UserError(f"Override {override!r}: {key} is {inner!r}, which has no settings inside.")
     inner[keys[-1]] = value
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """`values` as YAML, in the order given."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)

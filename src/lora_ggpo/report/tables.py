@@ -6,14 +6,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lora_ggpo.statistics.intervals import Interval, mean_interval
-from lora_ggpo.statistics.metrics import Metric
+if TYPE_CHECKING:
+    from lora_ggpo.statistics.intervals import Interval
+    from lora_ggpo.statistics.metrics import Metric
 
 Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{set: {metric: {"value", "se", "n"}}}, as metrics.json holds it."""
@@ -142,6 +143,8 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def _metric_cell(metrics: Sequence[Mapping[str, Any] | None]) -> str:
+    from lora_ggpo.statistics.intervals import Interval, mean_interval  # numpy: a table of words must not wait for it
+
     found = [metric for metric in metrics if metric is not None and metric["value"] is not None]
     if not found:
         return NOTHING

@@ -134,7 +134,7 @@ def _settings_of(run: Run, settings: Settings, reporter: Reporter) -> Settings:
         reporter.say(f"{run.folder} has no adapter: it is measured in the space of its weights alone.")
         settings = dataclasses.replace(settings, spaces=("weights",))
     for space in settings.spaces:
-        check_space(run.folder, space, adapter=adapter, quantise=run.recipe.get("quantise"))
+        check_space(run.folder, space, adapter=adapter, quantise=run.recipe["quantise"])
     return settings
 
 

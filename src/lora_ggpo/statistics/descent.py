@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats
 
 from lora_ggpo.statistics.intervals import Interval, mean_interval, vary
 
@@ -83,7 +83,7 @@ def double_descent(values: Array) -> Descent:
         positions=positions if score > 0 else None,
         relative=score / noise if noise > 0 else None,
         checked=mean_interval(checked) if checked else None,
-        p=float(stats.ttest_1samp(checked, 0.0, alternative="greater").pvalue) if vary(checked) else None,
+        p=float(scipy.stats.ttest_1samp(checked, 0.0, alternative="greater").pvalue) if vary(checked) else None,
     )
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # whose parts are imported as they are used: stats alone takes a second
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
 
 CONFIDENCE = 0.95
 LEVEL = 0.05
@@ -32,7 +32,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     n = len(array)
     if n < 2:
         return Interval(float(array.mean()), math.nan, n)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * array.std(ddof=1) / math.sqrt(n)
+    half = scipy.special.stdtrit(n - 1, (1 + CONFIDENCE) / 2) * array.std(ddof=1) / math.sqrt(n)
     return Interval(float(array.mean()), float(half), n)
 
 
@@ -44,7 +44,7 @@ def p_value(differences: Sequence[float]) -> float:
     """
     if not vary(differences):
         return math.nan if len(differences) < 2 or any(differences) else 1.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def verdict(difference: Interval, p: float, more: str, less: str) -> str:
@@ -91,13 +91,14 @@ def detectable_difference(differences_sd: float, n: int, power: float = POWER, l
     if n < 2 or not math.isfinite(differences_sd):
         return math.nan
     # The power as a mean over the sample variance's distribution: scipy.stats.nct gives nan for some of these values.
-    quantiles = stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1)
-    critical = stats.t.isf(level / 2, n - 1) * np.sqrt(quantiles / (n - 1))
+    quantiles = scipy.stats.chi2.ppf((np.arange(20_000) + 0.5) / 20_000, n - 1)
+    critical = scipy.stats.t.isf(level / 2, n - 1) * np.sqrt(quantiles / (n - 1))
+    ndtr = scipy.special.ndtr
 
     def excess(shift: float) -> float:
-        return float(np.mean(special.ndtr(shift - critical) + special.ndtr(-shift - critical))) - power
+        return float(np.mean(ndtr(shift - critical) + ndtr(-shift - critical))) - power
 
-    return float(optimize.brentq(excess, 0.0, critical.max() + 10.0)) * differences_sd / math.sqrt(n)
+    return float(scipy.optimize.brentq(excess, 0.0, critical.max() + 10.0)) * differences_sd / math.sqrt(n)
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:

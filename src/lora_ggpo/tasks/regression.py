@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+import scipy
 from datasets import Dataset, Value
-from scipy.stats import rankdata
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -115,7 +115,8 @@ def regression_metrics(predicted: Floats, targets: Floats) -> dict[str, Measured
 
 def _correlations(one: Floats, other: Floats) -> Floats:
     """Pearson's and Spearman's correlation of each row of two arrays (rows, n): (2, rows)."""
-    return np.stack([_pearson(one, other), _pearson(rankdata(one, axis=1), rankdata(other, axis=1))])
+    ranks = [scipy.stats.rankdata(values, axis=1) for values in (one, other)]
+    return np.stack([_pearson(one, other), _pearson(*ranks)])
 
 
 def _pearson(one: Floats, other: Floats) -> Floats:

@@ -41,7 +41,7 @@ from lora_ggpo.training.callbacks import FuseCallback
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.precision import choose_precision
-from lora_ggpo.training.scorer import evaluation_sets
+from lora_ggpo.training.scorer import evaluation_sets, fixed_sample
 from lora_ggpo.training.trackers import check_trackers
 from lora_ggpo.training.trainer import MakeAscent, RunTrainer
 from lora_ggpo.training.validation import check_validation
@@ -52,7 +52,9 @@ Collate = Callable[[Sequence[Row]], Batch]
 
 def scored_sets(recipe: Recipe, splits: Splits) -> dict[str, Dataset]:
     """The sets that a run is scored on after training."""
-    return evaluation_sets(splits) if recipe.score_test else {"validation": splits.validation}
+    if recipe.score_test:
+        return evaluation_sets(splits, recipe.score_rows)
+    return {"validation": fixed_sample(splits.validation, recipe.score_rows or len(splits.validation))}
 
 
 def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArguments:

@@ -17,14 +17,17 @@ OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.recipe.recipe import Recipe, dump_yaml, load_recipe
-from lora_ggpo.training.identity import recorded_precision
+from lora_ggpo.recipe.source import dump_yaml, read_source
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_text
 from lora_ggpo.workspace.folder import differences, refuse_changes
+
+if TYPE_CHECKING:
+    from lora_ggpo.recipe.recipe import Recipe
 
 # What may change in a run that was begun: its place, and what affects nothing but its memory and speed.
 _FREE = (
@@ -41,14 +44,19 @@ class Run:
     """A run folder as it is on disk.
 
     Attributes:
-        recipe: As resolved, with the defaults of settings that an earlier release did not know.
+        written: The recipe as resolved by the release that began the run.
         metrics: None until the run is finished.
     """
 
     folder: Path
-    recipe: dict[str, Any]
+    written: dict[str, Any]
     log: list[dict[str, Any]]
     metrics: dict[str, Any] | None
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe with the defaults of settings that an earlier release did not know; reading it loads libraries."""
+        return _resolved(self.folder / "recipe.yaml")
 
 
 def read_run(folder: Path) -> Run:
@@ -65,7 +73,7 @@ def read_run(folder: Path) -> Run:
     metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     if metrics is not None and not (isinstance(metrics, dict) and {"evaluation", "training"} <= metrics.keys()):
         raise UserError(f"{folder / 'metrics.json'} is damaged: it holds no metrics.")
-    return Run(folder, _resolved(file), read_json_lines(folder / "log.jsonl"), metrics)
+    return Run(folder, read_source(file).values, read_json_lines(folder / "log.jsonl"), metrics)
 
 
 def finished_metrics(run: Run) -> dict[str, Any]:
@@ -95,9 +103,11 @@ def find_runs(path: Path) -> list[Run]:
     if not seeds and not (path / "recipe.yaml").is_file():
         raise UserError(f"There is no run in {path}; give a folder that `lora-ggpo train` made.")
     runs = [read_run(seeds[number]) for number in sorted(seeds)] or [read_run(path)]
-    first = runs[0]
+    first, free = runs[0], (*_FREE, ("ggpo", "seed"))
     for other in runs[1:]:
-        for name, one, another in differences(first.recipe, other.recipe, (*_FREE, ("ggpo", "seed"))):
+        if not any(differences(first.written, other.written, free)):
+            continue
+        for name, one, another in differences(first.recipe, other.recipe, free):
             raise UserError(
                 f"{first.folder} and {other.folder} are runs of different recipes: {name} is {one} in "
                 f"{first.folder.name} and {another} in {other.folder.name}; choose one of them."
@@ -144,7 +154,14 @@ def weights_folder(folder: Path, recipe: Recipe) -> Path:
 
 def summary(run: Run) -> str:
     """The recipe of a run in a few lines."""
-    recipe, chosen = run.recipe, recorded_precision(run.folder / "versions.json") or "fp32"
+    chosen = recorded_precision(run.folder) or "fp32"
+    try:
+        return _summary(run.written, chosen)
+    except (LookupError, TypeError, AttributeError):  # of an earlier release, or damaged, which is then said
+        return _summary(run.recipe, chosen)
+
+
+def _summary(recipe: dict[str, Any], precision: str) -> str:
     data, sections = recipe["data"], ("sam", "mgpo", "bi_lora", "optimizer")
     lines = {
         "model": recipe["model"] + (f" in {recipe['quantise']}" if recipe["quantise"] else ""),
@@ -154,9 +171,16 @@ def summary(run: Run) -> str:
         "ggpo": _short(recipe["ggpo"]) if recipe["ggpo"] else "none",
         **{name: _short(recipe[name]) for name in sections if recipe[name]},
         "training": _short(recipe["training"]),
-        "precision": describe_precision(recipe["precision"], chosen),
+        "precision": describe_precision(recipe["precision"], precision),
     }
     return "\n".join(f"{name:10}{value}" for name, value in lines.items())
+
+
+def recorded_precision(folder: Path) -> str | None:
+    """The precision that the run in `folder` was begun with, if it says so."""
+    file = folder / "versions.json"
+    found = read_json(file) if file.is_file() else {}
+    return found.get("precision") if isinstance(found, dict) else None
 
 
 def describe_precision(asked: str, chosen: str) -> str:
@@ -170,5 +194,7 @@ def _short(values: dict[str, Any]) -> str:
 
 def _resolved(file: Path) -> dict[str, Any]:
     """The recipe of a run; an earlier release did not know all the settings, whose defaults it then had."""
+    from lora_ggpo.recipe.recipe import load_recipe
+
     recipe = load_recipe(file)
     return recipe.resolved(recipe.seeds[0])

@@ -152,7 +152,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
     weights_size = _weights_size(model, tokenizer, folder / "tokenizer")
     every, best = recipe.validate_every, recipe.keep == "best"
     validations = (-(-total // every) if best else total // every) if every else 0
-    validated = [splits.validation, *([splits.train] if recipe.stop_loss else [])]
+    validated = [scored.get("validation", ()), *([splits.train] if recipe.stop_loss else [])]
     row_seconds = _row_seconds(score)
     return Forecast(
         parameters=parameters,

@@ -115,11 +115,6 @@ def recorded_day(file: Path, key: str) -> date | None:
         raise UserError(f"{file} is damaged: {day!r} is no day such as 2026-01-31.") from error
 
 
-def recorded_precision(file: Path) -> str | None:
-    """The precision that a run was begun with, if its versions.json says so."""
-    return _written(file).get("precision")
-
-
 def same_model(folder: Path, other: Path) -> bool:
     """Whether two runs train the same base model, as far as their folders tell."""
     one, another = _written(folder / "model.json"), _written(other / "model.json")

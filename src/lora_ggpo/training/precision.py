@@ -9,8 +9,7 @@ from transformers import TrainingArguments
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe
-from lora_ggpo.training.folder import is_begun
-from lora_ggpo.training.identity import recorded_precision
+from lora_ggpo.training.folder import is_begun, recorded_precision
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 """Types of autocast by precision; None is the model's own."""
@@ -32,10 +31,9 @@ def choose_precision(recipe: Recipe, folder: Path) -> str:
         return asked
     if not is_begun(folder):
         return "bf16" if _is_fast_in_bf16(on_cpu) else "fp32"
-    file = folder / "versions.json"
-    begun = recorded_precision(file) or "fp32"
+    begun = recorded_precision(folder) or "fp32"
     if begun not in TYPES:
-        raise UserError(f"{file} is damaged: {begun!r} is no precision.")
+        raise UserError(f"{folder / 'versions.json'} is damaged: {begun!r} is no precision.")
     return begun
 
 

@@ -77,7 +77,7 @@ def evaluate_run(
     elif splits.labels != task.labels:
         raise UserError(f"The labels of {recipe.data.source} have changed since {folder} was trained on them.")
     args = training_arguments(recipe, folder, recipe.seeds[0])
-    sets = evaluation_sets(splits) if on is None else splits.out_of_domain
+    sets = evaluation_sets(splits, recipe.score_rows) if on is None else splits.out_of_domain
     with memory_errors(recipe, "per_device_eval_batch_size"):
         scores = plain(Scorer(args, model, tokenizer, task, reporter).score(sets, None))
     kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}.json"

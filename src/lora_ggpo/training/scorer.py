@@ -81,14 +81,15 @@ class Scorer:
         return metrics
 
 
-def evaluation_sets(splits: Splits) -> dict[str, Dataset]:
-    """What a run is scored on: validation, test, further test sets, and rows of the training split.
+def evaluation_sets(splits: Splits, size: int | None = None) -> dict[str, Dataset]:
+    """What a run is scored on: validation, test, further test sets, and rows of the training split; `size` of each.
 
     At most `TRAIN_ROWS` training rows are taken, the same for every run on the data. With label noise they come as
     two sets: under ``train-noisy`` the labels are the flipped ones, so its accuracy is memorisation.
     """
     sets = {"validation": splits.validation, "test": splits.test, **splits.out_of_domain}
-    sample = fixed_sample(splits.train, TRAIN_ROWS)
+    sets = {name: fixed_sample(rows, size or len(rows)) for name, rows in sets.items()}
+    sample = fixed_sample(splits.train, min(TRAIN_ROWS, size or TRAIN_ROWS))
     noisy = np.asarray(sample["noisy"], dtype=bool) if "noisy" in sample.column_names else np.zeros(len(sample), bool)
     if noisy.any():
         sets["train-clean"] = sample.select(np.flatnonzero(~noisy))
@@ -100,6 +101,8 @@ def evaluation_sets(splits: Splits) -> dict[str, Dataset]:
 
 def fixed_sample(rows: Dataset, size: int) -> Dataset:
     """At most `size` rows, the same at every call: at random, since sources are often sorted by label."""
+    if len(rows) <= size:
+        return rows
     return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:size]))
 
 

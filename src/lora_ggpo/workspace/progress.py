@@ -10,7 +10,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-PLAIN_SECONDS = 5.0
+PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.02
+"""Plain lines are as far apart as the longer of these: seconds, and a share of the time since the work began."""
+
+LEAST = 0.25
+"""Steps that are done before the time left is told."""
 
 
 class Reporter:
@@ -60,17 +64,21 @@ class Task:
         self._first = done
         self._start = self._said = time.monotonic()
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Report that `done` of `total` steps are done; `note` is a few words such as the loss."""
+    def update(self, done: int, total: int, note: str = "", part: float = 0.0) -> None:
+        """Report that `done` of `total` steps are done; `note` is a few words such as the loss.
+
+        Args:
+            part: What is done of the steps under way, in steps: for the time left.
+        """
         if self._bar is not None:
             self._bar.update(TaskID(self._row), completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        if now - self._said < PLAIN_SECONDS and done < total:
+        if now - self._said < max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._start)) and done < total:
             return
         self._said = now
-        pace = (now - self._start) / max(done - self._first, 1)
-        left = f", {duration(pace * (total - done))} left" if done < total else ""
+        gone, to_come = done + part - self._first, total - done - part
+        left = f", {duration((now - self._start) * to_come / gone)} left" if gone > LEAST and done < total else ""
         self._reporter.say(f"{self._description}: {done}/{total}{f', {note}' if note else ''}{left}")
 
 
