@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH, TOKENS, RATE = 8, 256, 2e-4
+PACKED = 6  # rows of packed examples with about as many tokens as BATCH rows of GSM8K
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
@@ -59,7 +60,7 @@ def ours(data: Path, folder: Path, steps: int, **settings: Any) -> Log:
     owned = ("save_strategy", "report_to", "disable_tqdm", "bf16")
     recipe = {
         "model": "smollm2",
-        "task": {"kind": "sft", "max_length": TOKENS, **settings.pop("task", {})},
+        "task": {"kind": "sft", "max_length": TOKENS},
         "data": {"source": str(data), "validation_fraction": 0.01, "test_fraction": 0.01},
         "adapter": LORA,
         "training": {name: value for name, value in TRAINING.items() if name not in owned} | {"max_steps": steps},
@@ -83,7 +84,7 @@ def trl(data: Path, folder: Path, steps: int, **settings: Any) -> Log:
     clock = make_clock()
     trainer = SFTTrainer(
         model,
-        SFTConfig(output_dir=str(folder), max_steps=steps, max_length=TOKENS, **TRAINING, **settings),
+        SFTConfig(output_dir=str(folder), max_steps=steps, max_length=TOKENS, **{**TRAINING, **settings}),
         train_dataset=Dataset.from_list([json.loads(line) for line in data.read_text().splitlines()]),
         processing_class=tokenizer,
         peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
@@ -155,11 +156,10 @@ BASE, LLAMA_FACTORY = "TRL", "LLaMA-Factory"
 WAYS: dict[str, Callable[[Path, Path, int], Log]] = {
     "TRL": trl,
     "TRL, no gradient checkpointing": lambda *where: trl(*where, gradient_checkpointing=False),
-    "TRL, packing": lambda *where: trl(*where, packing=True),
+    "TRL, packing": lambda *where: trl(*where, packing=True, per_device_train_batch_size=PACKED),
     LLAMA_FACTORY: llama_factory,
     "lora-ggpo, LoRA": ours,
     "lora-ggpo, GGPO": lambda *where: ours(*where, ggpo=GGPO),
-    "lora-ggpo, GGPO, packing": lambda *where: ours(*where, ggpo=GGPO, task={"packing": True}),
 }
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import parse_recipe
+from lora_ggpo.training import build, trainer
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
@@ -68,6 +69,15 @@ def test_packing_and_gradient_checkpointing(run, method):
             assert other.metrics["evaluation"][split]["loss"]["value"] == pytest.approx(
                 scores["loss"]["value"], rel=1e-3
             )
+
+
+def test_on_a_processor_nothing_is_padded_and_logits_are_not_all_taken(run, monkeypatch):
+    seen = []
+    for module, name in ((build, "flatten"), (trainer, "HeadLoss")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *of, own=own, name=name: seen.append(name) or own(*of))
+    run("plain")
+    assert seen == ["HeadLoss", "flatten", "flatten", "flatten"]
 
 
 def test_a_compiled_run_is_the_eager_one(run, pytestconfig):
