@@ -167,7 +167,12 @@ class PerturbedLayer:
     def _perturbs(self) -> bool:
         module = self.module
         training = module.training and self.base.training  # after unload(), eval() reaches the base layer alone
-        if not training or module.disable_adapters or module.merged or not self._active_names():
+        if (
+            not (training or self.passes.predicts)
+            or module.disable_adapters
+            or module.merged
+            or not self._active_names()
+        ):
             return False
         if torch.compiler.is_compiling():
             return self.noise is not None

@@ -22,10 +22,11 @@ class Passes:
         forward: Whether a forward pass with gradients is running.
         any: Whether there was one.
         fuse: Whether layers without noise take the fused forward too.
+        predicts: Whether layers are noisy in evaluation mode too.
     """
 
     def __init__(self) -> None:
-        self.forward = self.any = self.fuse = False
+        self.forward = self.any = self.fuse = self.predicts = False
         self._backward: weakref.ref[Any] | None = None  # to what lives as long as the backward pass of one
 
     def active(self) -> bool:

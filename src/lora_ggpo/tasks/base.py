@@ -68,6 +68,7 @@ class Task(ABC):
         default_template, default_length: Of its settings.
         scores_every_token: Whether scoring takes logits of every token, and so about the memory of training.
         has_reference: Whether it compares a model with itself without its adapter, so that the loss is not the model's.
+        averages: Whether a mean over models of their scores is the score of a prediction.
         answers: Whether a model that has learnt it can be asked something.
     """
 
@@ -82,6 +83,7 @@ class Task(ABC):
     default_length: ClassVar[int] = 128
     scores_every_token: ClassVar[bool] = False
     has_reference: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     answers: ClassVar[bool] = False
 
     def __init__(self, config: TaskConfig, labels: list[str] | None = None) -> None:

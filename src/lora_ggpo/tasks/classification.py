@@ -24,6 +24,7 @@ class ClassTask(Task):
     columns = frozenset({"text", "text_pair", "label", "label_noise"})
     metrics = ("accuracy", "f1", "mcc", "log_loss", "brier", "ece")
     loss = "log_loss"
+    averages = True
     features: ClassVar = {"label": Value("int64")}
 
     def finish(self, scores: Floats) -> Floats:

@@ -65,6 +65,7 @@ class Regression(Task):
     columns = frozenset({"text", "text_pair", "label"})
     metrics = ("pearson", "spearman", "mse")
     loss = "mse"
+    averages = True
     features: ClassVar = {"labels": Value("float32"), "target": Value("float64")}
 
     @property

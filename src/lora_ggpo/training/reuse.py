@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, load_recipe
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.build import AnyModel, load_weights, training_arguments
+from lora_ggpo.training.draws import Draws, predicting
 from lora_ggpo.training.folder import finished_metrics, read_run, weights_folder
 from lora_ggpo.training.identity import check_data, check_model, check_weights
 from lora_ggpo.training.memory import memory_errors
@@ -51,7 +54,11 @@ def load_trained(
 
 
 def evaluate_run(
-    folder: Path, on: str | None = None, reporter: Reporter | None = None, base: str | None = None
+    folder: Path,
+    on: str | None = None,
+    reporter: Reporter | None = None,
+    base: str | None = None,
+    draws: Draws | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Score the finished run in `folder`; keep the scores in ``folder/evaluation/sets-*.json`` if that can be written.
 
@@ -59,6 +66,7 @@ def evaluate_run(
         on: Data to score on (a bundled name, file, folder or hub id, with the run's columns or default ones); None is
             all sets of the run.
         base: Where the run's base model lies now, if it has moved.
+        draws: Average predictions over draws of noise; None predicts with the weights as they are.
 
     Returns:
         {set: {metric: {"value", "se", "n"}}}.
@@ -78,10 +86,16 @@ def evaluate_run(
         raise UserError(f"The labels of {recipe.data.source} have changed since {folder} was trained on them.")
     args = training_arguments(recipe, folder, recipe.seeds[0])
     sets = evaluation_sets(splits, recipe.score_rows) if on is None else splits.out_of_domain
-    with memory_errors(recipe, "per_device_eval_batch_size"):
-        scores = plain(Scorer(args, model, tokenizer, task, reporter).score(sets, None))
-    kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}.json"
-    facts = {"on": on, "data": {name: digest(rows) for name, rows in sets.items()}, "versions": versions()}
+    score = Scorer(args, model, tokenizer, task, reporter)
+    noise = predicting(draws, score, model, recipe, task, splits.validation) if draws else nullcontext(0.0)
+    with memory_errors(recipe, "per_device_eval_batch_size"), noise as sigma:
+        if draws:
+            reporter.say(f"{folder}: {draws.count} draws at sigma {sigma:.4g}")
+        scores = plain(score.score(sets, None))
+    under = f"-{draws.count}-draws" if draws else ""
+    kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}{under}.json"
+    facts: dict[str, Any] = {"draws": {**asdict(draws), "sigma": sigma}} if draws else {}
+    facts |= {"on": on, "data": {name: digest(rows) for name, rows in sets.items()}, "versions": versions()}
     try:
         kept.parent.mkdir(exist_ok=True)
         write_json(kept, {"evaluation": scores, **facts})

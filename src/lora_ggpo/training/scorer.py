@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import check_tokens
 from lora_ggpo.tasks import Measured, Task
+from lora_ggpo.tasks.base import Progress
+from lora_ggpo.tasks.metrics import Floats
 from lora_ggpo.training.precision import TYPES, precision_of
 from lora_ggpo.workspace.files import write_json_lines
 from lora_ggpo.workspace.progress import Reporter
@@ -28,11 +32,16 @@ Scores = dict[str, dict[str, Measured]]
 
 
 class Scorer:
-    """Scores one model, on the device and in the precision of `args`."""
+    """Scores one model, on the device and in the precision of `args`.
+
+    Attributes:
+        draws: What puts each draw of its noise in place; scores are then their mean. None is the model as it is.
+    """
 
     def __init__(
         self, args: TrainingArguments, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, reporter: Reporter
     ) -> None:
+        self.draws: Sequence[Callable[[], None]] | None = None
         self._model, self._tokenizer, self._task, self._reporter = model.to(args.device), tokenizer, task, reporter
         self._options: dict[str, Any] = {
             "batch_size": args.per_device_eval_batch_size,
@@ -62,7 +71,7 @@ class Scorer:
 
     def quick(self, encoded: Dataset) -> dict[str, float]:
         """Metrics of encoded rows by name, without standard errors or progress."""
-        metrics = self._task.evaluate(self._model, encoded, self._tokenizer, **self._options)
+        metrics = self._task.measure(self._scores(encoded), encoded)
         return {name: metric.value for name, metric in metrics.items()}
 
     def score(self, sets: dict[str, Dataset], predictions: Path | None) -> Scores:
@@ -73,12 +82,27 @@ class Scorer:
     def _score(self, name: str, predictions: Path | None) -> dict[str, Measured]:
         rows = self.encoded[name]
         with self._reporter.task(f"evaluate {name}") as shown:
-            scores = self._task.score(self._model, rows, self._tokenizer, **self._options, progress=shown.update)
+            scores = self._scores(rows, shown.update)
             metrics = self._task.measure(scores, rows)
         lines = self._task.lines(scores, rows) if predictions else []
         if predictions and lines:
             write_json_lines(predictions / f"{file_name(name)}.jsonl", lines)
         return metrics
+
+    def _scores(self, rows: Dataset, progress: Progress = lambda done, every: None) -> Floats:
+        score = partial(self._task.score, self._model, rows, self._tokenizer, **self._options)
+        if self.draws is None:
+            return score(progress=progress)
+        parts, every = [], len(rows) * len(self.draws)
+        for number, draw in enumerate(self.draws):
+            draw()
+            begun = number * len(rows)
+
+            def shown(done: int, _: int, begun: int = begun) -> None:
+                progress(begun + done, every)
+
+            parts.append(score(progress=shown))
+        return np.mean(parts, axis=0)
 
 
 def evaluation_sets(splits: Splits, size: int | None = None) -> dict[str, Dataset]:
