@@ -55,9 +55,13 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while True:
-            status = Path("/proc/self/status").read_text()
-            self.peak = max(self.peak, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
+            self.look()
             time.sleep(0.02)
+
+    def look(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        self.peak = max(self.peak, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
+        return self.peak
 
 
 def measure(model: Path, data: Path, folder: Path) -> dict[str, float]:
@@ -84,7 +88,7 @@ def measure(model: Path, data: Path, folder: Path) -> dict[str, float]:
     )
     watch = Watch()
     watch.start()
-    start, before = time.perf_counter(), watch.peak
+    start, before = time.perf_counter(), watch.look()
     splits = recipe.task.type.load(recipe.data)
     loaded, loading = watch.peak, time.perf_counter() - start
     del splits

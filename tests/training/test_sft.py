@@ -6,13 +6,17 @@ import warnings
 import pytest
 import yaml
 
+from lora_ggpo.data import files, spool
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import parse_recipe
+from lora_ggpo.tasks import sft as sft_task
 from lora_ggpo.training import build, trainer
 from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.run import train
+from lora_ggpo.workspace.files import read_json
 from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import recipe_text, write_pairs
+from tests.training.runs import assert_same
 
 QUIET = Reporter(quiet=True)
 METHODS = {
@@ -86,6 +90,22 @@ def test_a_compiled_run_is_the_eager_one(run, pytestconfig):
     plain = run("plain", *METHODS["ggpo"])
     compiled = run("compiled", *METHODS["ggpo"], "training.torch_compile=true", "training.torch_compile_backend=eager")
     assert losses(compiled) == [pytest.approx(row, rel=1e-5) for row in losses(plain)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_in_files_change_nothing(run, packing, monkeypatch):
+    """A file that is read piece by piece, of which text and tokens are mapped."""
+    settings = ["training.per_device_train_batch_size=4", "validate_every=2", f"task.packing={packing}"]
+    held = run("held", *settings)
+    monkeypatch.setattr(files, "LONG", 0)
+    monkeypatch.setattr(files, "PIECE", 7)
+    monkeypatch.setattr(spool, "PIECE", 7)
+    monkeypatch.setattr(spool, "HELD", 100)
+    monkeypatch.setattr(sft_task, "CHUNK", 3)
+    mapped = run("mapped", *settings)
+    assert_same(mapped.folder, held.folder)
+    assert mapped.metrics["evaluation"] == held.metrics["evaluation"]
+    assert read_json(mapped.folder / "data.json") == read_json(held.folder / "data.json")
 
 
 def test_packed_runs_have_fewer_steps_an_epoch(run):

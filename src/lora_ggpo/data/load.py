@@ -238,7 +238,7 @@ def _keys(rows: datasets.Dataset) -> NDArray[np.uint64]:
     values = chain.from_iterable(piece[name] for piece in rows.select_columns(name).iter(PIECE))
     texts = (value if isinstance(value, str) else json.dumps(value) for value in values)
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return np.frombuffer(b"".join(digests), dtype=np.uint64)
+    return np.fromiter((int.from_bytes(one) for one in digests), dtype=np.uint64, count=len(rows))
 
 
 def _main_tables(config: DataConfig) -> dict[str, Table]:

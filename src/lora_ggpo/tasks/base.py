@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -178,7 +179,7 @@ class Task(ABC):
             )
         try:
             self.check(dataset, tokenizer)
-            return spooled(self._arrow(rows) for rows in self.rows(dataset, tokenizer, name) if rows)
+            return spooled(arrow(rows, self.features) for rows in self.rows(dataset, tokenizer, name) if rows)
         except UserError as error:
             if not name or str(error).startswith("task."):  # a setting of the recipe: its line is named
                 raise
@@ -247,11 +248,6 @@ class Task(ABC):
         """The metrics of encoded rows; `options` are those of `score`."""
         return self.measure(self.score(model, rows, tokenizer, **options), rows)
 
-    def _arrow(self, rows: list[Row]) -> pyarrow.Table:
-        types = {name: type_ for name, type_ in {**_COLUMNS, **self.features}.items() if name in rows[0]}
-        columns = {name: [row[name] for row in rows] for name in types}
-        return pyarrow.Table.from_pydict(columns, Features(types).arrow_schema)
-
 
 def encoded_row(ids: list[int], labels: float | list[int], **further: Any) -> Row:
     """A row of tokens, the labels that the model gets, and what the task adds."""
@@ -271,9 +267,11 @@ def split_row(row: Mapping[str, Any]) -> list[Row]:
     return [encoded_row(row["input_ids"][place], row["labels"][place]) for place in places]
 
 
-def packed_dataset(columns: dict[str, list[Any]]) -> Dataset:
-    """Columns of packed rows, in the types of encoded ones."""
-    return Dataset.from_dict(columns, Features({name: _COLUMNS[name] for name in columns}))
+def arrow(rows: list[Row], features: Mapping[str, Any] = MappingProxyType({})) -> pyarrow.Table:
+    """Encoded rows in the types of their columns, with `features` of columns that are not in all tasks alike."""
+    types = {name: type_ for name, type_ in {**_COLUMNS, **features}.items() if name in rows[0]}
+    columns = {name: [row[name] for row in rows] for name in types}
+    return pyarrow.Table.from_pydict(columns, Features(types).arrow_schema)
 
 
 def _collate(pad: Callable[[list[Row]], Batch], rows: Sequence[Row]) -> Batch:

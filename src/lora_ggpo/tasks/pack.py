@@ -14,8 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_ggpo.data.spool import numbers, spooled
 from lora_ggpo.errors import UserError
-from lora_ggpo.tasks.base import NO_LOSS, Batch, Row, packed_dataset
+from lora_ggpo.tasks.base import CHUNK, NO_LOSS, Batch, Row, arrow, encoded_row
 from lora_ggpo.tasks.forward import evaluating
 
 
@@ -29,19 +30,18 @@ def pack(rows: Dataset, max_length: int) -> Dataset:
     Returns:
         Rows with input_ids, labels, position_ids (from 0 in each example), attention_mask and length.
     """
-    lengths = list(rows["length"])
-    packs = _best_fit(lengths, max_length)
-    ids, labels = rows["input_ids"][:], rows["labels"][:]
-    return packed_dataset(
-        {
-            "input_ids": [list(chain.from_iterable(ids[row] for row in pack)) for pack in packs],
-            # Nothing in its own example predicts an example's first token.
-            "labels": [list(chain.from_iterable([NO_LOSS, *labels[row][1:]] for row in pack)) for pack in packs],
-            "position_ids": [list(chain.from_iterable(range(lengths[row]) for row in pack)) for pack in packs],
-            "attention_mask": [[1] * sum(lengths[row] for row in pack) for pack in packs],
-            "length": [sum(lengths[row] for row in pack) for pack in packs],
-        }
+    packs = _best_fit(numbers(rows, "length").tolist(), max_length)
+    return spooled(
+        arrow([_packed(rows[pack]) for pack in packs[begin : begin + CHUNK]]) for begin in range(0, len(packs), CHUNK)
     )
+
+
+def _packed(rows: dict[str, list[list[int]]]) -> Row:
+    ids = list(chain.from_iterable(rows["input_ids"]))
+    # Nothing in its own example predicts an example's first token.
+    labels = list(chain.from_iterable([NO_LOSS, *labels[1:]] for labels in rows["labels"]))
+    positions = list(chain.from_iterable(range(len(ids)) for ids in rows["input_ids"]))
+    return encoded_row(ids, labels, position_ids=positions)
 
 
 def check_packing(model: torch.nn.Module) -> None:
