@@ -14,6 +14,7 @@ from lora_ggpo.recipe.recipe import load_recipe, parse_recipe
 from lora_ggpo.training import run
 from lora_ggpo.training.build import build_model, load_weights, training_arguments
 from lora_ggpo.training.checkpoints import last_whole
+from lora_ggpo.training.folder import summary
 from lora_ggpo.training.run import train
 from lora_ggpo.training.trainer import EpochSampler
 from lora_ggpo.training.validation import Validation, best_row, check_validation, is_over
@@ -119,6 +120,8 @@ def test_patience_spares_the_rest_and_keeps_the_same(completions, runs, tmp_path
     (patient,) = train(parse_recipe(completions(ROWS), "r.yaml", settings), QUIET)
     assert patient.metrics["training"] | {"steps": kept + EVERY, "kept_step": kept} == patient.metrics["training"]
     assert patient.metrics["evaluation"] == runs(ROWS).metrics["evaluation"]
+    assert "\nkeep      best\n" in summary(runs(ROWS))
+    assert "\nkeep      best, patience 1\n" in summary(patient)
 
 
 @pytest.mark.parametrize(("where", "patience"), [("in training", "null"), ("before the weights are saved", "1")])

@@ -163,6 +163,7 @@ def summary(run: Run) -> str:
 
 def _summary(recipe: dict[str, Any], precision: str) -> str:
     data, sections = recipe["data"], ("sam", "mgpo", "bi_lora", "optimizer")
+    best = {name: recipe[name] for name in ("keep_metric", "patience")}
     lines = {
         "model": recipe["model"] + (f" in {recipe['quantise']}" if recipe["quantise"] else ""),
         "task": recipe["task"]["kind"],
@@ -171,6 +172,7 @@ def _summary(recipe: dict[str, Any], precision: str) -> str:
         "ggpo": _short(recipe["ggpo"]) if recipe["ggpo"] else "none",
         **{name: _short(recipe[name]) for name in sections if recipe[name]},
         "training": _short(recipe["training"]),
+        "keep": ", ".join([recipe["keep"], *filter(None, [_short(best)])]),
         "precision": describe_precision(recipe["precision"], precision),
     }
     return "\n".join(f"{name:10}{value}" for name, value in lines.items())
