@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.aliases import ALIASES
 from lora_ggpo.recipe.fields import AdapterFields, TrainingFields, why_not_set
-from lora_ggpo.recipe.recipe import dump_yaml, json_schema, parse_recipe
+from lora_ggpo.recipe.recipe import json_schema, parse_recipe
+from lora_ggpo.recipe.source import dump_yaml
 
 RECIPE = """\
 model: minilm
