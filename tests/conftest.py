@@ -32,7 +32,7 @@ def pytest_configure(config):
 
 
 LONG = ("test_ray", "test_accumulation", "test_quantise", "test_study", "test_killed", "test_runs", "test_engine")
-LONG += ("test_ranks", "test_examples")
+LONG += ("test_ranks", "test_sharding", "test_examples")
 SLOW = {*LONG, "test_bundled", "test_chat", "test_comparison", "test_descent", "test_distributed"}
 SLOW |= {"test_forecast", "test_humaneval", "test_measure", "test_merge", "test_metrics", "test_objective"}
 SLOW |= {"test_paper_recipes", "test_plots", "test_rejected", "test_release_0_1_0", "test_sft", "test_suites"}

@@ -192,7 +192,7 @@ def test_several_gpus_in_one_process_are_refused(build, loaded):
     """The Trainer's rule: DataParallel, but for quantised models. Nothing is attached when that is said."""
 
     class Arguments:
-        n_gpu = 2
+        n_gpu, world_size = 2, 1
 
     trainer = build(callbacks=[], max_steps=1)
     model, callback = trainer.model, GGPOCallback(CONFIG)

@@ -119,6 +119,49 @@ def test_mgpo_needs_an_optimizer_that_keeps_the_momentum_it_follows(optim):
         parse_recipe(TEXT, "r.yaml", [*mgpo, f"training.optim={optim}"])
 
 
+CUTS = "sees whole weights and gradients, and sharding {} cuts them"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["sharding=fsdp2", "training.fsdp=true"], "training.fsdp both share the model out; leave one of them out"),
+        (["sharding=zero2", "training.deepspeed={zero_optimization: {stage: 2}}"], "training.deepspeed both share"),
+        (["training.fsdp=true", "training.fsdp_config={version: 1}"], "training.fsdp_config is for version 2 of FSDP"),
+        (["ggpo=null", "sharding=zero1", "sam.rho=0.1"], "sam " + CUTS.format("zero1")),
+        (["ggpo=null", "sharding=fsdp2", "mgpo.rho=0.1"], "mgpo " + CUTS.format("fsdp2")),
+        (["ggpo=null", "training.fsdp=true", "bi_lora.rho=0.1"], "bi_lora " + CUTS.format("fsdp2")),
+        (["sharding=zero2", "task=dpo", "ggpo=null"], "task dpo compares a model with what it was"),
+        (["sharding=zero3", "optimizer=lora-fa"], "optimizer lora-fa " + CUTS.format("zero3")),
+        (["sharding=zero2", "adapter.type=adalora"], "adapter.type adalora " + CUTS.format("zero2")),
+        (["sharding=fsdp2", "adapter.init_lora_weights=pissa"], "pissa " + CUTS.format("fsdp2")),
+        (["sharding=fsdp2", "quantise=int8", "ggpo=null"], "quantise int8 cannot be cut by sharding fsdp2"),
+        (["sharding=zero3", "quantise=nf4", "ggpo=null"], "quantise nf4 cannot be cut by sharding zero3"),
+        (["sharding=fsdp2", "quantise=nf4"], "ggpo reads the quantised weights, which sharding fsdp2 keeps in pieces"),
+    ],
+)
+def test_what_a_model_that_is_shared_out_cannot_be_with(settings, message):
+    with pytest.raises(UserError) as error:
+        parse_recipe(TEXT, "r.yaml", settings)
+    assert message in str(error.value)
+
+
+def test_a_shared_model_may_be_adapted_and_quantised_otherwise():
+    for sharding in ("zero1", "zero2"):
+        parse_recipe(TEXT, "r.yaml", [f"sharding={sharding}", "adapter.init_lora_weights=pissa"])
+        parse_recipe(TEXT, "r.yaml", [f"sharding={sharding}", "quantise=int8"])
+    nf4 = ["sharding=fsdp2", "quantise=nf4", "ggpo=null", "training.fsdp_config={cpu_offload: true}"]
+    parse_recipe(TEXT, "r.yaml", nf4)
+
+
+def test_settings_of_deepspeed_may_come_from_a_file(tmp_path):
+    settings = {"zero_optimization": {"stage": 3}}
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    recipe = parse_recipe(TEXT, "r.yaml", [f"training.deepspeed={tmp_path / 'zero.json'}"])
+    assert recipe.resolved(0)["training"]["deepspeed"] == settings
+    assert recipe.shards == "zero3"
+
+
 @pytest.mark.parametrize("name", ["mgpo", "bi_lora"])
 @pytest.mark.parametrize(
     ("setting", "message"),

@@ -15,7 +15,7 @@ from lora_ggpo.recipe.recipe import load_recipe
 from lora_ggpo.training import forecast as module
 from lora_ggpo.training import precision
 from lora_ggpo.training.checkpoints import last_whole
-from lora_ggpo.training.forecast import forecast, largest_batch, longest_rows
+from lora_ggpo.training.forecast import at_once, forecast, largest_batch, longest_rows, share_of_memory
 from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.training.run import train
 from lora_ggpo.training.trainer import RunTrainer
@@ -41,6 +41,30 @@ def test_parameters_are_those_that_peft_counts(planned):
     found, run = planned
     assert (found.trained, found.parameters) == load_trained(run.folder)[0].get_nb_trainable_parameters()
     assert found.perturbed == 12  # query and value of 6 layers
+
+
+def test_processes_that_share_a_model_out_have_less_each():
+    memory = {"frozen weights": 100, "trained parameters": 10, "gradients": 10, "optimizer state": 21, "the rest": 7}
+    for shards, each in {
+        "zero1": [100, 10, 10, 6, 7],
+        "zero2": [100, 10, 3, 6, 7],
+        "zero3": [25, 3, 3, 6, 7, 50],
+        "fsdp2": [25, 3, 3, 6, 7, 50],
+    }.items():
+        assert [*share_of_memory(memory, shards, 4, 50).values()] == each
+        assert share_of_memory(memory, shards, 1, 50) == memory
+
+
+def test_two_blocks_and_what_is_in_none_are_put_together():
+    blocks = torch.nn.ModuleList(torch.nn.Linear(width, 1, bias=False) for width in (3, 5, 4))
+    assert at_once(torch.nn.Sequential(torch.nn.Embedding(7, 2), blocks)) == 4 * (5 + 4 + 7 * 2)
+
+
+def test_plan_counts_the_shards(recipe_file):
+    result = CliRunner().invoke(app, ["plan", str(recipe_file), "--steps=1", "--processes=4", "sharding=fsdp2"])
+    assert result.exit_code == 0, result.output
+    assert "memory of each of 4 processes" in result.output
+    assert "weights put together" in result.output
 
 
 def test_memory_is_counted_by_parts(planned):

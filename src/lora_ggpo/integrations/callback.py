@@ -37,6 +37,7 @@ class GGPOCallback(TrainerCallback, ExportableState):
         self.config = GGPOConfig.from_dict(config) if isinstance(config, Mapping) else config or GGPOConfig()
         self.ggpo: GGPO | None = None
         self._grad_scale = 1.0
+        self._processes = 1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -52,8 +53,12 @@ class GGPOCallback(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks  # a dictionary by class name, whatever its annotation says
         # A checkpoint of a run without GGPO has no entry, and the Trainer fails to save one that is not there.
         saved = callbacks.setdefault(type(self).__name__, self.state())
+        self._processes = args.world_size
         if state.global_step > 0:
-            self.ggpo.load_state_dict(_decoded(saved["attributes"]["ggpo_state"]))
+            tensors, before = _decoded(saved["attributes"]["ggpo_state"]), saved["attributes"].get("processes")
+            if before:  # draws are numbered through all processes: other ones take up where those before stopped
+                tensors["forwards"] = tensors["forwards"] * before // self._processes
+            self.ggpo.load_state_dict(tensors)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,7 +91,8 @@ class GGPOCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The configuration and, once training has begun, the state of :class:`GGPO` (for ``trainer_state.json``)."""
         tensors = self.ggpo.state_dict() if self.ggpo else {}
-        return {"args": {"config": self.config.to_dict()}, "attributes": {"ggpo_state": _encoded(tensors)}}
+        attributes = {"ggpo_state": _encoded(tensors), "processes": self._processes}
+        return {"args": {"config": self.config.to_dict()}, "attributes": attributes}
 
 
 def _move_first(callback: TrainerCallback) -> None:

@@ -21,6 +21,7 @@ from lora_ggpo.methods.initialise import Batches, initialise
 from lora_ggpo.methods.optimizers import adalora_config
 from lora_ggpo.models.architecture import Architecture
 from lora_ggpo.models.load import explain_unreadable
+from lora_ggpo.perturbation.zero import is_cut
 
 
 def add_adapter(
@@ -72,7 +73,9 @@ def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
     if isinstance(model, PeftModel):
         trained, parameters = model.get_nb_trainable_parameters()
         return trained, parameters
-    return model.num_parameters(only_trainable=True), model.num_parameters()
+    trained, parameters = model.num_parameters(only_trainable=True), model.num_parameters()
+    cut: list[Any] = [p for p in model.parameters() if is_cut(p) and not p.numel()]  # which count as 0 there
+    return trained + sum(p.ds_numel for p in cut if p.requires_grad), parameters + sum(p.ds_numel for p in cut)
 
 
 def freeze_body(model: PreTrainedModel) -> PreTrainedModel:
@@ -144,7 +147,8 @@ def _warn_of_what_cannot_be_merged(model: PeftModel) -> None:
         without_bias = getattr(base, "bias", None) is None
         if without_bias and any(getattr(layer, "lora_bias", {}).values()):
             continue  # peft cannot merge it, but `merge` may: it gives the layer a bias where the architecture has one
-        if type(getattr(base, "weight", None)) is nn.Parameter:
+        weight = getattr(base, "weight", None)
+        if type(weight) is nn.Parameter and not is_cut(weight):
             layers.setdefault((type(layer), type(base), without_bias), layer)
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -238,7 +238,8 @@ _RESIZE = "resize them with model.resize_token_embeddings(len(tokenizer)) and sa
 
 
 def _embeddings(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # ZeRO-3 empties it
 
 
 @contextlib.contextmanager

@@ -19,12 +19,14 @@ class Quantisation(NamedTuple):
         compute: Type of nf4's products; int8 has its own.
         device: Where the weights are quantised, and stay.
         gradient_checkpointing: Whether training forgets activations and computes them again.
+        cut: Whether FSDP cuts the weights, which it can where nf4 is kept in numbers of the type of its products.
     """
 
     kind: Kind
     compute: torch.dtype
     device: torch.device
     gradient_checkpointing: bool = False
+    cut: bool = False
 
 
 def loading_arguments(quantisation: Quantisation, head: list[str]) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def loading_arguments(quantisation: Quantisation, head: list[str]) -> dict[str, 
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": quantisation.compute,
+            **({"bnb_4bit_quant_storage": quantisation.compute} if quantisation.cut else {}),
         }
     config = BitsAndBytesConfig(**bits, llm_int8_skip_modules=head or None)
     return {"quantization_config": config, "device_map": {"": quantisation.device}}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -44,12 +45,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     _rewrite(folder / "tokenizer_config.json", change)
 
 
-def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+def save_model(model: PreTrainedModel | PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Save `model`, with the rotary embedding under its names of transformers 4 as well; of a PEFT model the adapter.
 
     transformers 4 looks for ``rope_theta`` and ``rope_scaling``, and takes 10,000 and none where they are missing.
+
+    Args:
+        weights: Those of a model that is cut into pieces, put together; None are the model's own.
     """
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=weights)
     if isinstance(model, PeftModel):
         return
     try:

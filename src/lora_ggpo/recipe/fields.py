@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 from peft import AdaLoraConfig
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    create_model,
+)
 from pydantic.errors import PydanticInvalidForJsonSchema, PydanticSchemaGenerationError
 from transformers import TrainingArguments
 
 from lora_ggpo.perturbation.config import CHOICES, OLD_NOISES, GGPOConfig
 from lora_ggpo.recipe.aliases import ALIASES
+from lora_ggpo.workspace.paths import expand_home
 
 ADAPTER_DEFAULT: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -51,6 +63,16 @@ def _number(value: Any) -> Any:
 
 def _noise_of_today(value: Any) -> Any:
     return OLD_NOISES.get(value, value) if isinstance(value, str) else value
+
+
+def _settings(value: Any) -> Any:
+    """Settings as they are, or those of a JSON file."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(Path(expand_home(value)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{value!r} cannot be read as a JSON file: {error}") from error
 
 
 _Pattern = Annotated[str, AfterValidator(_regular_expression)]
@@ -93,6 +115,8 @@ _Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 _TRAINING_TYPES: dict[str, Any] = {
     "train_sampling_strategy": Literal["group_by_length", "random", "sequential"],
     "accelerator_config": dict[str, Any] | None,  # not the path of a file
+    "fsdp": bool | str | None,
+    **dict.fromkeys(("fsdp_config", "deepspeed"), Annotated[dict[str, JsonValue] | None, BeforeValidator(_settings)]),
     "include_num_input_tokens_seen": Literal["all", "non_padding", "no"] | bool,
     "report_to": list[_Tracker] | _Tracker | Literal["none"],
 }
@@ -114,7 +138,6 @@ _EVALUATION = "evaluation is done after training, and every validate_every steps
 _HUB = "nothing is uploaded; push the adapter folder yourself"
 _COLUMNS = "the task chooses the columns"
 _RESUMES = "an unfinished run resumes by itself"
-_DDP = "a recipe is trained with DDP; docs/integration.md shows FSDP2 and DeepSpeed in a script of your own"
 _TRAINING_OWNED = {
     "output_dir": "the recipe's output sets it",
     "seed": "the recipe's seeds set it",
@@ -134,7 +157,7 @@ _TRAINING_OWNED = {
         _EVALUATION,
     ),
     "disable_tqdm": "progress is shown in one way",
-    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config"), _DDP),
+    "parallelism_config": "the processes share rows and weights, not sequences or layers; see the recipe's sharding",
     "local_rank": "torchrun sets it",
     "enable_jit_checkpoint": "a run that is asked to stop saves a checkpoint in any case",
     "debug": "a loss that is not finite stops the run, and --debug shows tracebacks",

@@ -81,6 +81,13 @@ class Recipe(BaseModel):
     quantise: Literal["nf4", "int8"] | None = Field(
         None, description="QLoRA: keep the linear layers of the model in 4 (nf4) or 8 bits (int8); null does not."
     )
+    sharding: Literal["none", "fsdp2", "zero1", "zero2", "zero3"] = Field(
+        "none",
+        description=(
+            "What the processes of a launcher share out: every weight (fsdp2, and zero3 by DeepSpeed), the optimizer's "
+            "state (zero1), or that and the gradients (zero2)."
+        ),
+    )
     validate_every: int | None = Field(
         None, gt=0, description="Optimizer steps between validations (at most 500 rows) during training; null is never."
     )
@@ -141,6 +148,18 @@ class Recipe(BaseModel):
         if self.precision != "auto" or not said:
             return self.precision
         return next((name for name, value in said.items() if value), "fp32")
+
+    @property
+    def shards(self) -> str | None:
+        """Who shares the model out, by `sharding` or by what `training` sets: fsdp2, zero1 and so on, or None."""
+        training = self.training_fields
+        if self.sharding != "none":
+            return self.sharding
+        if training.get("fsdp"):
+            return "fsdp2"
+        zero = (training.get("deepspeed") or {}).get("zero_optimization")
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+        return f"zero{stage}" if training.get("deepspeed") else None
 
     @property
     def training_fields(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _LEAVES_W0 = (True, False, "gaussian", "eva")
 
 def broken_rules(recipe: Recipe) -> Iterator[str]:
     """The rules that `recipe` breaks, each in words that begin with the setting at fault."""
-    for rules in (_of_adapter, _of_task, _of_methods, _of_moves, _of_weights, _of_run):
+    for rules in (_of_adapter, _of_task, _of_methods, _of_moves, _of_weights, _of_sharding, _of_run):
         yield from rules(recipe)
 
 
@@ -151,6 +151,39 @@ def _of_weights(recipe: Recipe) -> Iterator[str]:
         yield "quantise int8 hides the scales of the weights from peft's DoRA; use nf4, or adapter.use_dora false"
     if recipe.sam and recipe.sam.space == "weights":
         yield f"{keeps}, but sam.space weights moves them; use space adapter"
+
+
+def _of_sharding(recipe: Recipe) -> Iterator[str]:
+    """What a model that is shared out allows."""
+    training, shards = recipe.training_fields, recipe.shards
+    for name in ("fsdp", "deepspeed"):
+        if training.get(name) and recipe.sharding != "none":
+            yield f"sharding {recipe.sharding} and training.{name} both share the model out; leave one of them out"
+    if training.get("fsdp_config") and shards != "fsdp2":
+        yield "training.fsdp_config is for FSDP; set sharding: fsdp2, or leave it out"
+    if training.get("fsdp_config") and training["fsdp_config"].get("version", 2) != 2:
+        yield "training.fsdp_config is for version 2 of FSDP, the one that LoRA-GGPO knows; leave version out"
+    if not shards:
+        return
+    whole = f"sees whole weights and gradients, and sharding {shards} cuts them"
+    for name in ("sam", "mgpo", "bi_lora"):
+        if getattr(recipe, name):
+            yield f"{name} {whole}; set one of the two to null"
+    if recipe.optimizer and recipe.optimizer.kind != "lora-plus":
+        yield f"optimizer {recipe.optimizer.kind} {whole}; use lora-plus, null, or sharding: none"
+    if recipe.task.type.has_reference:
+        yield f"task {recipe.task.kind} compares a model with what it was, which is not tried with sharding {shards}"
+    if recipe.adalora:
+        yield f"adapter.type adalora {whole}; use lora, or sharding: none"
+    if shards not in ("fsdp2", "zero3"):
+        return
+    init = (recipe.adapter_fields or {}).get("init_lora_weights", True)
+    if init not in (True, False, "gaussian"):
+        yield f"adapter.init_lora_weights {init} {whole}; choose true or gaussian, or sharding: zero2"
+    if recipe.quantise and recipe.ggpo:
+        yield f"ggpo reads the quantised weights, which sharding {shards} keeps in pieces; use sharding: zero2, or none"
+    if recipe.quantise == "int8" or (recipe.quantise and shards == "zero3"):
+        yield f"quantise {recipe.quantise} cannot be cut by sharding {shards}; use nf4 with fsdp2, or sharding: zero2"
 
 
 def _of_run(recipe: Recipe) -> Iterator[str]:

@@ -18,9 +18,11 @@ def forecast_tables(found: Forecast) -> list[Table]:
     """Parameters, memory, time and disk."""
     tables = [rows_table(["parameters", "number"], _parameters(found))]
     if found.memory:
-        rows = [[name, size(bytes_)] for name, bytes_ in found.memory.items()]
-        peak = [["peak, measured on the longest rows", size(sum(found.memory.values()))]]
-        tables.append(rows_table(["memory", "size"], rows + peak))
+        tables.append(_memory("memory", found.memory, "peak, measured on the longest rows"))
+    if found.of_each and found.processes > 1:
+        tables.append(
+            _memory(f"memory of each of {found.processes} processes", found.of_each, "peak, reckoned from that")
+        )
     return [*tables, rows_table(["time", ""], _time(found)), rows_table(["disk", "size"], _disk(found))]
 
 
@@ -38,6 +40,11 @@ def batch_sentence(found: Forecast) -> str:
         f"{there}, 90 % are expected to hold a training.per_device_train_batch_size of {rows:,}"
         f"{', all rows' if rows == found.rows else ''} (estimate; the recipe has {found.batch:,})."
     )
+
+
+def _memory(title: str, parts: dict[str, int], peak: str) -> Table:
+    rows = [[name, size(bytes_)] for name, bytes_ in parts.items()]
+    return rows_table([title, "size"], [*rows, [peak, size(sum(parts.values()))]])
 
 
 def size(bytes_: int) -> str:

@@ -24,6 +24,7 @@ from lora_ggpo.models.load import load_model
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.tasks.forward import autocasting, evaluating
 from lora_ggpo.tasks.metrics import Floats, Measured
+from lora_ggpo.workspace.ranks import merged, share_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -206,13 +207,17 @@ class Task(ABC):
         batch_size: int = 32,
         progress: Progress | None = None,
         autocast: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> Floats:
         """Scores (rows, k) of encoded rows, in their order; where a batch has fewer numbers a row, 0 follows.
+
+        Of several processes each takes its share of the batches; every one must call this.
 
         Args:
             batch_size: Rows in a forward pass; batches hold rows of like length, the longest first.
             progress: Called as progress(rows done, rows in all) after each batch.
             autocast: Run the forward passes under autocast to this type (for instance torch.bfloat16).
+            device: Where they run; None is where the model's weights are.
 
         The model is put in eval mode and its modules' modes are restored at the end; no gradient is kept.
 
@@ -220,19 +225,20 @@ class Task(ABC):
             DivergedError: values that are not finite.
         """
         collate, score = self.collator(tokenizer), self.scorer(model, tokenizer)
-        device = next(model.parameters()).device
+        device = device or next(model.parameters()).device
         order = np.argsort(-numbers(rows, "length"), kind="stable")
-        parts: list[Floats] = []
+        parts: dict[int, Floats] = {}
         with evaluating(model):
-            for begin in range(0, len(order), batch_size):
+            for begin in share_of(range(0, len(order), batch_size)):
                 chosen = rows.select(order[begin : begin + batch_size]).to_list()
                 batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
                 with autocasting(device, autocast):
-                    parts.append(score(batch).double().cpu().numpy())
+                    parts[begin] = score(batch).double().cpu().numpy()
                 if progress:
                     progress(min(begin + batch_size, len(order)), len(order))
-        scores = np.zeros((len(order), max(part.shape[1] for part in parts)))
-        for begin, part in zip(range(0, len(order), batch_size), parts, strict=True):
+        found = merged(parts)
+        scores = np.zeros((len(order), max(part.shape[1] for part in found.values())))
+        for begin, part in found.items():
             scores[order[begin : begin + batch_size], : part.shape[1]] = part
         broken = int((~np.isfinite(scores).all(axis=1)).sum())
         if broken:

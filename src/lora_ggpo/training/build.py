@@ -42,6 +42,7 @@ from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.precision import choose_precision
 from lora_ggpo.training.scorer import evaluation_sets, fixed_sample
+from lora_ggpo.training.sharding import cuts_weights, is_fsdp, sharding_arguments
 from lora_ggpo.training.trackers import check_trackers
 from lora_ggpo.training.trainer import MakeAscent, RunTrainer
 from lora_ggpo.training.validation import check_validation
@@ -68,7 +69,10 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
     with explain_rejection("training", recipe.training.model_fields_set):
         return TrainingArguments(
             # transformers refuses bf16 on a machine without an accelerator unless it is told to use the CPU.
-            **{"use_cpu": not torch.accelerator.is_available()} | recipe.training_fields | {"run_name": name},
+            **{"use_cpu": not torch.accelerator.is_available()}
+            | recipe.training_fields
+            | sharding_arguments(recipe)
+            | {"run_name": name},
             bf16=precision == "bf16",
             fp16=precision == "fp16",
             output_dir=str((folder / "checkpoints").absolute()),  # transformers would expand a ~ at its beginning
@@ -80,11 +84,11 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int) -> TrainingArgum
         )
 
 
-def optimizer_steps(args: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of a run over `rows` training rows, shared by all its processes."""
+def optimizer_steps(args: TrainingArguments, rows: int, processes: int | None = None) -> int:
+    """Optimizer steps of a run over `rows` training rows, shared by all its `processes` (None is those of now)."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = rows / (args.per_device_train_batch_size * args.world_size)
+    batches = rows / (args.per_device_train_batch_size * (processes or args.world_size))
     whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     return math.ceil(args.num_train_epochs * math.ceil(whole / args.gradient_accumulation_steps))
 
@@ -131,7 +135,8 @@ def _make_trainable(
             batch = collate(rows.select(order[begin : begin + size]).to_list())
             yield {name: tensor.to(args.device) for name, tensor in batch.items()}
 
-    base.to(args.device)  # type: ignore[arg-type]
+    if not cuts_weights(args):
+        base.to(args.device)  # type: ignore[arg-type]
     steps = optimizer_steps(args, len(rows))
     return add_adapter(base, recipe.adapter_fields, recipe.task.type.architecture, total_steps=steps, batches=batches)
 
@@ -149,9 +154,12 @@ def _check_steps(args: TrainingArguments, rows: int) -> None:
 
 
 def load_weights(
-    recipe: Recipe, task: Task, folder: Path, *, quantised: bool = True
+    recipe: Recipe, task: Task, folder: Path, args: TrainingArguments | None = None
 ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
     """The model that the run in `folder` has trained, and its tokenizer.
+
+    Args:
+        args: Say how a model is quantised and where; None leaves it as it is.
 
     Raises:
         UserError: the weights are missing or damaged.
@@ -163,8 +171,7 @@ def load_weights(
         return model, tokenizer
     if not (weights / "adapter_model.safetensors").is_file():
         raise UserError(f"{weights} has no adapter_model.safetensors file; other weight formats are not read.")
-    quantisation = _quantisation(recipe, training_arguments(recipe, folder, recipe.seeds[0])) if quantised else None
-    model, tokenizer = task.load_model(recipe.model, recipe.dtype, quantisation)
+    model, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args) if args else None)
     keep_day(tokenizer, folder)
     return load_adapter(model, weights), tokenizer
 
@@ -172,8 +179,9 @@ def load_weights(
 def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | None:
     if recipe.quantise is None:
         return None
-    compute = torch.bfloat16 if args.bf16 else torch.float32
-    return Quantisation(recipe.quantise, compute, args.device, bool(args.gradient_checkpointing))
+    compute, cut = torch.bfloat16 if args.bf16 else torch.float32, is_fsdp(args)
+    device = torch.device("cpu") if cut else args.device  # FSDP moves the pieces
+    return Quantisation(recipe.quantise, compute, device, bool(args.gradient_checkpointing), cut)
 
 
 # --- what trains it ------------------------------------------------------------------------------------------------

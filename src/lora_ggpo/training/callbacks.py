@@ -20,10 +20,11 @@ from transformers.trainer_utils import SaveStrategy
 from lora_ggpo.perturbation.fuse import fuse_lora
 from lora_ggpo.training.checkpoints import seal
 from lora_ggpo.training.memory import peak, reset_peak
+from lora_ggpo.training.sharding import PROCESSES, piece, processes
 from lora_ggpo.training.trackers import tracked
 from lora_ggpo.training.trainer import NonFiniteLossError
 from lora_ggpo.training.validation import Validation
-from lora_ggpo.workspace.files import flush_to_disk, read_json_lines, write_json_lines
+from lora_ggpo.workspace.files import flush_to_disk, read_json_lines, write_json, write_json_lines
 from lora_ggpo.workspace.interrupt import StopRequest
 from lora_ggpo.workspace.progress import Task
 from lora_ggpo.workspace.ranks import any_of, is_first, wait_for_all
@@ -127,6 +128,7 @@ class RunCallback(TrainerCallback):
             checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             shutil.copyfile(self.log.with_name("recipe.yaml"), checkpoint / "recipe.yaml")  # says whose it is
             self.validation.save(checkpoint)
+            write_json(checkpoint / PROCESSES, processes(args))
             seal(checkpoint, self.checkpoints)
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -138,6 +140,7 @@ class RunCallback(TrainerCallback):
 
 def _check_finite(model: nn.Module, step: int) -> None:
     """Keep weights that are not finite out of checkpoints: without clipping, nobody looks at the gradient's norm."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise NonFiniteLossError(f"The weights of {name} are not finite after step {step}")
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    broken = next((name for name, parameter in trained if not torch.isfinite(piece(parameter)).all()), None)
+    if any_of(broken is not None):
+        raise NonFiniteLossError(f"The weights of {broken or 'another process'} are not finite after step {step}")

@@ -16,6 +16,7 @@ import peft
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import (
     PreTrainedTokenizerBase,
@@ -76,6 +77,8 @@ class Forecast:
         perturbed: Layers with noise; None without GGPO.
         precision: As the recipe asks, and what was chosen where that is auto.
         memory: The measured peak by parts, which sum to it; None where the system does not tell.
+        processes: How many the run is to have.
+        of_each: The same parts of each of these, where they share the model out; else None.
         step_seconds: Of each timed optimizer step.
         tokens_a_second: Tokens of the timed steps, without padding.
         steps: Optimizer steps of the whole run.
@@ -97,6 +100,8 @@ class Forecast:
     perturbed: int | None
     precision: str
     memory: dict[str, int] | None
+    processes: int
+    of_each: dict[str, int] | None
     step_seconds: list[float]
     tokens_a_second: float
     steps: int
@@ -118,11 +123,12 @@ class Forecast:
         return statistics.mean(self.step_seconds) * self.steps
 
 
-def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
+def forecast(recipe: Recipe, steps: int, reporter: Reporter, processes: int = 1) -> Forecast:
     """Take a few optimizer steps as a run of `recipe` with its first seed would, and leave nothing on disk.
 
     Args:
         steps: Steps to time, after `WARM_UP` others.
+        processes: How many the run is to have. What one needs alone is measured, what each needs is reckoned from it.
 
     Raises:
         UserError: bad input, as `train` finds it, or not enough memory.
@@ -133,10 +139,10 @@ def forecast(recipe: Recipe, steps: int, reporter: Reporter) -> Forecast:
         recipe.locate_errors(),
         memory_errors(recipe, "per_device_train_batch_size"),
     ):
-        return _forecast(recipe, Path(folder), steps, reporter)
+        return _forecast(recipe, Path(folder), steps, reporter, processes)
 
 
-def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> Forecast:
+def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter, processes: int) -> Forecast:
     args = training_arguments(recipe, folder, recipe.seeds[0])
     splits = recipe.task.type.load(recipe.data)
     limit, before = available(args.device), in_use(args.device)
@@ -148,7 +154,8 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
     probe = _Probe(recipe, args, model, tokenizer, rows)
     full = probe.measure(args.per_device_train_batch_size, steps, reporter)
     other = probe.measure(full.batch // 2 if full.batch > 1 else 2, 0, reporter)  # half needs no more memory
-    total, (trained, parameters) = optimizer_steps(args, len(rows)), count_parameters(model)
+    total, (trained, parameters) = optimizer_steps(args, len(rows), processes), count_parameters(model)
+    memory = _by_parts(full, before)
     weights_size = _weights_size(model, tokenizer, folder / "tokenizer")
     every, best = recipe.validate_every, recipe.keep == "best"
     validations = (-(-total // every) if best else total // every) if every else 0
@@ -159,7 +166,9 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter) -> F
         trained=trained,
         perturbed=full.perturbed,
         precision=describe_precision(recipe.asked_precision, precision_of(args)),
-        memory=_by_parts(full, before),
+        memory=memory,
+        processes=processes,
+        of_each=share_of_memory(memory, recipe.shards, processes, at_once(model)) if memory and recipe.shards else None,
         step_seconds=full.seconds,
         tokens_a_second=full.tokens / sum(full.seconds),
         steps=total,
@@ -297,6 +306,32 @@ def _by_parts(measured: _Measured, before: int | None) -> dict[str, int] | None:
         return None
     known = {**measured.parts, "Python, libraries and data": before}
     return {**known, "activations and the rest": measured.peak - sum(known.values())}
+
+
+_SHARED = {
+    "zero1": ("optimizer state",),
+    "zero2": ("optimizer state", "gradients"),
+    **dict.fromkeys(("zero3", "fsdp2"), ("optimizer state", "gradients", "trained parameters", "frozen weights")),
+}
+
+
+def share_of_memory(memory: dict[str, int], shards: str, processes: int, whole: int) -> dict[str, int]:
+    """The parts of `memory` that each of `processes` has which share the model out.
+
+    Args:
+        whole: Bytes of the weights that are put together at a time where all of them are cut.
+    """
+    shared = _SHARED.get(shards, ())
+    parts = {name: -(-size // processes) if name in shared else size for name, size in memory.items()}
+    return {**parts, "weights put together": whole} if "frozen weights" in shared and processes > 1 else parts
+
+
+def at_once(model: nn.Module) -> int:
+    """Bytes of what is put together of a cut model: a block, the next one, and all that is in no block."""
+    blocks = [block for part in model.modules() if isinstance(part, nn.ModuleList) for block in part]
+    sizes = sorted(sum(map(stored_bytes, block.parameters())) for block in blocks)
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    return sum(sizes[-2:]) + sum(stored_bytes(p) for p in model.parameters() if id(p) not in inside)
 
 
 def largest_batch(peaks: dict[int, int | None], limit: int | None) -> int | None:

@@ -49,7 +49,8 @@ def load_trained(
     if recipe.adapter is not None:
         check_model(folder, recipe.model, chosen=base is not None)
     task = recipe.task.for_labels(data["labels"])
-    model, tokenizer = load_weights(recipe, task, folder, quantised=quantised)
+    args = training_arguments(recipe, folder, recipe.seeds[0]) if quantised else None
+    model, tokenizer = load_weights(recipe, task, folder, args)
     return model, tokenizer, recipe, task
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -40,6 +41,7 @@ from lora_ggpo.training.identity import record, recorded_day, weight_digests
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.precision import precision_of
 from lora_ggpo.training.scorer import Scorer, plain
+from lora_ggpo.training.sharding import check_launch, cuts_weights, place, share_steps, whole_weights
 from lora_ggpo.training.trackers import tracking
 from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer
 from lora_ggpo.training.validation import Validation, is_over, kept_step
@@ -66,6 +68,7 @@ def train(recipe: Recipe, reporter: Reporter | None = None) -> list[Run]:
             is in use.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been saved.
     """
+    check_launch(recipe)
     reporter = reporter or Reporter(quiet=not is_first())
     quiet_libraries()
     splits = cache(lambda: recipe.task.type.load(recipe.data))
@@ -105,16 +108,18 @@ class _Unfinished:
             self._record_versions()
         weights = weights_folder(self.folder, self.recipe)
         if weights.is_dir():
-            score = self._scorer(*load_weights(self.recipe, self._task, self.folder))
+            model, tokenizer = load_weights(self.recipe, self._task, self.folder, self.args)
+            place(RunTrainer(lengths=[], items=len, from_labels=False, model=model, args=self.args))
+            score = self._scorer(model, tokenizer)
         else:
             with memory_errors(self.recipe, "per_device_train_batch_size"):
                 score = self._train(weights)
-        if not is_first():
-            return
         predictions = self.folder / "predictions"
         predictions.mkdir(exist_ok=True)
         with memory_errors(self.recipe, "per_device_eval_batch_size"):
             scores = plain(score.score(scored_sets(self.recipe, self.splits), predictions))
+        if not is_first():
+            return
         took = read_json(self.folder / "training.json")
         metrics = {"evaluation": scores, "training": took, "weights": weight_digests(weights)}
         write_json(self.folder / "metrics.json", metrics)
@@ -131,6 +136,8 @@ class _Unfinished:
             settle(start)
         score = self._scorer(model, tokenizer)
         score.prepare(scored_sets(self.recipe, self.splits))  # what cannot be scored is found before hours of training
+        if checkpoint:
+            share_steps(self.args, checkpoint, self.recipe, model)
         trainer = build_trainer(self.recipe, self.args, model, tokenizer, rows)
         validation = Validation(self.recipe, self.splits, score, model)
         stop = StopRequest()
@@ -138,15 +145,17 @@ class _Unfinished:
             if checkpoint:
                 validation.resume(checkpoint, self._log_until(checkpoint))
             if checkpoint and self._is_trained(checkpoint):
-                trainer._load_from_checkpoint(str(checkpoint))  # train() would not know where to stop
+                trainer.take_up(str(checkpoint))  # train() would not know where to stop
             else:
                 stop = self._fit(trainer, validation, checkpoint)
         kept = validation.take_best()
         if kept is not None:
             best = f"the best validation by {self.recipe.kept_metric}"
             self.reporter.say(f"{self.folder}: the weights of step {kept} are kept, {best}.")
+        whole = whole_weights(model) if cuts_weights(self.args) else None
         if is_first():
-            self._save(model, tokenizer, weights, start if moved else None)
+            self._save(model, tokenizer, weights, start if moved else None, whole)
+        wait_for_all()
         if stop.made:
             text = f"{self.folder} is trained but not scored; give the same command again to score it."
             raise Interrupted(text) from stop.reason
@@ -207,14 +216,25 @@ class _Unfinished:
                 remove_unsealed(self._checkpoints)
             raise
 
-    def _save(self, model: Any, tokenizer: PreTrainedTokenizerBase, weights: Path, start: Path | None) -> None:
-        """Write training.json and the trained weights, with `start` as their difference to what is kept there."""
+    def _save(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: Path,
+        start: Path | None,
+        whole: dict[str, Tensor] | None,
+    ) -> None:
+        """Write training.json and the trained weights, with `start` as their difference to what is kept there.
+
+        Args:
+            whole: The weights of a model that is cut.
+        """
         write_json(self.folder / "training.json", _training_summary(self._log(), model, self.args))
         with new_folder(weights) as target:
             if start:
                 save_difference(model, target, start)
             else:
-                save_model(model, target)
+                save_model(model, target, whole)
             save_ends(model, target)
             save_tokenizer(tokenizer, target)
 

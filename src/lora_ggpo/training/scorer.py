@@ -1,4 +1,4 @@
-"""Score a trained model on the sets of a run, and keep its predictions."""
+"""Score a trained model on the sets of a run, by all its processes, and keep its predictions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from lora_ggpo.tasks import Measured, Task
 from lora_ggpo.tasks.base import Progress
 from lora_ggpo.tasks.metrics import Floats
 from lora_ggpo.training.precision import TYPES, precision_of
+from lora_ggpo.training.sharding import cuts_weights
 from lora_ggpo.workspace.files import write_json_lines
 from lora_ggpo.workspace.progress import Reporter
+from lora_ggpo.workspace.ranks import is_first
 
 TRAIN_ROWS = 1000
 """Rows of the training split that are scored, at most."""
@@ -42,10 +44,12 @@ class Scorer:
         self, args: TrainingArguments, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, reporter: Reporter
     ) -> None:
         self.draws: Sequence[Callable[[], None]] | None = None
-        self._model, self._tokenizer, self._task, self._reporter = model.to(args.device), tokenizer, task, reporter
+        placed = model if cuts_weights(args) else model.to(args.device)
+        self._model, self._tokenizer, self._task, self._reporter = placed, tokenizer, task, reporter
         self._options: dict[str, Any] = {
             "batch_size": args.per_device_eval_batch_size,
             "autocast": TYPES[precision_of(args)],
+            "device": args.device,
         }
         self.encoded: dict[str, Dataset] = {}
 
@@ -84,7 +88,7 @@ class Scorer:
         with self._reporter.task(f"evaluate {name}") as shown:
             scores = self._scores(rows, shown.update)
             metrics = self._task.measure(scores, rows)
-        lines = self._task.lines(scores, rows) if predictions else []
+        lines = self._task.lines(scores, rows) if predictions and is_first() else []
         if predictions and lines:
             write_json_lines(predictions / f"{file_name(name)}.jsonl", lines)
         return metrics

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from lora_ggpo.errors import DivergedError, explain_rejection
 from lora_ggpo.methods.ascent import Ascent
 from lora_ggpo.training.head_loss import HeadLoss, takes_head_loss
+from lora_ggpo.training.sharding import cuts_weights, place, shard_on_cpu, whole_weights
 
 MakeOptimizer = Callable[[Any, TrainingArguments], Optimizer]
 MakeAscent = Callable[[nn.Module, Optimizer], Ascent]
@@ -112,6 +113,28 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
             self._head_loss = HeadLoss(inner, self.args.label_smoothing_factor)
             self.label_smoother = None
         self.model_accepts_loss_kwargs = True  # Trainer then knows that compute_loss sees the whole optimizer step
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's, which knows FSDP on accelerators alone."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, which of a model that is shared out would put frozen weights together too."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+        else:
+            inner: Any = self.model
+            self._save(output_dir, state_dict=whole_weights(inner) if cuts_weights(self.args) else None)
+
+    def take_up(self, checkpoint: str) -> None:
+        """Load what was trained, to be scored."""
+        if self.is_fsdp_enabled:
+            place(self)  # FSDP reads pieces, DeepSpeed cuts what was read
+            self._load_from_checkpoint(checkpoint)
+        else:
+            self._load_from_checkpoint(checkpoint)
+            place(self)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         strategy = self.args.train_sampling_strategy

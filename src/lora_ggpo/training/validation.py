@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import AdaLoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -24,7 +23,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.statistics.metrics import METRICS
 from lora_ggpo.training.scorer import Scorer, fixed_sample
-from lora_ggpo.workspace.ranks import is_first
+from lora_ggpo.training.sharding import put, trained_weights
 
 VALIDATION_ROWS = 500
 """Rows of a set that are scored during training, at most."""
@@ -96,7 +95,7 @@ class Validation:
     def resume(self, checkpoint: Path, log: Sequence[Row]) -> None:
         """Go on from `checkpoint`, behind `log`."""
         self._log = list(log)
-        if kept_step(log) is not None and is_first():
+        if kept_step(log) is not None:
             self._best = load_file(checkpoint / BEST)
 
     def is_due(self, step: int, last: int) -> bool:
@@ -127,18 +126,12 @@ class Validation:
 
     def take_best(self) -> int | None:
         """Put the best weights into the model; return their step. None leaves the last ones."""
-        parameters = dict(self._model.named_parameters())
-        with torch.no_grad():
-            for name, value in self._best.items():
-                if name in parameters:  # Bi-LoRA's second adapter is gone by now
-                    parameters[name].copy_(value)
+        put(self._model, self._best)
         if self._best and self._adalora:
             self._adalora.rank_pattern = self._ranks
         return kept_step(self._log)
 
     def _keep(self) -> None:
-        if is_first():  # which saves and scores what is trained
-            trained = ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)
-            self._best = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in trained}
+        self._best = trained_weights(self._model)
         if self._adalora:
             self._ranks = self._adalora.rank_pattern
