@@ -301,6 +301,7 @@ def render(figure: Figure, kind: str) -> bytes:
     """The figure as a ``png`` or ``svg`` file; the same figure is always the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=_NO_METADATA if kind == "svg" else None)
+    figure.set_layout_engine("none")  # laid out once: the next kind has the same places
     return buffer.getvalue()
 
 
