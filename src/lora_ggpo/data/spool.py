@@ -17,7 +17,7 @@ from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 from numpy.typing import NDArray
 
-HELD = 2**28
+HELD = 2**27
 """Bytes that are held in memory; more go to files, in the folder for temporary ones (TMPDIR)."""
 
 PIECE = 10_000
@@ -32,7 +32,8 @@ def spooled(pieces: Iterable[pyarrow.Table]) -> Dataset:
         held.append(piece)
         size += piece.nbytes
         if size > HELD:
-            return _dataset([_mapped(like) for _, like in groupby(chain(held, pieces), lambda one: one.schema)])
+            every = chain(_given_up(held), pieces)
+            return _dataset([_mapped(like) for _, like in groupby(every, lambda one: one.schema)])
     return _dataset([_dataset(held).data.table.combine_chunks()])
 
 
@@ -57,6 +58,11 @@ def numbers(rows: Dataset, name: str) -> NDArray[Any]:
 def _dataset(tables: list[pyarrow.Table]) -> Dataset:
     table = pyarrow.concat_tables(tables, promote_options="permissive")
     return Dataset(table, fingerprint=generate_random_fingerprint())  # without one it takes a digest of all rows
+
+
+def _given_up(held: list[pyarrow.Table]) -> Iterator[pyarrow.Table]:
+    while held:
+        yield held.pop(0)
 
 
 def _mapped(pieces: Iterable[pyarrow.Table]) -> pyarrow.Table:
