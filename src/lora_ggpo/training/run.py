@@ -35,6 +35,7 @@ from lora_ggpo.training.build import (
     training_arguments,
 )
 from lora_ggpo.training.callbacks import RunCallback
+from lora_ggpo.training.card import write_card
 from lora_ggpo.training.checkpoints import expect_tensors, last_whole, remove_broken, remove_unsealed, step_of
 from lora_ggpo.training.folder import Run, check_checkpoint, claim_run, is_begun, read_run, weights_folder
 from lora_ggpo.training.identity import record, recorded_day, weight_digests
@@ -120,6 +121,7 @@ class _Unfinished:
             scores = plain(score.score(scored_sets(self.recipe, self.splits), predictions))
         if not is_first():
             return
+        write_card(self.folder, weights, self.recipe, scores)
         took = read_json(self.folder / "training.json")
         metrics = {"evaluation": scores, "training": took, "weights": weight_digests(weights)}
         write_json(self.folder / "metrics.json", metrics)
