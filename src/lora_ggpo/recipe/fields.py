@@ -135,7 +135,7 @@ _ADAPTER_OWNED = dict.fromkeys(
 }
 
 _EVALUATION = "evaluation is done after training, and every validate_every steps if the recipe says so"
-_HUB = "nothing is uploaded; push the adapter folder yourself"
+_HUB = "training uploads nothing; `lora-ggpo push` does"
 _COLUMNS = "the task chooses the columns"
 _RESUMES = "an unfinished run resumes by itself"
 _TRAINING_OWNED = {
