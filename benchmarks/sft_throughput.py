@@ -6,7 +6,8 @@ Each way trains SmolLM2-135M with LoRA (r = 16, all linear layers) in float32 on
 and completion), 8 rows a step, at most 256 tokens a row, with a loss on the completions. The rest is what it comes
 with. The ways take turns, each round in a fresh process; its first step warms up, and the others are timed together.
 Tokens are counted without padding. Peak memory is that of the process from the first step on, with malloc told to give
-freed blocks back to the system.
+freed blocks back to the system. With OMP_NUM_THREADS=1 times are of the process, which other work does not lengthen;
+then --at-once lets several ways run beside one another.
 
 LLaMA-Factory needs older releases of its libraries: --llamafactory names a folder that holds them. Its torchaudio may
 be an empty module there.
@@ -25,9 +26,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 BATCH, TOKENS, RATE = 8, 256, 2e-4
 PACKED = 6  # rows of packed examples with about as many tokens as BATCH rows of GSM8K
@@ -53,7 +57,7 @@ Log = list[dict[str, Any]]
 
 def ours(data: Path, folder: Path, steps: int, **settings: Any) -> Log:
     """By a recipe. The few rows that it scores in the end are no part of what is measured."""
-    from lora_ggpo.recipe.recipe import dump_yaml, parse_recipe
+    from lora_ggpo.recipe.recipe import parse_recipe
     from lora_ggpo.training.run import train
     from lora_ggpo.workspace.progress import Reporter
 
@@ -69,7 +73,7 @@ def ours(data: Path, folder: Path, steps: int, **settings: Any) -> Log:
         "output": str(folder),
         **settings,
     }
-    run = train(parse_recipe(dump_yaml(recipe), "recipe.yaml"), Reporter(quiet=True))[0]
+    run = train(parse_recipe(json.dumps(recipe), "recipe.yaml"), Reporter(quiet=True))[0]
     return [row for row in run.log if "loss" in row]
 
 
@@ -181,7 +185,8 @@ def in_process(way: str, data: Path, steps: int, llamafactory: Path | None) -> d
 
 def measured(way: str, data: Path, steps: int) -> dict[str, float]:
     """Tokens a second of all steps but the first, and the peak of memory, of this process."""
-    with tempfile.TemporaryDirectory() as folder:
+    clock = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
+    with tempfile.TemporaryDirectory() as folder, mock.patch("time.perf_counter", clock):
         first, *_, last = WAYS[way](data, Path(folder) / "run", steps)
     tokens, seconds = (last[name] - first[name] for name in ("num_input_tokens_seen", "seconds"))
     return {
@@ -226,6 +231,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5, help="of a round, the first of which warms up")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--at-once", type=int, default=1, help="ways")
     parser.add_argument("--ways", nargs="+", choices=[name for name in WAYS if name != BASE], help="default: all")
     parser.add_argument("--llamafactory", type=Path, help="a folder that holds LLaMA-Factory and what it needs")
     parser.add_argument("--output", type=Path)
@@ -240,10 +246,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         choose_rows(args.data, data, args.rows)
+        run = partial(in_process, data=data, steps=args.steps, llamafactory=args.llamafactory)
         for turn in range(args.rounds):
             print(f"round {turn + 1}/{args.rounds}", file=sys.stderr)
-            for way in ways:
-                rounds[way].append(in_process(way, data, args.steps, args.llamafactory))
+            with ThreadPoolExecutor(args.at_once) as pool:
+                for way, of in zip(ways, pool.map(run, ways), strict=True):
+                    rounds[way].append(of)
     result = {
         "command": shlex.join(["python", "benchmarks/sft_throughput.py", *sys.argv[1:]]),
         "hardware": f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads",
