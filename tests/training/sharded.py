@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.run import train
@@ -69,6 +70,7 @@ def run_process(rank, world, port, jobs):
             wait_for_all()
             for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
                 os.environ.pop(name, None)  # accelerate leaves them set
+            unset_hf_deepspeed_config()  # or the next model would be loaded in pieces, too
             held.clear()
             train(recipe, Reporter(quiet=True))
             torch.save(held, f"{recipe.output}/held-{rank}.pt")
@@ -93,7 +95,8 @@ def watch():
 
 
 def part(model: nn.Module) -> float:
-    frozen = [p for name, p in model.named_parameters() if "layers" in name and not p.requires_grad]
+    blocks = [p for name, p in model.named_parameters() if "layers" in name]
+    frozen = [p for p in blocks if not p.requires_grad] or blocks
     return sum(map(pieces, frozen)) / sum(getattr(p, "ds_numel", p.numel()) for p in frozen)
 
 

@@ -39,6 +39,11 @@ LEFT = {"again": 2, "trained": "trained", "saved": "saved"}
 RESUMED = [(name, how) for name in SHARDING for how in LEFT if how == "again" or name in CUT]
 
 
+OTHERS = {"full": {"adapter": None, "ggpo": None}, "plain": {"ggpo": None}}
+if find_spec("bitsandbytes"):
+    OTHERS["nf4"] = {"quantise": "nf4", "ggpo": None}
+
+
 def start(world, jobs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -78,6 +83,7 @@ def together(made):
     jobs = [Job(made(name, **changes)) for name, changes in SHARDING.items()]
     for name, how in RESUMED:
         jobs.append(Job(made(f"{name}-{how}", **SHARDING[name]), made.run(name), LEFT[how]))
+    jobs += [Job(made(name, sharding="fsdp2", **changes)) for name, changes in OTHERS.items()]
     start(WORLD, jobs)
     return made.run
 
@@ -122,10 +128,15 @@ def test_such_a_run_goes_on_and_ends_the_same(together, name, how):
     ).read_bytes()
 
 
-def test_noise_matters(alone, made):
-    """Or draws of other numbers would look like the same run."""
-    train(parse_recipe(made("plain", MICRO_BATCHES * WORLD, ggpo=None), "r.yaml"), Reporter(quiet=True))
-    assert abs(logged(made.run("plain"), "loss")[-1] - logged(alone, "loss")[-1]) > 1e-3
+@pytest.mark.parametrize("name", OTHERS)
+def test_without_noise_or_adapter_or_bits_it_is_one_process_too(together, made, alone, name):
+    text = made(f"{name}-alone", MICRO_BATCHES * WORLD, **OTHERS[name])
+    train(parse_recipe(text, "r.yaml"), Reporter(quiet=True))
+    one, two = made.run(f"{name}-alone"), together(name)
+    assert logged(two, "loss") == pytest.approx(logged(one, "loss"), rel=1e-4)
+    assert scores(two)["test"] == pytest.approx(scores(one)["test"], rel=1e-4)
+    assert torch.load(two.parent / "held-0.pt")[-1] == 0.5
+    assert abs(logged(one, "loss")[-1] - logged(alone, "loss")[-1]) > 1e-3  # the noise above matters
 
 
 @pytest.mark.parametrize("name", CUT)

@@ -193,7 +193,7 @@ def build_trainer(
     """The Trainer that trains `model` on encoded `rows` by the recipe's method. It keeps no log."""
     ggpo, optimizer, task = recipe.ggpo_config(args.seed), recipe.optimizer, recipe.task.for_labels(None)
     callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
-    if recipe.adapter and not (ggpo and ggpo.sigma):  # without noise GGPO attaches nothing
+    if recipe.adapter and not (ggpo and ggpo.sigma) and not cuts_weights(args):  # without noise GGPO attaches nothing
         callbacks.append(FuseCallback())
     args.save_total_limit = None  # RunCallback deletes old checkpoints, once the new one is known to be whole
     if recipe.adalora:
@@ -224,7 +224,8 @@ def _collator(recipe: Recipe, args: TrainingArguments, model: AnyModel, padded: 
     task = recipe.task.type
     own_rows = task.architecture is not CAUSAL or "collator" in vars(task)
     own_forward = args.torch_compile or (recipe.adapter_fields or {}).get("alora_invocation_tokens")
-    flat = args.device.type == "cpu" and not own_rows and not own_forward and attend_apart(model)
+    whole = not cuts_weights(args)
+    flat = args.device.type == "cpu" and whole and not own_rows and not own_forward and attend_apart(model)
     return flatten if flat else padded
 
 
