@@ -141,7 +141,7 @@ def test_an_interrupted_run_goes_on(runs, recipe_file, monkeypatch):
 
 
 def test_gradient_checkpointing_and_bf16(recipe_file):
-    settings = [*SHORT, "quantise=nf4", "training.gradient_checkpointing=true", "training.bf16=true"]
+    settings = [*SHORT, "quantise=nf4", "training.gradient_checkpointing=true", "precision=bf16"]
     few = ["training.max_steps=2", "training.per_device_train_batch_size=2", "data.train_size=8"]
     run = train(load_recipe(recipe_file, [*settings, *few]), QUIET)[0]
     assert all(0 < row["grad_norm"] < 100 for row in run.log if "loss" in row)
