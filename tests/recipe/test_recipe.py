@@ -137,7 +137,6 @@ CUTS = "sees whole weights and gradients, and sharding {} cuts them"
         (["sharding=fsdp2", "adapter.init_lora_weights=pissa"], "pissa " + CUTS.format("fsdp2")),
         (["sharding=fsdp2", "quantise=int8", "ggpo=null"], "quantise int8 cannot be cut by sharding fsdp2"),
         (["sharding=zero3", "quantise=nf4", "ggpo=null"], "quantise nf4 cannot be cut by sharding zero3"),
-        (["sharding=fsdp2", "quantise=nf4"], "ggpo reads the quantised weights, which sharding fsdp2 keeps in pieces"),
     ],
 )
 def test_what_a_model_that_is_shared_out_cannot_be_with(settings, message):

@@ -41,7 +41,7 @@ RESUMED = [(name, how) for name in SHARDING for how in LEFT if how == "again" or
 
 OTHERS = {"full": {"adapter": None, "ggpo": None}, "plain": {"ggpo": None}}
 if find_spec("bitsandbytes"):
-    OTHERS["nf4"] = {"quantise": "nf4", "ggpo": None}
+    OTHERS |= {"nf4": {"quantise": "nf4", "ggpo": None}, "nf4-ggpo": {"quantise": "nf4"}}
 
 
 def start(world, jobs):

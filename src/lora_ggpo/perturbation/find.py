@@ -145,7 +145,7 @@ def _unsupported(module: Any, kind: Kind | None) -> str:
         return f"an adapter on {type(base).__name__}"
     if kind.called:
         return _not_callable(module, base)
-    quantised = is_quantised(base.weight)
+    quantised = is_quantised(base)
     if quantised and is_cut(base.weight):
         return "a quantised weight under ZeRO-3"
     if not quantised and (not base.weight.is_floating_point() or base.weight.is_meta):

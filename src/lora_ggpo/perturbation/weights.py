@@ -27,7 +27,7 @@ class BaseWeight:
     """
 
     def __init__(self, base: Any, transposed: bool) -> None:
-        self.base, self.quantised, self.transposed = base, is_quantised(base.weight), transposed
+        self.base, self.quantised, self.transposed = base, is_quantised(base), transposed
         self._take_up(self.matrix())
 
     def _take_up(self, w0: Tensor) -> None:
@@ -123,10 +123,11 @@ class CalledWeight(BaseWeight):
         return (y[1:] - y[:1]) / _LARGE
 
 
-def is_quantised(weight: Any) -> bool:
-    """Whether a weight stands for another one: those of bitsandbytes and torchao do."""
-    kind = type(weight)
-    return kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao")
+def is_quantised(base: Any) -> bool:
+    """Whether a layer's weight stands for another one: those of bitsandbytes and torchao do."""
+    kind = type(base.weight)
+    named = kind.__name__ in ("Params4bit", "Int8Params") or class_of(base).__name__ == "Linear4bit"
+    return named or kind.__module__.startswith("torchao")
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -143,10 +144,12 @@ def class_of(module: nn.Module) -> type:
 def _dequantise(base: Any) -> Tensor:
     """The weight (m, n) that a layer of bitsandbytes or torchao stands for."""
     kind = type(base.weight).__name__
-    if kind == "Params4bit":
+    if class_of(base).__name__ == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(base.weight.data, base.weight.quant_state)
+        # FSDP makes a plain tensor of the packed numbers; the layer keeps what they mean.
+        state = getattr(base.weight, "quant_state", None) or base.quant_state
+        return dequantize_4bit(whole(base.weight.detach()), state)
     if kind == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant
 

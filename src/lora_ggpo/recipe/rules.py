@@ -180,8 +180,6 @@ def _of_sharding(recipe: Recipe) -> Iterator[str]:
     init = (recipe.adapter_fields or {}).get("init_lora_weights", True)
     if init not in (True, False, "gaussian"):
         yield f"adapter.init_lora_weights {init} {whole}; choose true or gaussian, or sharding: zero2"
-    if recipe.quantise and recipe.ggpo:
-        yield f"ggpo reads the quantised weights, which sharding {shards} keeps in pieces; use sharding: zero2, or none"
     if recipe.quantise == "int8" or (recipe.quantise and shards == "zero3"):
         yield f"quantise {recipe.quantise} cannot be cut by sharding {shards}; use nf4 with fsdp2, or sharding: zero2"
 
