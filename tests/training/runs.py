@@ -38,7 +38,7 @@ def works(result):
 def refused(result, message):
     """It ends with one sentence and code 2."""
     assert result.exit_code == 2, result.output
-    assert message in result.stderr
+    assert message in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
     *others, _ = result.stderr.splitlines()
     assert not [line for line in others if line.startswith("error: ")]

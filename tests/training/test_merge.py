@@ -95,7 +95,12 @@ def test_what_is_checked_is_what_was_saved(run, tmp_path, monkeypatch):
     def spoilt(model):
         merged = real(model)
         save = merged.save_pretrained
-        monkeypatch.setattr(merged, "save_pretrained", lambda folder: (merged.model.norm.weight.zero_(), save(folder)))
+
+        def lossy(folder, **options):
+            merged.model.norm.weight.zero_()
+            save(folder, **options)
+
+        monkeypatch.setattr(merged, "save_pretrained", lossy)
         return merged
 
     monkeypatch.setattr(module, "merged_model", torch.no_grad()(spoilt))

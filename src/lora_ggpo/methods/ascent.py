@@ -11,6 +11,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from lora_ggpo.perturbation.noise import mean_over_processes
+
 Closure = Callable[[], Tensor]
 """Runs a forward and a backward pass and returns the loss."""
 
@@ -96,11 +98,7 @@ def _average(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     sharded = any(isinstance(p, DTensor) for p in parameters)
     if sharded or not (distributed.is_available() and distributed.is_initialized()):
         return [p.grad for p in parameters]
-    averages = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    for average in averages:
-        distributed.all_reduce(average)
-        average /= distributed.get_world_size()
-    return list(averages)
+    return [mean_over_processes(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
 
 
 def _scale(gradients: Sequence[Tensor | None], length: float) -> list[Tensor | None]:

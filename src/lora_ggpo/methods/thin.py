@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.ascent import Closure
+from lora_ggpo.perturbation.noise import mean_over_processes
 
 _EPS = 1e-12
 _LARGEST_SCALE = 10.0
@@ -104,9 +105,7 @@ class MGPO:
         for i, (_, A, B, s) in enumerate(self._layers):
             if A.grad is not None and B.grad is not None:
                 norms[i] = _tangent(A, B, A.grad, B.grad, s).norm()
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(norms)
-            norms /= distributed.get_world_size()
+        mean_over_processes(norms)
         averages = torch.where(self._averages.isnan(), norms, self.beta * self._averages + (1 - self.beta) * norms)
         self._averages.copy_(torch.where(norms.isnan(), self._averages, averages))
 

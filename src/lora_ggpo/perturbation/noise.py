@@ -130,6 +130,14 @@ def own_number(draw: int, agree: bool) -> int:
     return draw * distributed.get_world_size() + distributed.get_rank()
 
 
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """Put in place of a tensor its mean over all processes, and return it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(tensor)
+        tensor /= distributed.get_world_size()
+    return tensor
+
+
 def gaussian_rows(seed: int, start: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Rows [start, start + rows) of z in float32, the same ones for the same arguments."""
     return torch.randn(rows, columns, generator=_generator(device).manual_seed(mix(seed, start)), device=device)

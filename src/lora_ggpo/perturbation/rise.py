@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from .noise import Factors, Noise, Seeded
+from .noise import Factors, Noise, Seeded, mean_over_processes
 
 _EARLY, _EVERY = (4, 16, 64), 200
 """Optimizer steps before which the rise is measured: these, and each so many."""
@@ -92,11 +92,7 @@ class Rise:
     def take(self, noisy: Tensor, mirrored: Tensor, clean: Tensor) -> None:
         """Steer by three losses of one batch."""
         losses = torch.stack([one.detach().double() for one in (noisy, mirrored, clean)])
-        rise = (losses[:2].mean() - losses[2]) / losses[2]
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(rise)
-            rise /= distributed.get_world_size()
-        self.measured = float(rise)
+        self.measured = float(mean_over_processes((losses[:2].mean() - losses[2]) / losses[2]))
         if math.isfinite(self.measured):
             new = self.measured / self._applied**2
             self.curvature = new if math.isnan(self.curvature) else (self.curvature + new) / 2

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from .config import GGPOConfig
 from .layers import PerturbedLayer, weight_of
-from .noise import Factors, has_kernel
+from .noise import Factors, has_kernel, mean_over_processes
 from .scales import ESTIMATORS, RULES, Norms, product_row_norms_squared, weight_row_norms_squared
 from .weights import whole
 from .zero import full_gradient, gather, is_cut, is_zero
@@ -122,11 +122,7 @@ class LayerGroup:
     def sketches(self) -> Tensor:
         """G R^T of all layers (L, m, k), averaged over processes as gradients are."""
         own = [layer.sketch.u for layer in self.layers if layer.sketch is not None]
-        total = torch.stack([torch.zeros_like(s) if s.grad is None else s.grad for s in own])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(total)
-            total /= distributed.get_world_size()
-        return total
+        return mean_over_processes(torch.stack([torch.zeros_like(s) if s.grad is None else s.grad for s in own]))
 
     @torch.no_grad()
     def _stacked(self, factor: str, read: Callable[[Tensor], Tensor], dim: int) -> Tensor:
