@@ -84,7 +84,8 @@ def together(made):
     for name, how in RESUMED:
         jobs.append(Job(made(f"{name}-{how}", **SHARDING[name]), made.run(name), LEFT[how]))
     jobs += [Job(made(name, sharding="fsdp2", **changes)) for name, changes in OTHERS.items()]
-    start(WORLD, jobs)
+    for job in jobs:  # in processes of their own: torch's DDP has been seen to spoil the memory of what came after it
+        start(WORLD, [job])
     return made.run
 
 
