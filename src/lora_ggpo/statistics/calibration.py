@@ -126,11 +126,15 @@ def accuracy_by_coverage(probabilities: Floats, labels: Integers, shares: Floats
     return np.asarray(means[counts - 1], dtype=np.float64)
 
 
-def scale(probabilities: Floats, temperature: float) -> Floats:
-    """Softmax of the logits over the temperature, from the probabilities that the logits have at 1."""
-    logits = np.log(np.clip(probabilities, SMALLEST_PROBABILITY, 1.0)) / temperature
+def softmax(logits: Floats) -> Floats:
+    """Probabilities of the classes (n, classes) from their logits."""
     raised = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(raised / raised.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+def scale(probabilities: Floats, temperature: float) -> Floats:
+    """Softmax of the logits over the temperature, from the probabilities that the logits have at 1."""
+    return softmax(np.log(np.clip(probabilities, SMALLEST_PROBABILITY, 1.0)) / temperature)
 
 
 def fit_temperature(probabilities: Floats, labels: Integers) -> float:

@@ -28,8 +28,7 @@ class ClassTask(Task):
     features: ClassVar = {"label": Value("int64")}
 
     def finish(self, scores: Floats) -> Floats:
-        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True), dtype=np.float64)
+        return calibration.softmax(scores)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
         return classification_metrics(scores, np.asarray(rows["label"], dtype=np.int64))
