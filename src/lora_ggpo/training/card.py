@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,5 @@ def _base(recipe: Recipe) -> str:
 
 
 def _public(place: str) -> str:
-    """A hub id or a bundled name as it is, a path by its last part."""
-    return place if _is_hub_id(place) else Path(place).name
-
-
-def _is_hub_id(place: str) -> bool:
-    return place.count("/") <= 1 and not place.startswith((".", "~", "/")) and not Path(place).exists()
+    """A hub id or a bundled name as it is, a path, which a recipe holds from the root, by its last part."""
+    return Path(place).name if os.path.isabs(place) else place

@@ -110,7 +110,8 @@ class _Unfinished:
         weights = weights_folder(self.folder, self.recipe)
         if weights.is_dir():
             model, tokenizer = load_weights(self.recipe, self._task, self.folder, self.args)
-            place(RunTrainer(lengths=[], items=len, from_labels=False, model=model, args=self.args))
+            if cuts_weights(self.args):
+                place(RunTrainer(lengths=[], items=len, from_labels=False, model=model, args=self.args))
             score = self._scorer(model, tokenizer)
         else:
             with memory_errors(self.recipe, "per_device_train_batch_size"):

@@ -84,8 +84,6 @@ def shard_on_cpu(trainer: Trainer) -> None:
 
 def place(trainer: Trainer) -> None:
     """Cut a model that is scored and was not trained by `trainer`, as its `evaluate` does."""
-    if not cuts_weights(trainer.args):
-        return
     if trainer.is_deepspeed_enabled:
         deepspeed_init(trainer, num_training_steps=0, inference=True)
         trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
