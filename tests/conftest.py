@@ -38,7 +38,7 @@ SLOW |= {"test_forecast", "test_humaneval", "test_measure", "test_merge", "test_
 SLOW |= {"test_paper_recipes", "test_plots", "test_rejected", "test_release_0_1_0", "test_sft", "test_suites"}
 SLOW |= {"test_trl", "test_trl_trainers", "test_regression", "test_base", "test_sharpness", "test_program_jail"}
 SLOW |= {"test_fuzz", "test_generate", "test_judge", "test_dpo", "test_choice"}
-SLOW |= {"test_advice", "test_keep", "test_trackers"}
+SLOW |= {"test_advice", "test_keep", "test_trackers", "test_checkup", "test_notebook", "test_serving"}
 TRAINS = {"finished", "recipe_file", "whole", "minilm", "smollm2", "build", "sft", "trained", "chat_runs", "project"}
 
 

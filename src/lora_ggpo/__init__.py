@@ -5,12 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .integrations.callback import GGPOCallback
+    from .integrations.doctor import doctor
     from .perturbation import GGPO, GGPOConfig
 
-__all__ = ["GGPO", "GGPOCallback", "GGPOConfig"]
+__all__ = ["GGPO", "GGPOCallback", "GGPOConfig", "doctor"]
 __version__ = version("lora-ggpo")
 
-_HOMES = {"GGPO": "perturbation", "GGPOConfig": "perturbation", "GGPOCallback": "integrations.callback"}
+_HOMES = {
+    **dict.fromkeys(("GGPO", "GGPOConfig"), "perturbation"),
+    "GGPOCallback": "integrations.callback",
+    "doctor": "integrations.doctor",
+}
 
 
 def __getattr__(name: str) -> Any:

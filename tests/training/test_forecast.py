@@ -125,7 +125,7 @@ def test_full_fine_tuning_on_few_rows_leaves_nothing_on_disk(recipe_file, monkey
 
 
 def test_the_command_prints_tables_and_leaves_the_output_alone(recipe_file, monkeypatch):
-    monkeypatch.setattr(precision, "_is_fast_in_bf16", lambda on_cpu: True)
+    monkeypatch.setattr(precision, "is_fast_in_bf16", lambda on_cpu: True)
     overrides = ("ggpo=null", "mgpo.rho=0.05", "seeds=[0,1]", "training.per_device_train_batch_size=2")
     result = CliRunner().invoke(app, ["plan", str(recipe_file), *overrides, "precision=auto", "--steps", "1"])
     assert result.exit_code == 0, result.stderr

@@ -17,7 +17,7 @@ from lora_ggpo.cli.errors import report_errors
 from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
 
 COMMANDS = (
-    *("train", "plan", "eval", "suite", "chat", "merge", "push", "show", "schema"),
+    *("train", "plan", "eval", "suite", "chat", "merge", "push", "show", "doctor", "schema"),
     *("demo", "compare", "study", "sharpness", "methods"),
 )
 """Each is a module beside this one, with a function `command`; help lists them in this order."""

@@ -15,7 +15,8 @@ the package. Read in this order:
    sizes of all layers at once.
 4. ``ggpo``: the object that a training loop holds. It uses ``find`` (which layers), ``passes`` (when they are noisy),
    ``rise`` (sigma by what noise does to the loss), ``watch`` (what a run should be told), ``compiled`` (torch.compile)
-   and ``zero`` (DeepSpeed). ``fuse``: the same forward without noise. ``predict``: noise in evaluation.
+   and ``zero`` (DeepSpeed). ``reach``: what became of each layer. ``fuse``: the same forward without noise.
+   ``predict``: noise in evaluation.
 
 To add a rule, an estimator of ||G_i||^2, a schedule, a noise or a type of layer, add one entry to ``RULES``,
 ``ESTIMATORS`` or ``RAMPS`` in ``scales``, to ``NOISES`` in ``noise`` or to ``KINDS`` in ``kinds``.

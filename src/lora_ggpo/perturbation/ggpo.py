@@ -71,9 +71,9 @@ class GGPO:
         self._model = model
         self._passes = Passes()
         self._coverage, self._watch = Coverage(self._passes, self.config.strict), Watch(self.config)
-        self.layers, self._skipped = find_layers(model, self._passes)
-        check_layers(model, self.layers, self._skipped)
-        report_skipped(self._skipped, self.config.strict)
+        self.layers, self.skipped = find_layers(model, self._passes)
+        check_layers(model, self.layers, self.skipped)
+        report_skipped(self.skipped, self.config.strict)
         self._zero = zero_optimizer((p for layer in self.layers for p in layer.trained()), optimizer)
         self._handles: list[Any] = []
         self._watched: list[Any] = []
@@ -206,9 +206,9 @@ class GGPO:
         others = any(layer.has_other_names() for layer in self.layers)
         if not others and not any(layer.has_changed() for layer in (self.layers if self._stale else self.layers[:1])):
             return
-        known = {skipped.name for skipped in self._skipped}
-        self.layers, self._skipped = find_layers(self._model, self._passes, self.layers)
-        report_skipped([skipped for skipped in self._skipped if skipped.name not in known], self.config.strict)
+        known = {skipped.name for skipped in self.skipped}
+        self.layers, self.skipped = find_layers(self._model, self._passes, self.layers)
+        report_skipped([skipped for skipped in self.skipped if skipped.name not in known], self.config.strict)
         for layer in self.layers:
             layer.attach()
         self._regroup()
@@ -224,7 +224,7 @@ class GGPO:
         self._active = [layer for layer in self.layers if layer.names]
         for group in self._groups:
             group.load(kept)
-        self._coverage.set_layers(self._groups, self._skipped)
+        self._coverage.set_layers(self._groups, self.skipped)
         self._draw_sketches()
         self._unwatch()
 

@@ -31,6 +31,13 @@ IMPLAUSIBLE_RATIO = 1e4
 IMPLAUSIBLE_JUMP = 1e6
 """Growth of ||G||^2 from one look to the next that is a loss scale's, not training's: 1,000 fold in ||G||."""
 
+REMEDY = (
+    "Switch off fused LoRA kernels, which read the weights themselves (Axolotl: lora_mlp_kernel, lora_qkv_kernel, "
+    "lora_o_kernel; Unsloth's fast LoRA), call the model that was given to GGPO rather than a part of it, and put no "
+    "part that trains in evaluation mode"
+)
+"""What to do about layers that train and are not called."""
+
 
 class Coverage:
     """Counts the layers that a forward pass reached.
@@ -92,10 +99,7 @@ class Coverage:
         names += f" and {len(bypassed) - 3} more" if len(bypassed) > 3 else ""
         message = (
             f"{len(bypassed)} of {len(self._layers)} adapted layers train without GGPO's noise: {names}. Their A and B "
-            "got a gradient in this optimizer step, but their forward was not called in it. Switch "
-            "off fused LoRA kernels, which read the weights themselves (Axolotl: lora_mlp_kernel, lora_qkv_kernel, "
-            "lora_o_kernel; Unsloth's fast LoRA), call the model that was given to GGPO rather than a part of it, and "
-            "put no part that trains in evaluation mode"
+            f"got a gradient in this optimizer step, but their forward was not called in it. {REMEDY}"
         )
         if self._strict:
             raise RuntimeError(message)

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.training.folder import is_begun, recorded_precision
+from lora_ggpo.workspace.environment import is_fast_in_bf16
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 """Types of autocast by precision; None is the model's own."""
@@ -30,7 +31,7 @@ def choose_precision(recipe: Recipe, folder: Path) -> str:
     if asked != "auto":
         return asked
     if not is_begun(folder):
-        return "bf16" if _is_fast_in_bf16(on_cpu) else "fp32"
+        return "bf16" if is_fast_in_bf16(on_cpu) else "fp32"
     begun = recorded_precision(folder) or "fp32"
     if begun not in TYPES:
         raise UserError(f"{folder / 'versions.json'} is damaged: {begun!r} is no precision.")
@@ -40,10 +41,3 @@ def choose_precision(recipe: Recipe, folder: Path) -> str:
 def precision_of(args: TrainingArguments) -> str:
     """The precision that `args` ask for."""
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-
-
-def _is_fast_in_bf16(on_cpu: bool) -> bool:
-    """Whether the processor has instructions for bf16; others emulate it, at half the speed of float32."""
-    if on_cpu:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
