@@ -15,9 +15,7 @@ BYPASSED = 1
 
 
 def command(
-    what: Annotated[
-        Path | None, typer.Argument(parser=path, metavar="RUN|RECIPE", help="A run, or a recipe.")
-    ] = None,
+    what: Annotated[Path | None, typer.Argument(parser=path, metavar="RUN|RECIPE", help="A run, or a recipe.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Say what to paste into an issue: versions, device, and whether the noise reaches each layer of RUN or RECIPE."""
