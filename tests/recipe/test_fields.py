@@ -133,6 +133,23 @@ def test_adalora(field, value, message):
     assert f"r.yaml, line 4: adapter.{field} {message}" in refused("adapter", f"{ADALORA}, {field}: {value}")
 
 
+@pytest.mark.parametrize(
+    ("adapter", "further", "message"),
+    [
+        ("layers_by_gradient: 0.5, layers_to_transform: [0], target_modules: [query]", "", "both choose the blocks"),
+        ("layers_by_gradient: 0.5", "quantise: nf4\n", "which quantise nf4 leaves without; leave one of them out"),
+        ("layers_by_gradient: 0.5", "sharding: fsdp2\n", "sharding fsdp2 cuts them; leave one of them out"),
+        ("layers_by_gradient: 0.5, type: adalora", "", "is none of AdaLoRA's settings"),
+        ("layers_by_gradient: 1.5", "", "must be less than or equal to 1, not 1.5"),
+        ("layers_by_gradient: 0", "", "must be greater than 0, not 0"),
+    ],
+)
+def test_blocks_by_gradient(adapter, further, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        parse_recipe(RECIPE.replace("adapter:\n  r: 8", f"adapter: {{{adapter}}}") + further, "r.yaml")
+    assert "adapter.layers_by_gradient" in str(error.value)
+
+
 @pytest.mark.parametrize("values", ["sam: {rho: .inf}", "mgpo: {rho: .nan}", "stop_loss: .inf\nvalidate_every: 1"])
 def test_what_is_not_finite(values):
     with pytest.raises(UserError, match=r"must be a finite number"):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_ggpo.errors import UserError
+from lora_ggpo.methods.select import select_blocks
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[], Iterable[Batch]]
@@ -58,18 +59,27 @@ def initialise(model: PreTrainedModel, fields: Mapping[str, Any], batches: Batch
     if init in _CONFIGS:
         name, cls = _CONFIGS[init]
         fields = {**fields, name: cls(**(fields.get(name) or {}))}
-    config = LoraConfig(**fields)
+    share = fields.get("layers_by_gradient")
+    config = LoraConfig(**{name: value for name, value in fields.items() if name != "layers_by_gradient"})
+    if share:
+        _resolve_targets(model, config)
+        config.layers_to_transform = select_blocks(model, iter(_needed(batches, "layers_by_gradient")()), share)
     if config.monteclora_config:
         config.monteclora_config.buffer_size = 1
     if init not in _CONFIGS:
         adapted: PeftModel = peft.get_peft_model(model, config)
-    elif batches is None:
-        raise UserError(f"adapter.init_lora_weights {init!r} needs training data.")
     else:
-        adapted = {"eva": _eva, "corda": _corda, "lora_ga": _lora_ga}[init](model, config, batches)
+        start = {"eva": _eva, "corda": _corda, "lora_ga": _lora_ga}[init]
+        adapted = start(model, config, _needed(batches, f"init_lora_weights {init!r}"))
     _check_layers(adapted, init)
     _draw_afresh(adapted)
     return adapted
+
+
+def _needed(batches: Batches | None, setting: str) -> Batches:
+    if batches is None:
+        raise UserError(f"adapter.{setting} needs training data.")
+    return batches
 
 
 def _draw_afresh(model: PeftModel) -> None:

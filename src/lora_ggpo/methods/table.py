@@ -43,6 +43,7 @@ PLAIN: Mapping[str, Any] = {
     "adapter.use_dora": False,
     "adapter.use_rslora": False,
     "adapter.init_lora_weights": True,
+    "adapter.layers_by_gradient": None,
     "adapter.monteclora_config": None,
     "ggpo": None,
     "sam": None,
@@ -58,6 +59,7 @@ RECIPE = "recipe"
 
 _SIGMAS = {"ggpo.sigma": (0.1, 0.03, 0.2)}
 _RHOS = (0.05, 0.01, 0.2)
+_RELATIVE = {"ggpo.rule": "relative", "ggpo.beta": 0.5, "ggpo.gradient": "lstsq", "ggpo.ema": 0.9}
 
 METHODS: tuple[Method, ...] = (
     Method("lora", "LoRA", "2106.09685"),
@@ -71,6 +73,7 @@ METHODS: tuple[Method, ...] = (
     Method("eva", "EVA", "2410.07170", {"adapter.init_lora_weights": "eva"}),
     Method("corda", "CorDA", "2406.05223", {"adapter.init_lora_weights": "corda"}, learning_rate=0.5),
     Method("lora-ga", "LoRA-GA", "2407.05000", {"adapter.init_lora_weights": "lora_ga"}, learning_rate=0.5),
+    Method("aletheia", "Aletheia", "2604.15351", {"adapter.layers_by_gradient": 0.5}),
     Method("adalora", "AdaLoRA", "2303.10512", {"adapter.type": "adalora"}, learning_rate=2.0),
     Method(
         "monteclora",
@@ -147,8 +150,15 @@ METHODS: tuple[Method, ...] = (
         "ggpo",
         "GGPO (relative rule)",
         "2502.14538v1",
-        {"ggpo.rule": "relative", "ggpo.beta": 0.5, "ggpo.gradient": "lstsq", "ggpo.ema": 0.9},
+        _RELATIVE,
         tuned=_SIGMAS,
+    ),
+    Method(
+        "ggpo-rise",
+        "GGPO (by the rise)",
+        "2502.14538v1",
+        {**_RELATIVE, "ggpo.rise": 0.05},
+        tuned={"ggpo.rise": (0.05, 0.02, 0.1)},
     ),
     Method("mgpo", "LoRA-MGPO", "2502.14538v2", {"mgpo.rho": 0.05}, tuned={"mgpo.rho": _RHOS}),
     Method("bi-lora", "Bi-LoRA", "2508.19564", {"bi_lora.rho": 0.05}, tuned={"bi_lora.rho": _RHOS}),
@@ -170,7 +180,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
             "label-smoothing",
             "neftune",
         ),
-        *("monteclora", "ivon", "bi-lora", "flat-lora", "ggpo"),
+        *("aletheia", "monteclora", "ivon", "bi-lora", "flat-lora", "ggpo"),
     )
 }
 """Names for several methods, the baseline first. ``cures``: a run over-fits; what helps?"""

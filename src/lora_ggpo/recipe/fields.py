@@ -248,6 +248,10 @@ else:
         _ADAPTER_RANGES,
         _ADAPTER_TYPES,
         type=(Literal["lora", "adalora"], Field("lora", description="adalora: r is the average rank in the end.")),
+        layers_by_gradient=(
+            _ranged(float | None, Interval(gt=0, le=1)),
+            Field(None, description="Share of the blocks that get LoRA, by the size of their gradients (2604.15351)."),
+        ),
     )
     _CHOICES: dict[str, Any] = {name: Literal[*names] for name, names in CHOICES.items()}
     _CHOICES |= {"noise": Annotated[Literal[*CHOICES["noise"]], BeforeValidator(_noise_of_today)]}

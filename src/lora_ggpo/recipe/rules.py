@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from peft import AdaLoraConfig, LoraConfig
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ _ADALORA_ONLY = [n for n in AdaLoraConfig.__dataclass_fields__ if n not in LoraC
 _IDLE_IN_ADALORA = (
     *("rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config", "corda_config", "lora_ga_config"),
     *("use_rslora", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "kasa_config"),
-    "alora_invocation_tokens",
+    *("alora_invocation_tokens", "layers_by_gradient"),
 )
 _OF_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -46,11 +46,25 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
         ):
             divergence = "adapter.monteclora_config adds a loss that reentrant checkpoints have no gradient of"
             yield f"{divergence}; leave training.{name}_kwargs out"
+    if fields.get("layers_by_gradient"):
+        yield from (f"adapter.layers_by_gradient {why}; leave one of them out" for why in _no_gradients(recipe, fields))
     if recipe.adapter and recipe.adalora:
         if init_r is not None and init_r < r:
             yield f"adapter.init_r is the rank AdaLoRA starts from: it must be at least adapter.r, {r}, not {init_r}"
         for name in _changed(recipe.adapter, _IDLE_IN_ADALORA):
             yield f"adapter.{name} is none of AdaLoRA's settings; leave it out"
+
+
+def _no_gradients(recipe: Recipe, fields: Mapping[str, Any]) -> Iterator[str]:
+    """What stands against gradients of the pretrained weights, or against a choice of blocks by them."""
+    if fields.get("layers_to_transform") is not None:
+        yield "and adapter.layers_to_transform both choose the blocks"
+    if recipe.quantise:
+        yield f"needs gradients of the pretrained weights, which quantise {recipe.quantise} leaves without"
+    if recipe.shards in ("fsdp2", "zero3"):
+        yield f"needs gradients of whole weights, and sharding {recipe.shards} cuts them"
+    if recipe.task.type.has_reference:
+        yield f"needs a loss of the model alone, and task {recipe.task.kind} has one of two models"
 
 
 def _of_task(recipe: Recipe) -> Iterator[str]:
