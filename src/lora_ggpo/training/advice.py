@@ -16,14 +16,14 @@ from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.training.build import optimizer_steps
 
 MANY_PASSES, USUAL_RATE = 5.0, 5e-4
-"""Passes over the rows, at LoRA's usual rate, that over-fit. docs/results.md: on 500 reviews 3.8 passes do not, and 7.7
+"""Passes over the rows, at LoRA's usual rate, that over-fit. docs/studies.md: on 500 reviews 3.8 passes do not, and 7.7
 bring the validation log-loss above that of guessing."""
 
 FULL_RATE = 0.05
 """Usual rate of full fine-tuning, in units of LoRA's."""
 
 ENOUGH_RANK = 4
-"""docs/results.md: on 500 reviews, with right and with wrong labels, higher ranks have no higher accuracy."""
+"""docs/studies.md: on 500 reviews, with right and with wrong labels, higher ranks have no higher accuracy."""
 
 RARE, FEW_ROWS = 0.1, 10
 """A class with less than this part of an even share, or with fewer rows and not half a share, hardly moves accuracy."""
