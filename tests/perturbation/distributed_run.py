@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_ggpo import GGPO, GGPOConfig
+from lora_ggpo.perturbation.rise import Rise
 
 from .nets import adapted, batch, conv1d, loss_of, net
 
@@ -46,7 +47,16 @@ def run(rank: int, device: str, world: int, cases: dict, folder: str) -> None:
     distributed.init_process_group(BACKENDS[device], init_method=meeting, rank=rank, world_size=world)
     for name, case in cases.items():
         torch.save(train(rank, device, world, *case), f"{folder}/{name}-{rank}.pt")
+    torch.save(steered(rank), f"{folder}/rise-{rank}.pt")
     distributed.destroy_process_group()
+
+
+def steered(rank: int) -> torch.Tensor:
+    """How a process steers sigma whose own batch rose by 10 percent, or by 10 more in each process behind the first."""
+    rise = Rise(0.05, 0.1)
+    rise.apply(1.0)
+    rise.take(*torch.tensor([1.1, 1.1, 1.0]) + torch.tensor([0.1, 0.1, 0.0]) * rank)
+    return rise.state()
 
 
 def train(rank: int, device: str, world: int, kind: str, config: dict, adapter) -> dict:

@@ -64,7 +64,7 @@ def processes(request, tmp_path_factory):
     """The device, and what each process has at the end of every case."""
     (device, world), folder = request.param, tmp_path_factory.mktemp("distributed")
     multiprocessing.spawn(run, (device, world, CASES, str(folder)), nprocs=world)
-    return device, read(folder, CASES, world)
+    return device, read(folder, [*CASES, "rise"], world)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,3 +87,12 @@ def test_the_noise_matters():
     differ = one_process({**CONFIG}, None, 2)["losses"]
     assert abs(noisy[-1] - differ[-1]) > 1e-4 * abs(noisy[-1])
     assert ROWS % 2 == 0
+
+
+def test_processes_steer_by_their_mean_rise(processes):
+    states = processes[1]["rise"]
+    mean = 0.1 + 0.1 * (len(states) - 1) / 2
+    for factor, curvature, measured, _ in (state.tolist() for state in states):
+        assert measured == pytest.approx(mean)
+        assert curvature == pytest.approx(mean)
+        assert factor == pytest.approx(max((0.05 / mean) ** 0.5, 0.5))
