@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -27,15 +26,17 @@ def select_blocks(model: nn.Module, batches: Iterator[Mapping[str, Tensor]], sha
         UserError: the model has no numbered blocks.
     """
     sizes = block_gradients(model, batches)
-    return sorted(block for block, _ in sizes.most_common(max(int(len(sizes) * share), 1)))
+    largest_first = sorted(sizes, key=lambda block: -sizes[block])
+    return sorted(largest_first[: max(int(len(sizes) * share), 1)])
 
 
-def block_gradients(model: nn.Module, batches: Iterator[Mapping[str, Tensor]]) -> Counter[int]:
+def block_gradients(model: nn.Module, batches: Iterator[Mapping[str, Tensor]]) -> dict[int, float]:
     """Of each block the Frobenius norms ||dL/dW|| of its parameters, summed over them and over `PROBE_BATCHES`.
 
     One gradient is there at a time. Dropout is off.
     """
-    sizes: Counter[int] = Counter()
+    blocks = _blocks(model)
+    sizes = dict.fromkeys(blocks.values(), 0.0)
 
     def watch(parameter: nn.Parameter, block: int) -> torch.utils.hooks.RemovableHandle:
         def take(parameter: Tensor) -> None:
@@ -45,7 +46,6 @@ def block_gradients(model: nn.Module, batches: Iterator[Mapping[str, Tensor]]) -
 
         return parameter.register_post_accumulate_grad_hook(take)
 
-    blocks = _blocks(model)
     with _only_trained(model, blocks):
         handles = [watch(parameter, block) for parameter, block in blocks.items()]
         for batch in itertools.islice(batches, PROBE_BATCHES):
