@@ -51,13 +51,13 @@ def test_what_needs_no_model_imports_no_heavy_library(tmp_path, monkeypatch):
 
 
 def test_show_imports_no_heavy_library(finished, tmp_path):
-    """Of a run without probabilities, from which it would compute how far they can be trusted."""
-    folder = shutil.copytree(finished[1].folder, tmp_path / "seed-0")
-    (folder / "metrics.json").unlink()
-    shown, heavy = _imports(["show", folder], home=tmp_path)
+    shutil.copytree(finished[1].folder, tmp_path / "seed-0")
+    ended, heavy = _imports(["show", tmp_path], home=tmp_path)
     assert heavy == "[]"
-    assert "ggpo      sigma 0.05" in shown
-    assert "unfinished" in shown
+    assert "ggpo      sigma 0.05" in ended
+    assert "scaled_ece" in ended  # it has probabilities
+    (tmp_path / "seed-0" / "metrics.json").unlink()
+    assert "unfinished" in _imports(["show", tmp_path], home=tmp_path)[0]
 
 
 @pytest.mark.parametrize("damage", ["older release", "another file"])

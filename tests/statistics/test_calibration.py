@@ -98,6 +98,12 @@ def test_temperature_is_found_again(temperature):
     assert of.fit_temperature(probabilities, labels) == pytest.approx(1 / temperature, rel=0.05)
 
 
+@pytest.mark.parametrize(("labels", "temperature"), [([0, 0, 1], 1 / 100), ([1, 1, 0], 100)])
+def test_the_temperature_of_what_is_always_right_or_always_wrong_is_an_end_of_its_range(labels, temperature):
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
+    assert of.fit_temperature(probabilities, np.array(labels)) == pytest.approx(temperature)
+
+
 def test_temperature_is_the_least_of_a_grid():
     probabilities, labels = drawn(500, temperature=0.5)
     grid = np.geomspace(0.2, 10, 2000)

@@ -11,9 +11,9 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import HEADED
 from lora_ggpo.recipe.recipe import json_schema, load_recipe
 from lora_ggpo.recipe.source import read_source
+from lora_ggpo.statistics.measured import measure_mean
 from lora_ggpo.tasks import TASKS, Task
 from lora_ggpo.tasks.base import encoded_row
-from lora_ggpo.tasks.metrics import measure_mean
 from lora_ggpo.tasks.regression import TargetReader
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train

@@ -21,6 +21,7 @@ from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import recipe_text, write_rows
+from tests.tasks.make import evaluate
 from tests.training import runs
 
 QUIET = Reporter(quiet=True)
@@ -84,7 +85,7 @@ def test_scores_are_those_of_the_definition(recipe, tmp_path):
     task, model, tokenizer, _, _ = built(recipe, tmp_path)
     model.double().eval()
     rows = recipe.task.type.load(recipe.data).test
-    found = task.evaluate(model, task.encode(rows, tokenizer), tokenizer, batch_size=3)
+    found = evaluate(task, model, task.encode(rows, tokenizer), tokenizer, batch_size=3)
     with torch.no_grad():
         expected = margins(model, tokenizer, rows)
     assert found["margin"].value == pytest.approx(float(expected.mean()), abs=1e-6)

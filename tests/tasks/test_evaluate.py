@@ -11,7 +11,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.models.architecture import CAUSAL, ENCODER_DECODER
 from lora_ggpo.models.load import load_model
-from tests.tasks.make import task
+from tests.tasks.make import evaluate, task
 
 TEXTS = [
     "A fine film.",
@@ -75,7 +75,7 @@ def test_metrics_follow_from_the_probabilities(minilm):
     chosen = task()
     encoded = chosen.encode(REVIEWS, tokenizer)
     probabilities = chosen.score(model, encoded, tokenizer)
-    metrics = chosen.evaluate(model, encoded, tokenizer)
+    metrics = evaluate(chosen, model, encoded, tokenizer)
     assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss", "brier", "ece"]
     assert metrics["accuracy"].value == accuracy_score(LABELS, probabilities.argmax(1))
     assert metrics["log_loss"].value == pytest.approx(log_loss(LABELS, probabilities))
@@ -123,7 +123,7 @@ def test_a_diverged_model_is_an_error(minilm):
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite on 3 of 3 examples"):
-        chosen.evaluate(model, encoded, tokenizer)
+        evaluate(chosen, model, encoded, tokenizer)
 
 
 # --- causal classification -----------------------------------------------------------------------------------------
@@ -172,11 +172,11 @@ def test_causal_metrics_and_an_adapted_model(smollm2):
     model, tokenizer = smollm2
     chosen = causal("negative", "positive")
     encoded = chosen.encode(REVIEWS, tokenizer)
-    metrics = chosen.evaluate(model, encoded, tokenizer)
+    metrics = evaluate(chosen, model, encoded, tokenizer)
     assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss", "brier", "ece"]
     assert metrics["accuracy"].value >= 0.5  # it knows a little without training
     adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": ["q_proj"]}, CAUSAL)
-    after = chosen.evaluate(adapted, encoded, tokenizer)
+    after = evaluate(chosen, adapted, encoded, tokenizer)
     assert after["log_loss"].value == pytest.approx(metrics["log_loss"].value, abs=1e-5)
 
 
@@ -259,16 +259,16 @@ def test_seq2seq_metrics_and_an_adapted_model(encoder_decoder):
     model, tokenizer = encoder_decoder
     chosen = task(kind=SEQ2SEQ, label_words=["wonderful", "not good"])
     encoded = chosen.encode(REVIEWS, tokenizer)
-    metrics = chosen.evaluate(model, encoded, tokenizer)
+    metrics = evaluate(chosen, model, encoded, tokenizer)
     assert list(metrics) == ["accuracy", "f1", "mcc", "log_loss", "brier", "ece"]
     adapted = add_adapter(copy.deepcopy(model), {"r": 2, "target_modules": "all-linear"}, ENCODER_DECODER)
-    after = chosen.evaluate(adapted, encoded, tokenizer)
+    after = evaluate(chosen, adapted, encoded, tokenizer)
     assert after["log_loss"].value == pytest.approx(metrics["log_loss"].value, abs=1e-5)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
-    assert chosen.evaluate(adapted, encoded, tokenizer)["log_loss"].value != after["log_loss"].value
+    assert evaluate(chosen, adapted, encoded, tokenizer)["log_loss"].value != after["log_loss"].value
 
 
 # --- completions ---------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_completion_loss_is_teacher_forcing_per_token(smollm2):
     model, tokenizer = smollm2
     chosen = task(kind="sft")
     encoded = chosen.encode(PAIRS, tokenizer)
-    metrics = chosen.evaluate(model, encoded, tokenizer, batch_size=2)
+    metrics = evaluate(chosen, model, encoded, tokenizer, batch_size=2)
     total, count = 0.0, 0
     for row in encoded:
         start = sum(label == -100 for label in row["labels"])
@@ -295,4 +295,4 @@ def test_completion_loss_is_the_loss_of_training(smollm2):
     encoded = chosen.encode(PAIRS, tokenizer)
     with torch.no_grad():
         trained_on = model(**task(kind="sft").collator(tokenizer)(encoded.to_list())).loss.item()
-    assert chosen.evaluate(model, encoded, tokenizer)["loss"].value == pytest.approx(trained_on, rel=1e-4)
+    assert evaluate(chosen, model, encoded, tokenizer)["loss"].value == pytest.approx(trained_on, rel=1e-4)

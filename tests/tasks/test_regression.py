@@ -26,7 +26,7 @@ from lora_ggpo.training.run import train
 from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import recipe_text
 from tests.report import grids
-from tests.tasks.make import task
+from tests.tasks.make import evaluate, task
 
 QUIET = Reporter(quiet=True)
 NOUNS = ("film", "script", "cast", "plot", "score")
@@ -153,7 +153,7 @@ def test_the_loss_is_the_mean_squared_error_and_scores_are_the_outputs(tmp_path)
         texts = zip(splits.train["text"], splits.train["text_pair"], strict=True)
         alone = torch.cat([model(**tokenizer(*pair, return_tensors="pt")).logits[0] for pair in texts]).double()
     assert output.loss.item() == pytest.approx(((alone - targets) ** 2).mean().item(), rel=1e-5)
-    found = task(kind="regression", max_length=24).evaluate(model, encoded, tokenizer)
+    found = evaluate(task(kind="regression", max_length=24), model, encoded, tokenizer)
     assert found["mse"].value == pytest.approx(output.loss.item(), rel=1e-5)
     assert found["pearson"].value == pytest.approx(stats.pearsonr(alone, targets).statistic, abs=1e-4)
 

@@ -7,10 +7,15 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
-from lora_ggpo.training.calibrated import SHARES, run_calibration
+from lora_ggpo.statistics.calibration import SHARES, Curves, calibration_curves
+from lora_ggpo.training.calibrated import calibration_scores, read_predictions
 
 N = 2000
-SETS = {"validation": {}, "out/of domain": {}, "test": {}}
+SETS = ("validation", "out/of domain", "test")
+
+
+def scores(folder, *sets):
+    return calibration_scores(read_predictions(folder, sets))
 
 
 def predict(folder, name, temperature=0.5, digits=6, seed=0):
@@ -32,36 +37,44 @@ def test_temperature_is_fitted_on_validation_and_used_on_the_others(tmp_path):
     predict(tmp_path, "validation.jsonl", seed=1)
     predict(tmp_path, "out-of-domain.jsonl", seed=2)
     probabilities, labels = predict(tmp_path, "test.jsonl")
-    found = run_calibration(tmp_path, SETS)
-    assert list(found) == list(SETS)
-    test = found["test"].metrics
+    found = scores(tmp_path, *SETS)
+    assert tuple(found) == SETS
+    test = found["test"]
     assert test["temperature"].value == pytest.approx(2, rel=0.2)
     assert test["log_loss"].value == pytest.approx(log_loss(labels, probabilities), rel=1e-4)
     assert test["scaled_ece"].value < 0.5 * test["ece"].value
     scaled = softmax(np.log(probabilities) / test["temperature"].value, axis=1)
     assert test["scaled_log_loss"].value == pytest.approx(log_loss(labels, scaled), rel=1e-4)
-    assert found["out/of domain"].metrics["temperature"] == test["temperature"]
-    assert not any(name.startswith("scaled") for name in found["validation"].metrics)
-    assert found["test"].curves()["accuracies"][-1] == pytest.approx(
-        (probabilities.argmax(1) == labels).mean(), abs=1e-4
-    )
-    assert len(found["test"].curves()["accuracies"]) == len(SHARES)
+    assert found["out/of domain"]["temperature"] == test["temperature"]
+    assert not any(name.startswith("scaled") for name in found["validation"])
+
+
+def test_what_is_drawn_comes_back_from_its_json(tmp_path):
+    probabilities, labels = predict(tmp_path, "test.jsonl")
+    (found,) = read_predictions(tmp_path, ["test", "train"]).values()
+    drawn = calibration_curves(*found)
+    assert len(drawn.accuracies) == len(SHARES)
+    assert drawn.accuracies[-1] == pytest.approx((probabilities.argmax(1) == labels).mean(), abs=1e-4)
+    again = Curves.read(json.loads(json.dumps(drawn.to_dict())))
+    assert again.accuracies == pytest.approx(drawn.accuracies, abs=1e-5)
+    for name, values in vars(drawn.bins).items():
+        assert getattr(again.bins, name) == pytest.approx(values, abs=1e-5)
 
 
 def test_without_validation_nothing_is_scaled(tmp_path):
     predict(tmp_path, "test.jsonl")
-    (found,) = run_calibration(tmp_path, {"test": {}, "train": {}}).values()
-    assert {"log_loss", "brier", "ece", "reliability", "resolution"} == set(found.metrics)
+    (found,) = scores(tmp_path, "test", "train").values()
+    assert {"log_loss", "brier", "ece", "reliability", "resolution"} == set(found)
 
 
 def test_a_probability_that_was_rounded_to_zero_costs_no_more_than_it_can_have_been(tmp_path):
     (tmp_path / "predictions").mkdir()
     row = {"id": "0", "label": 1, "probabilities": [1.0, 0.0]}
     (tmp_path / "predictions" / "test.jsonl").write_text(json.dumps(row) + "\n")
-    assert run_calibration(tmp_path, {"test": {}})["test"].metrics["log_loss"].value == pytest.approx(14.5, abs=0.1)
+    assert scores(tmp_path, "test")["test"]["log_loss"].value == pytest.approx(14.5, abs=0.1)
 
 
 def test_other_tasks_have_none(tmp_path):
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "test.jsonl").write_text('{"id": "0", "loss": 1.0}\n')
-    assert run_calibration(tmp_path, {"test": {}, "validation": {}}) == {}
+    assert read_predictions(tmp_path, ["test", "validation"]) == {}

@@ -32,15 +32,15 @@ def print_calibration(runs: Sequence[Run]) -> None:
     """Print how far the probabilities of the runs that are finished can be trusted, if they gave any."""
     scored = [(run.folder, run.metrics["evaluation"]) for run in runs if run.metrics]
     if not any("log_loss" in metrics for _, sets in scored for metrics in sets.values()):
-        return  # before the heavy imports: nothing has probabilities
+        return  # before numpy is imported: nothing has probabilities
     from lora_ggpo.report.tables import metrics_table
-    from lora_ggpo.training.calibrated import run_calibration
-    from lora_ggpo.training.scorer import plain
+    from lora_ggpo.statistics.measured import plain
+    from lora_ggpo.training.calibrated import calibration_scores, read_predictions
 
-    found = [run_calibration(folder, sets) for folder, sets in scored]
+    found = [plain(calibration_scores(read_predictions(folder, sets))) for folder, sets in scored]
     if any(found):
         print("calibration; scaled: after temperature scaling on the validation set")
-        print_table(metrics_table([plain({name: of.metrics for name, of in run.items()}) for run in found]))
+        print_table(metrics_table(found))
 
 
 def print_metrics(runs: Sequence[Run]) -> None:

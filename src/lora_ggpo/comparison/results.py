@@ -10,8 +10,9 @@ from typing import Any
 from lora_ggpo.comparison.grid import Grid, PlannedRun
 from lora_ggpo.comparison.pool import FAILURE
 from lora_ggpo.errors import UserError
-from lora_ggpo.training.calibrated import run_calibration
-from lora_ggpo.training.scorer import plain
+from lora_ggpo.statistics.calibration import calibration_curves
+from lora_ggpo.statistics.measured import plain
+from lora_ggpo.training.calibrated import calibration_scores, read_predictions
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_json_lines
 
 Row = Mapping[str, Any]
@@ -90,10 +91,10 @@ def _run_row(run: PlannedRun) -> Row:
     metrics: Row = {} if failed else read_json(run.folder / "metrics.json")
     evaluation = metrics.get("evaluation", {})
     found = {"evaluation": evaluation, "training": metrics.get("training", {})}
-    if calibrated := run_calibration(run.folder, evaluation):
-        scores = plain({name: of.metrics for name, of in calibrated.items()})
+    if predictions := read_predictions(run.folder, evaluation):
+        scores = plain(calibration_scores(predictions))
         found["evaluation"] = {name: {**scores.get(name, {}), **of} for name, of in evaluation.items()}
-        found["calibration"] = {name: of.curves() for name, of in calibrated.items()}
+        found["calibration"] = {name: calibration_curves(*of).to_dict() for name, of in predictions.items()}
     return {**_identity(run), "seed": run.seed, "chosen": dict(run.values), **found, "failed": failed}
 
 

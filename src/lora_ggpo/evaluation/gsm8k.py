@@ -11,8 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter
 
 from lora_ggpo.data.sources import ALL, read_tables
 from lora_ggpo.evaluation.suite_run import SuiteRun
-from lora_ggpo.tasks.metrics import measure_mean
-from lora_ggpo.training.scorer import Scores
+from lora_ggpo.statistics.measured import Scores, measure_mean
 
 HUB, SUBSET = "openai/gsm8k", "main"
 STOPS = ("\nQuestion:", "\nQ:")

@@ -11,8 +11,7 @@ from typing import Any
 
 from lora_ggpo.errors import UserError, first_line
 from lora_ggpo.evaluation.suite_run import SuiteRun
-from lora_ggpo.tasks import Measured
-from lora_ggpo.training.scorer import Scores, plain
+from lora_ggpo.statistics.measured import Measured, Scores, plain
 from lora_ggpo.workspace.files import digests, json_digest, read_json, write_json
 
 

@@ -18,10 +18,9 @@ from program_jail import IsolationError, check_isolation, run_isolated
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.suite_run import SuiteRun
+from lora_ggpo.statistics.measured import Scores, measure_mean
 from lora_ggpo.tasks import SFT
 from lora_ggpo.tasks.base import Progress
-from lora_ggpo.tasks.metrics import measure_mean
-from lora_ggpo.training.scorer import Scores
 
 Problem = Mapping[str, Any]
 

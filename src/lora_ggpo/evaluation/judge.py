@@ -18,8 +18,7 @@ from lora_ggpo.evaluation.generate import Sampling, generate
 from lora_ggpo.evaluation.suite_run import Options, SuiteRun
 from lora_ggpo.evaluation.target import Messages, load_target
 from lora_ggpo.tasks.base import Progress
-from lora_ggpo.training.scorer import file_name
-from lora_ggpo.workspace.files import json_digest
+from lora_ggpo.workspace.files import file_name, json_digest
 from lora_ggpo.workspace.interrupt import Interrupted
 
 KEY = "OPENAI_API_KEY"

@@ -15,9 +15,7 @@ from lora_ggpo.errors import UserError
 from lora_ggpo.evaluation.answers import Prompt
 from lora_ggpo.evaluation.judge import Question, ask_judge, find_server
 from lora_ggpo.evaluation.suite_run import SuiteRun
-from lora_ggpo.tasks import Measured
-from lora_ggpo.tasks.metrics import measure_mean
-from lora_ggpo.training.scorer import Scores
+from lora_ggpo.statistics.measured import Measured, Scores, measure_mean
 
 OUR_PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")
 PROMPTS = tuple(f"single{kind}-v1{turn}" for turn in ("", "-multi-turn") for kind in ("", "-math"))

@@ -23,9 +23,9 @@ from lora_ggpo.evaluation.generate import Sampling
 from lora_ggpo.evaluation.suite_run import Options, SuiteRun
 from lora_ggpo.evaluation.target import find_targets, load_target
 from lora_ggpo.models.chat_template import write_day, written_day
+from lora_ggpo.statistics.measured import Scores, plain
 from lora_ggpo.training.identity import recorded_day
-from lora_ggpo.training.scorer import Scores, file_name, plain
-from lora_ggpo.workspace.files import write_json
+from lora_ggpo.workspace.files import file_name, write_json
 from lora_ggpo.workspace.folder import claim
 from lora_ggpo.workspace.libraries import versions
 from lora_ggpo.workspace.progress import Reporter

@@ -23,7 +23,7 @@ from lora_ggpo.training.build import training_arguments
 from lora_ggpo.training.folder import find_runs
 from lora_ggpo.training.precision import TYPES, precision_of
 from lora_ggpo.training.reuse import load_trained
-from lora_ggpo.training.scorer import file_name
+from lora_ggpo.workspace.files import file_name
 from lora_ggpo.workspace.libraries import quiet_libraries
 
 Messages = list[dict[str, str]]

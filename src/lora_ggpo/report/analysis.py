@@ -10,6 +10,7 @@ from statistics import median, median_low
 import pandas as pd
 
 from lora_ggpo.comparison.results import Results, Row
+from lora_ggpo.statistics.calibration import Curves
 from lora_ggpo.statistics.intervals import (
     LEVEL,
     POWER,
@@ -82,7 +83,7 @@ class MethodResult:
     memory_ratio: float | None
     steps_to_level: int | None
     logs: Sequence[Sequence[Row]]
-    calibration: Sequence[Row]
+    calibration: Sequence[Curves]
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _setting(name: str, results: Results) -> SettingResult:
             memory_ratio=_ratio(reference, runs, "peak_memory_bytes"),
             steps_to_level=_steps_to(level, logs[method]),
             logs=logs[method],
-            calibration=[run["calibration"][TEST] for run in runs if TEST in run.get("calibration", {})],
+            calibration=[Curves.read(run["calibration"][TEST]) for run in runs if TEST in run.get("calibration", {})],
         )
         for method, runs in groups.items()
     )

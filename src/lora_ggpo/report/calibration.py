@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,8 +11,9 @@ from matplotlib.figure import Figure
 from lora_ggpo.report.analysis import Key, MethodResult, SettingResult
 from lora_ggpo.report.plots import Line, draw_lines, render
 from lora_ggpo.report.tables import NOTHING, TextTable, format_p, format_score
+from lora_ggpo.statistics.calibration import SHARES, Curves, calibration_curves
 from lora_ggpo.statistics.metrics import CALIBRATION, METRICS
-from lora_ggpo.training.calibrated import SHARES, run_calibration
+from lora_ggpo.training.calibrated import read_predictions
 from lora_ggpo.training.folder import Run, finished_metrics
 from lora_ggpo.workspace.files import write_bytes
 
@@ -29,9 +29,8 @@ _RIGHT = "right probabilities"
 
 def save_calibration_plot(run: Run, path: Path) -> None:
     """Draw reliability and accuracy by coverage of a finished run, a line a set; nothing without probabilities."""
-    curves = {
-        name: [of.curves()] for name, of in run_calibration(run.folder, finished_metrics(run)["evaluation"]).items()
-    }
+    predictions = read_predictions(run.folder, finished_metrics(run)["evaluation"])
+    curves = {name: [calibration_curves(*of)] for name, of in predictions.items()}
     if curves:
         reliability = {**{name: _reliability(of) for name, of in curves.items()}, _RIGHT: _diagonal(curves)}
         coverage = {name: _coverage(of) for name, of in curves.items()}
@@ -79,18 +78,16 @@ def draw_calibration(settings: Sequence[SettingResult], highlighted: Sequence[st
     }
 
 
-def _reliability(curves: Sequence[Mapping[str, Any]]) -> Line:
+def _reliability(curves: Sequence[Curves]) -> Line:
     """Of several seeds, whose bins need not be at the same places: each has that of their mean."""
-    confidences, accuracies = (
-        np.array([one["bins"][key] for one in curves], dtype=np.float64) for key in ("confidence", "accuracy")
-    )
-    return Line(confidences.mean(axis=0).tolist(), accuracies)
+    confidence = np.mean([one.bins.confidence for one in curves], axis=0)
+    return Line(confidence.tolist(), np.stack([one.bins.accuracy for one in curves]))
 
 
-def _diagonal(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Line:
-    lowest = min((min(one["bins"]["confidence"]) for of in methods.values() for one in of), default=0.0)
+def _diagonal(methods: Mapping[str, Sequence[Curves]]) -> Line:
+    lowest = min((float(one.bins.confidence.min()) for of in methods.values() for one in of), default=0.0)
     return Line([lowest, 1.0], np.array([[lowest, 1.0]]))
 
 
-def _coverage(curves: Sequence[Mapping[str, Any]]) -> Line:
-    return Line([float(share) for share in SHARES], np.array([one["accuracies"] for one in curves], dtype=np.float64))
+def _coverage(curves: Sequence[Curves]) -> Line:
+    return Line(SHARES.tolist(), np.stack([one.accuracies for one in curves]))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lora_ggpo.perturbation.scales import Norms, relative
 from lora_ggpo.sharpness.point import Parameters, Point, move, row_norms_squared, rows_view
-from lora_ggpo.tasks.metrics import Measured, measure_mean
+from lora_ggpo.statistics.measured import Measured, measure_mean
 
 NoiseLaw = Literal["isotropic", "rows", "guided"]
 """``"isotropic"``: one tau for all entries. ``"rows"``: tau_i ~ ||W'_i||, LoRA-GGPO's with beta = 0. ``"guided"``:

@@ -22,8 +22,8 @@ from lora_ggpo.errors import DivergedError, UserError
 from lora_ggpo.models.architecture import ENCODER_DECODER, Architecture
 from lora_ggpo.models.load import load_model
 from lora_ggpo.models.quantise import Quantisation
+from lora_ggpo.statistics.measured import Floats, Measured
 from lora_ggpo.tasks.forward import autocasting, evaluating
-from lora_ggpo.tasks.metrics import Floats, Measured
 from lora_ggpo.workspace.ranks import merged, share_of
 
 if TYPE_CHECKING:
@@ -247,12 +247,6 @@ class Task(ABC):
                 "lower the learning rate or use dtype float32."
             )
         return self.finish(scores)
-
-    def evaluate(
-        self, model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any
-    ) -> dict[str, Measured]:
-        """The metrics of encoded rows; `options` are those of `score`."""
-        return self.measure(self.score(model, rows, tokenizer, **options), rows)
 
 
 def encoded_row(ids: list[int], labels: float | list[int], **further: Any) -> Row:

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.data.load import STRING, Columns, TextReader
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
+from lora_ggpo.statistics.measured import Floats, Integers, Measured, measure_share
 from lora_ggpo.tasks.base import NO_LOSS, Batch, Row, Score, several_row, split_row
-from lora_ggpo.tasks.metrics import Floats, Integers, Measured, measure_share
 from lora_ggpo.tasks.sft import SFT, Tokens, completion_losses, completion_metrics
 
 if TYPE_CHECKING:

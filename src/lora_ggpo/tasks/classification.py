@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.data.labels import LabelReader
 from lora_ggpo.models.architecture import HEADED, label_head
-from lora_ggpo.statistics import calibration
+from lora_ggpo.statistics.calibration import calibration_metrics, softmax
+from lora_ggpo.statistics.measured import RESAMPLES, SEED, Floats, Integers, Measured, measure_share
 from lora_ggpo.tasks.base import CHUNK, Batch, Row, Score, Task, encoded_row
-from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, Integers, Measured, measure_mean, measure_share
 
 
 class ClassTask(Task):
@@ -28,7 +28,7 @@ class ClassTask(Task):
     features: ClassVar = {"label": Value("int64")}
 
     def finish(self, scores: Floats) -> Floats:
-        return calibration.softmax(scores)
+        return softmax(scores)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
         return classification_metrics(scores, np.asarray(rows["label"], dtype=np.int64))
@@ -113,16 +113,6 @@ def classification_metrics(probabilities: Floats, labels: Integers) -> dict[str,
         "f1": Measured(f1, f1_se, n),
         "mcc": Measured(mcc, mcc_se, n),
         **calibration_metrics(probabilities, labels),
-    }
-
-
-def calibration_metrics(probabilities: Floats, labels: Integers) -> dict[str, Measured]:
-    """Those of `classification_metrics` that are about the probabilities: log loss, Brier score, calibration error."""
-    spread = calibration.calibration_error_spread(probabilities, labels, resamples=RESAMPLES, seed=SEED)
-    return {
-        "log_loss": measure_mean(calibration.log_losses(probabilities, labels)),
-        "brier": measure_mean(calibration.brier_scores(probabilities, labels)),
-        "ece": Measured(calibration.calibration_error(probabilities, labels), spread, len(labels)),
     }
 
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.data.preference import SIDES, PreferenceReader
 from lora_ggpo.errors import UserError
+from lora_ggpo.statistics.measured import Floats, Measured, measure_mean, measure_share
 from lora_ggpo.tasks.base import Batch, Row, Score, several_row, split_row
-from lora_ggpo.tasks.metrics import Floats, Measured, measure_mean, measure_share
 from lora_ggpo.tasks.sft import SFT, Tokens, completion_losses
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from lora_ggpo.data.load import STRING, TextReader
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import HEADED
+from lora_ggpo.statistics.measured import RESAMPLES, SEED, Floats, Measured, measure_mean
 from lora_ggpo.tasks.base import Row, Score, Task
 from lora_ggpo.tasks.classification import encode_texts, head_scorer
-from lora_ggpo.tasks.metrics import RESAMPLES, SEED, Floats, Measured, measure_mean
 
 _BLOCK = 1_000_000
 

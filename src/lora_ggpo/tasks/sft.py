@@ -22,9 +22,9 @@ from lora_ggpo.data.messages import Message
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import CAUSAL
 from lora_ggpo.models.chat_template import Ending, end_of_turn
+from lora_ggpo.statistics.measured import Floats, Integers, Measured
 from lora_ggpo.tasks.base import CHUNK, NO_LOSS, Batch, Row, Score, Task, encoded_row
 from lora_ggpo.tasks.forward import logits_at
-from lora_ggpo.tasks.metrics import Floats, Integers, Measured
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.tasks.text import UnusedFields, appended, check_chat_template, conversation, learnt_turns, start
 

@@ -12,14 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from lora_ggpo.data import digest
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, load_recipe
+from lora_ggpo.statistics.measured import plain
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.build import AnyModel, load_weights, training_arguments
 from lora_ggpo.training.draws import Draws, predicting
 from lora_ggpo.training.folder import finished_metrics, read_run, weights_folder
 from lora_ggpo.training.identity import check_data, check_model, check_weights
 from lora_ggpo.training.memory import memory_errors
-from lora_ggpo.training.scorer import Scorer, evaluation_sets, file_name, plain
-from lora_ggpo.workspace.files import read_json, write_json
+from lora_ggpo.training.scorer import Scorer, evaluation_sets
+from lora_ggpo.workspace.files import file_name, read_json, write_json
 from lora_ggpo.workspace.libraries import quiet_libraries, versions
 from lora_ggpo.workspace.progress import Reporter
 

@@ -24,6 +24,7 @@ from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.models.adapters import count_parameters
 from lora_ggpo.models.saving import save_ends, save_model, save_tokenizer
 from lora_ggpo.recipe.recipe import Recipe
+from lora_ggpo.statistics.measured import plain
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.advice import warn_of
 from lora_ggpo.training.build import (
@@ -41,7 +42,7 @@ from lora_ggpo.training.folder import Run, check_checkpoint, claim_run, is_begun
 from lora_ggpo.training.identity import record, recorded_day, weight_digests
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.precision import precision_of
-from lora_ggpo.training.scorer import Scorer, plain
+from lora_ggpo.training.scorer import Scorer
 from lora_ggpo.training.sharding import check_launch, cuts_weights, place, share_steps, whole_weights
 from lora_ggpo.training.trackers import tracking
 from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer

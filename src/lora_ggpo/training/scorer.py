@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,17 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from lora_ggpo.data import Splits
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import check_tokens
-from lora_ggpo.tasks import Measured, Task
+from lora_ggpo.statistics.measured import Floats, Measured, Scores
+from lora_ggpo.tasks import Task
 from lora_ggpo.tasks.base import Progress
-from lora_ggpo.tasks.metrics import Floats
 from lora_ggpo.training.precision import TYPES, precision_of
 from lora_ggpo.training.sharding import cuts_weights
-from lora_ggpo.workspace.files import write_json_lines
+from lora_ggpo.workspace.files import file_name, write_json_lines
 from lora_ggpo.workspace.progress import Reporter
 from lora_ggpo.workspace.ranks import is_first
 
 TRAIN_ROWS = 1000
 """Rows of the training split that are scored, at most."""
-
-_LONGEST_NAME = 100
-
-Scores = dict[str, dict[str, Measured]]
 
 
 class Scorer:
@@ -132,14 +126,3 @@ def fixed_sample(rows: Dataset, size: int) -> Dataset:
     if len(rows) <= size:
         return rows
     return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:size]))
-
-
-def plain(scores: Scores) -> dict[str, dict[str, Any]]:
-    """`scores` as JSON holds them."""
-    return {name: {key: metric.to_dict() for key, metric in metrics.items()} for name, metrics in scores.items()}
-
-
-def file_name(name: str) -> str:
-    """`name`, which may be a path or a hub id, as the name of a file."""
-    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "set"
-    return plain if len(plain) <= _LONGEST_NAME else f"{plain[-_LONGEST_NAME:]}-{sha256(name.encode()).hexdigest()[:8]}"

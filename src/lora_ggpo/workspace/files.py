@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_ggpo.errors import UserError, causes
+
+_LONGEST_NAME = 100
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (
@@ -25,6 +28,13 @@ _NO_SPACE_WORDS = (
     *("No space left on device", "os error 28", "Disk quota exceeded"),
     *("PytorchStreamWriter failed", "basic_ios::clear: iostream error"),
 )
+
+
+def file_name(name: str) -> str:
+    """`name`, which may be a path or a hub id, as the name of a file."""
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "set"
+    short = f"{plain[-_LONGEST_NAME:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain if len(plain) <= _LONGEST_NAME else short
 
 
 def write_text(path: Path, text: str) -> None:

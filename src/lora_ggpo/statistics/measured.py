@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,15 @@ class Measured:
         """Return {"value", "se", "n"}, fit for JSON: what is not finite becomes None."""
         finite = {"value": self.value, "se": self.se}
         return {**{key: x if math.isfinite(x) else None for key, x in finite.items()}, "n": self.n}
+
+
+Scores = dict[str, dict[str, Measured]]
+"""Of each set, by the names of the metrics."""
+
+
+def plain(scores: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
+    """`scores` as JSON holds them."""
+    return {name: {key: metric.to_dict() for key, metric in metrics.items()} for name, metrics in scores.items()}
 
 
 def measure_mean(values: Floats) -> Measured:
