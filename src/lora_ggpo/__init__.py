@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .integrations.callback import GGPOCallback
     from .integrations.doctor import doctor
-    from .perturbation import GGPO, GGPOConfig
+    from .perturbation import GGPO, GGPOConfig, Parts, register_layer
 
-__all__ = ["GGPO", "GGPOCallback", "GGPOConfig", "doctor"]
+__all__ = ["GGPO", "GGPOCallback", "GGPOConfig", "Parts", "doctor", "register_layer"]
 __version__ = version("lora-ggpo")
 
 _HOMES = {
-    **dict.fromkeys(("GGPO", "GGPOConfig"), "perturbation"),
+    **dict.fromkeys(("GGPO", "GGPOConfig", "Parts", "register_layer"), "perturbation"),
     "GGPOCallback": "integrations.callback",
     "doctor": "integrations.doctor",
 }

@@ -11,8 +11,8 @@ the package. Read in this order:
    ``config``: the settings.
 2. ``linear``: x (W0 + s B A + eps)^T as one autograd function. ``kernel``: dense noise on a GPU.
 3. ``kinds``: what a type of layer does with its weight. ``weights``: W0, also quantised or cut by FSDP and ZeRO.
-   ``layers``: a layer of PEFT, perturbed. ``inside``: weights that are read and never called. ``rows``: the norms and
-   sizes of all layers at once.
+   ``layers``: a layer of PEFT, perturbed. ``own``: one of any other class. ``inside``: weights that are read and never
+   called. ``rows``: the norms and sizes of all layers at once.
 4. ``ggpo``: the object that a training loop holds. It uses ``find`` (which layers), ``passes`` (when they are noisy),
    ``rise`` (sigma by what noise does to the loss), ``watch`` (what a run should be told), ``compiled`` (torch.compile)
    and ``zero`` (DeepSpeed). ``reach``: what became of each layer. ``fuse``: the same forward without noise.
@@ -25,5 +25,6 @@ To add a rule, an estimator of ||G_i||^2, a schedule, a noise or a type of layer
 from .config import GGPOConfig
 from .ggpo import GGPO
 from .linear import perturbed_linear
+from .own import Parts, register_layer
 
-__all__ = ["GGPO", "GGPOConfig", "perturbed_linear"]
+__all__ = ["GGPO", "GGPOConfig", "Parts", "perturbed_linear", "register_layer"]

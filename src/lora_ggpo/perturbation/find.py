@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .inside import PerturbedWeight, perturbed_weight, reads_weight
 from .kinds import Kind, kind_of
 from .layers import PerturbedLayer, perturbed_by
+from .own import OwnLayer, own_adapter, own_parts
 from .passes import Passes
 from .weights import CalledWeight, is_quantised
 from .zero import is_cut
@@ -30,18 +31,25 @@ class Skipped:
     """An adapted layer that cannot be perturbed."""
 
     name: str
-    module: BaseTunerLayer
+    module: nn.Module
     reason: str
 
     def is_active(self) -> bool:
         """Whether an active adapter has it."""
+        if not isinstance(self.module, BaseTunerLayer):
+            return True
         adapters = {name for kind in self.module.adapter_layer_names for name in getattr(self.module, kind)}
         return not adapters.isdisjoint(self.module.active_adapters)
+
+    @property
+    def base(self) -> Any:
+        """The layer that is adapted."""
+        return self.module.get_base_layer() if isinstance(self.module, BaseTunerLayer) else _own_base(self.module)
 
     def entries(self) -> int:
         """Entries of the weight that is adapted."""
         module: Any = self.module
-        base = module.get_base_layer()
+        base = self.base
         weight = module.get_param() if hasattr(module, "get_param") else getattr(base, "weight", None)
         weight = getattr(base, "in_proj_weight", None) if weight is None else weight
         if isinstance(weight, Tensor) and weight.is_floating_point():
@@ -66,12 +74,14 @@ def find_layers(
             raise ValueError(DATA_PARALLEL)
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             never_called.add(id(module.out_proj))
-        if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer) or id(module) in done:
+        if id(module) in done or not _is_adapted(module):
             continue
         name = name.replace("_orig_mod.", "")  # torch.compile's wrapper
         outer = attentions.get(id(module))
         if id(module) in never_called and outer is None:
             found: PerturbedLayer | str = _ATTENTION
+        elif not isinstance(module, BaseTunerLayer):
+            found = _own_layer(name, len(layers), module, passes)
         elif reads_weight(module) or outer is not None:
             found = perturbed_weight(name, len(layers), module, passes, outer)
         else:
@@ -84,6 +94,12 @@ def find_layers(
         if isinstance(found, PerturbedWeight) and isinstance(found.owner, nn.MultiheadAttention):
             attentions[id(found.owner.out_proj)] = found
     return layers, skipped
+
+
+def in_training(model: nn.Module, layers: Sequence[PerturbedLayer]) -> bool:
+    """Whether a forward pass of the model is one of training. sd-scripts, for one, keeps the model in evaluation mode
+    and trains adapters that are no part of it."""
+    return model.training or any(layer.outside and layer.trains() for layer in layers)
 
 
 def check_layers(model: nn.Module, layers: Sequence[PerturbedLayer], skipped: Sequence[Skipped]) -> None:
@@ -129,6 +145,28 @@ def _inner(module: Any) -> list[BaseTunerLayer]:
     return found
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    if isinstance(module, BaseTunerLayer):
+        return not isinstance(module, TrainableTokensLayer)
+    adapter = own_adapter(module)
+    return adapter is not None and own_parts(adapter) is not None
+
+
+def _own_base(module: nn.Module) -> Any:
+    adapter = own_adapter(module)
+    parts = adapter and own_parts(adapter)
+    return parts and parts.base
+
+
+def _own_layer(name: str, index: int, module: nn.Module, passes: Passes) -> PerturbedLayer | str:
+    """A module with an adapter of a registered class perturbed, or why it cannot be."""
+    adapter, base = own_adapter(module), _own_base(module)
+    kind = kind_of(base)
+    if adapter is None or kind is None or kind.called:
+        return f"{type(adapter).__name__} on {type(base).__name__}"
+    return _unreadable(base) or OwnLayer(name, index, module, kind, passes, adapter)
+
+
 def _perturbed_layer(name: str, index: int, module: Any, passes: Passes) -> PerturbedLayer | str:
     """A layer perturbed, or why it cannot be."""
     kind = kind_of(module.get_base_layer())
@@ -145,6 +183,11 @@ def _unsupported(module: Any, kind: Kind | None) -> str:
         return f"an adapter on {type(base).__name__}"
     if kind.called:
         return _not_callable(module, base)
+    return _unreadable(base)
+
+
+def _unreadable(base: Any) -> str:
+    """Why the weight of a base layer cannot be read; empty if it can be."""
     quantised = is_quantised(base)
     if quantised and is_cut(base.weight):
         return "a quantised weight under ZeRO-3"
@@ -169,5 +212,5 @@ def _without_layers(model: nn.Module) -> str:
     configs = getattr(model, "peft_config", None)
     kinds = sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()}) if configs else []
     if not kinds:
-        return "; add an adapter with PEFT first"
+        return "; add an adapter with PEFT first, or tell register_layer of your own class"
     return f": its adapter is {', '.join(kinds)}, which adapts no layer's weight"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .compiled import draw, no_graph_of_its_own, register
 from .config import GGPOConfig
-from .find import DATA_PARALLEL, check_layers, find_layers, report_skipped
+from .find import DATA_PARALLEL, check_layers, find_layers, in_training, report_skipped
 from .linear import autocast_dtype
 from .noise import NOISES, Noise, Seeded, buckets, joint_factors, mix, own_number, split_factors
 from .passes import Passes, tied_tensors
@@ -46,7 +46,7 @@ class GGPO:
     pass, ``generate()``), ``disable_adapter()`` and saving see the plain model.
 
     Args:
-        model: A PEFT model, or any module with PEFT layers inside. Its own ``forward`` must be the one called.
+        model: One with layers of PEFT, or of ``register_layer``, inside. Its own ``forward`` must be the one called.
         config: The settings; None is the defaults.
         total_steps: Number of optimizer steps of the run; needed by a ramp schedule only.
         optimizer: The one that ``deepspeed.initialize`` or ``accelerator.prepare`` returned; needed under DeepSpeed
@@ -241,7 +241,7 @@ class GGPO:
             return
         if getattr(model, "_is_replica", False):
             raise RuntimeError(DATA_PARALLEL)
-        if self._passes.begin(model.training):
+        if self._passes.begin(in_training(model, self.layers)):
             config, number = self.config, self._advance()
             self._drawn = NOISES[config.noise](self.layers, config.seed, number, config.noise_rank, autocast_dtype())
             self._show(self._drawn)

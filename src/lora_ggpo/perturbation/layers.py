@@ -54,10 +54,12 @@ class PerturbedLayer:
     """
 
     original: Callable[..., Tensor]
+    outside = False
+    """Whether the adapter is no part of the model, and so has a training mode of its own."""
 
     def __init__(self, name: str, index: int, module: Any, kind: Kind, passes: Passes) -> None:
         self.name, self.index, self.module, self.kind, self.passes = name, index, module, kind, passes
-        self.base: Any = module.get_base_layer()
+        self.base: Any = self._base_layer()
         self.w0 = self._read()
         self.m, self.n = self.w0.m, self.w0.n
         self.tau: Tensor | None = None
@@ -68,6 +70,9 @@ class PerturbedLayer:
         self.a: list[Any] = []
         self._measure()
         self.follow()
+
+    def _base_layer(self) -> Any:
+        return self.module.get_base_layer()
 
     def _read(self) -> BaseWeight:
         if self.kind.called:
@@ -165,18 +170,18 @@ class PerturbedLayer:
         return not any(one is not None and one.requires_grad for one in (self.base.weight, self.base.bias))
 
     def _perturbs(self) -> bool:
-        module = self.module
-        training = module.training and self.base.training  # after unload(), eval() reaches the base layer alone
-        if (
-            not (training or self.passes.predicts)
-            or module.disable_adapters
-            or module.merged
-            or not self._active_names()
-        ):
+        if not (self.trains() or self.passes.predicts) or self._is_off() or not self._active_names():
             return False
         if torch.compiler.is_compiling():
             return self.noise is not None
         return self.passes.active()
+
+    def trains(self) -> bool:
+        """Whether it is in training mode."""
+        return self.module.training and self.base.training  # after unload(), eval() reaches the base layer alone
+
+    def _is_off(self) -> bool:
+        return self.module.disable_adapters or self.module.merged
 
     def attach(self) -> None:
         if not self._attached:
@@ -227,10 +232,17 @@ class PerturbedLayer:
         kind, dora = ("lora" if module.lora_A else "lora_embedding"), module.lora_magnitude_vector
         a, b = ([getattr(module, f"{kind}_{factor}")[name] for name in names] for factor in "AB")
         magnitudes = [dora[name] for name in names if name in dora][:1]
-        fits = all(_shape(x)[1] == self.n and _shape(y) == (self.m, _shape(x)[0]) for x, y in zip(a, b, strict=True))
-        same_input = all(getattr(x, key, 0) == getattr(self.base, key, 0) for x in a for key in _WINDOW)
         by_rows = not variants or (len(names) == 1 and variants[0] in _SCALES_ROWS)
-        return (a, b, magnitudes) if fits and same_input and by_rows else ([], [], [])
+        return (a, b, magnitudes) if by_rows and self._fit(a, b) else ([], [], [])
+
+    def _fit(self, a: list[Any], b: list[Any]) -> bool:
+        """Whether W0 + s B A is a weight for the input that W0 sees."""
+        shapes = all(_shape(x)[1] == self.n and _shape(y) == (self.m, _shape(x)[0]) for x, y in zip(a, b, strict=True))
+        return shapes and all(getattr(x, key, 0) == getattr(self.base, key, 0) for x in a for key in _WINDOW)
+
+    def has_gradients(self) -> bool:
+        """Whether A and B are known, and have gradients of their own."""
+        return bool(self.a)
 
     def _is_fusable(self, name: str) -> bool:
         """Whether PEFT's forward is base(x) + s B A x of modules that nothing else hangs on."""

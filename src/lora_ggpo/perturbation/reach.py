@@ -39,7 +39,7 @@ def reach(ggpo: GGPO) -> list[Reach]:
     refused = [
         Reach(
             layer.name,
-            type(layer.module.get_base_layer()).__name__,
+            type(layer.base).__name__,
             perturbed=False,
             bypassed=layer.is_active(),
             gradient="",
@@ -59,6 +59,6 @@ def _reach(layer: PerturbedLayer) -> Reach:
         type(layer.base).__name__,
         perturbed=layer.reached,
         bypassed=bypassed,
-        gradient="A and B" if layer.a else "sketch",
+        gradient="A and B" if layer.has_gradients() else "sketch",
         why=why,
     )

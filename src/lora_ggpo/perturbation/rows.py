@@ -43,8 +43,9 @@ class LayerGroup:
         return [tensor for tensor in (*own, *layers) if tensor is not None]
 
     def estimator(self, chosen: str) -> str:
-        """The estimator of ||G_i||^2 for these layers: those without A and B have the one that needs neither."""
-        return chosen if self.layers[0].a else "sketch"
+        """The estimator of ||G_i||^2 for these layers: those without gradients of A and B have the one that
+        needs none."""
+        return chosen if self.layers[0].has_gradients() else "sketch"
 
     def refresh(self, config: GGPOConfig, factor: float) -> None:
         """Noise sizes from the weights as they are now; ``factor`` is the schedule's, on sigma."""
@@ -166,7 +167,7 @@ def group_layers(layers: list[PerturbedLayer]) -> list[LayerGroup]:
         layer.tau = None
         layer.follow()
         if layer.names:
-            kind = (bool(layer.magnitudes), layer.w0.dtype, layer.w0_norms.device)
+            kind = (bool(layer.magnitudes), layer.has_gradients(), layer.w0.dtype, layer.w0_norms.device)
             by_shape[(layer.m, layer.n, *layer.ranks(), *kind)].append(layer)
     return [_group(members) for members in by_shape.values()]
 

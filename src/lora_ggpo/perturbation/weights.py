@@ -35,7 +35,7 @@ class BaseWeight:
         shape: Any = self.parameter.ds_shape if cut else (w0.t() if self.transposed else w0).shape
         m, n = shape[0], math.prod(shape[1:])
         self.m, self.n = (n, m) if self.transposed else (m, n)
-        self.dtype = torch.promote_types(w0.dtype, torch.float32)
+        self.dtype = torch.float64 if w0.dtype == torch.float64 else torch.float32  # 8 bits promote to nothing
         self.device = w0.device
 
     @property
