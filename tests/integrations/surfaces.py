@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from lora_ggpo.perturbation.noise import Factors
 from lora_ggpo.perturbation.rows import group_layers
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -22,23 +23,13 @@ def run_block(page, heading):
     return names
 
 
-class Given:
-    """A draw that is a matrix."""
-
-    def __init__(self, eps):
-        self.eps = eps
-
-    def matrix(self):
-        return self.eps
-
-
 def check_noise(layer, images=(5, 6)):
     """In float64 the noise of an attached layer, on its output and in dL/dx, is that of a dense eps on its weight."""
     base, linear = layer.base, layer.kind.linear
     x = torch.randn((2, 5, layer.n) if linear else (2, base.in_channels, *images), dtype=torch.float64)
     x.requires_grad_()
-    plain, eps = layer.original(x), torch.randn(layer.m, layer.n, dtype=torch.float64)
-    layer.noise = Given(eps)
+    noise = Factors(*(torch.randn(shape, dtype=torch.float64) for shape in ((3, layer.n), (layer.m, 3))))
+    plain, eps, layer.noise = layer.original(x), noise.u @ noise.v, noise
     layer.passes.begin(training=True)
     noisy = layer.forward(x)
     layer.passes.end()
