@@ -6,10 +6,11 @@ files have no name as soon as they are written, so that they go with the process
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow
@@ -33,8 +34,14 @@ def spooled(pieces: Iterable[pyarrow.Table]) -> Dataset:
         size += piece.nbytes
         if size > HELD:
             every = chain(_given_up(held), pieces)
-            return _dataset([_mapped(like) for _, like in groupby(every, lambda one: one.schema)])
-    return _dataset([_dataset(held).data.table.combine_chunks()])
+            parts = [_mapped(like) for _, like in groupby(every, lambda one: one.schema)]
+            return as_dataset(pyarrow.concat_tables(parts, promote_options="permissive"))
+    return as_dataset(pyarrow.concat_tables(held, promote_options="permissive").combine_chunks())
+
+
+def as_dataset(table: pyarrow.Table) -> Dataset:
+    """A table as datasets has it."""
+    return Dataset(table, fingerprint=generate_random_fingerprint())  # without one it takes a digest of all rows
 
 
 def taken(rows: Dataset, chosen: NDArray[np.int64]) -> Dataset:
@@ -49,15 +56,26 @@ def taken(rows: Dataset, chosen: NDArray[np.int64]) -> Dataset:
     return spooled(pieces())
 
 
+def write_pieces(file: IO[bytes], pieces: Iterable[pyarrow.Table]) -> None:
+    """Write tables of one schema behind one another, at least one."""
+    writer = None
+    for piece in pieces:
+        writer = writer or pyarrow.ipc.new_stream(file, piece.schema)
+        writer.write_table(piece, max_chunksize=PIECE)
+    if writer:
+        writer.close()
+    file.flush()
+
+
+def read_mapped(path: str | os.PathLike[str]) -> pyarrow.Table:
+    """What `write_pieces` wrote, mapped into memory."""
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(os.fspath(path))).read_all()
+
+
 def numbers(rows: Dataset, name: str) -> NDArray[Any]:
     """A column of numbers, which datasets gives row by row."""
     found: NDArray[Any] = rows.select_columns(name).with_format("arrow")[:].column(0).to_numpy()
     return found
-
-
-def _dataset(tables: list[pyarrow.Table]) -> Dataset:
-    table = pyarrow.concat_tables(tables, promote_options="permissive")
-    return Dataset(table, fingerprint=generate_random_fingerprint())  # without one it takes a digest of all rows
 
 
 def _given_up(held: list[pyarrow.Table]) -> Iterator[pyarrow.Table]:
@@ -67,11 +85,5 @@ def _given_up(held: list[pyarrow.Table]) -> Iterator[pyarrow.Table]:
 
 def _mapped(pieces: Iterable[pyarrow.Table]) -> pyarrow.Table:
     with tempfile.NamedTemporaryFile(prefix="lora-ggpo-", suffix=".arrow") as file:
-        writer = None
-        for piece in pieces:
-            writer = writer or pyarrow.ipc.new_stream(file, piece.schema)
-            writer.write_table(piece, max_chunksize=PIECE)
-        if writer:
-            writer.close()
-        file.flush()
-        return pyarrow.ipc.open_stream(pyarrow.memory_map(file.name)).read_all()
+        write_pieces(file, pieces)
+        return read_mapped(file.name)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.data.config import DataConfig
+from lora_ggpo.data.kept import kept
 from lora_ggpo.data.load import Reader, Splits
 from lora_ggpo.data.spool import numbers, spooled
 from lora_ggpo.errors import DivergedError, UserError
@@ -24,6 +25,7 @@ from lora_ggpo.models.load import load_model
 from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.statistics.measured import Floats, Measured
 from lora_ggpo.tasks.forward import autocasting, evaluating
+from lora_ggpo.tasks.origin import origin
 from lora_ggpo.workspace.ranks import merged, share_of
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ NO_LOSS = -100
 
 CHUNK = 1000
 """Rows that are encoded at a time."""
+
+FEW = 500
+"""Sets of more rows are kept in the user's cache folder when they are encoded."""
 
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]
@@ -164,7 +169,7 @@ class Task(ABC):
         return load_model(name, self.architecture, self.head, dtype, quantisation)
 
     def encode(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Dataset:
-        """Tokenise the rows of `dataset`, in their order.
+        """Tokenise the rows of `dataset`, in their order, unless what the same ones became lies in the cache folder.
 
         Their columns are `input_ids`, `attention_mask`, `labels` and `length` (tokens of `input_ids`), and what the
         task adds. They are not padded.
@@ -173,14 +178,19 @@ class Task(ABC):
             dataset: Columns as the task's reader makes them.
             name: Of the set, which warnings and errors about its rows begin with.
         """
+
+        def pieces() -> Iterator[pyarrow.Table]:
+            self.check(dataset, tokenizer)
+            return (arrow(rows, self.features) for rows in self.rows(dataset, tokenizer, name) if rows)
+
         if self.config.max_length > tokenizer.model_max_length:
             raise UserError(
                 f"task.max_length = {self.config.max_length} is more than the {tokenizer.model_max_length} tokens "
                 "the model can read; lower it."
             )
         try:
-            self.check(dataset, tokenizer)
-            return spooled(arrow(rows, self.features) for rows in self.rows(dataset, tokenizer, name) if rows)
+            made_from = origin(self, dataset, tokenizer, name) if len(dataset) > FEW else None
+            return kept(made_from, pieces) if made_from else spooled(pieces())
         except UserError as error:
             if not name or str(error).startswith("task."):  # a setting of the recipe: its line is named
                 raise

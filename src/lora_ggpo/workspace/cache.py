@@ -1,17 +1,18 @@
-"""Text that takes long to make, kept in the user's cache folder for as long as what it is made from stays the same."""
+"""What takes long to make, kept in the user's cache folder for as long as what it is made from stays the same."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 from lora_ggpo.workspace.files import write_text
 
-_MADE_FROM = ("peft", "pydantic", "transformers")
+_MADE_FROM = ("jinja2", "peft", "pydantic", "tokenizers", "transformers")
 
 
 def cached(name: str, make: Callable[[], str]) -> str:
@@ -20,8 +21,7 @@ def cached(name: str, make: Callable[[], str]) -> str:
     Args:
         name: Of the file.
     """
-    file = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lora-ggpo" / name
-    state = _state()
+    file, state = cache_folder() / name, package_state()
     with suppress(OSError, UnicodeDecodeError):
         of, _, text = file.read_text(encoding="utf-8").partition("\n")
         if of == state:
@@ -33,7 +33,13 @@ def cached(name: str, make: Callable[[], str]) -> str:
     return text
 
 
-def _state() -> str:
+def cache_folder() -> Path:
+    """The user's, of this package; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lora-ggpo"
+
+
+@cache
+def package_state() -> str:
     """A digest of the versions and of when each file of this package was last changed."""
     own = sorted(Path(__file__).parents[1].rglob("*.py"))
     facts = [*((name, version(name)) for name in _MADE_FROM), *((str(one), one.stat().st_mtime_ns) for one in own)]
