@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.processes import Process
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+EXAMPLES = [path for path in EXAMPLES if path.stem != "diffusers_lora"]  # tests/integrations/test_diffusers.py
 
 
 @pytest.fixture(scope="module")
