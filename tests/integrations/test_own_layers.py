@@ -47,10 +47,6 @@ def train(model, x):
     return {layer.name: layer for layer in ggpo.layers}
 
 
-def test_the_block_of_ones_own_class_runs():
-    run_block("layers.md", "Your own LoRA class")
-
-
 class TestLitGPT:
     @pytest.fixture(autouse=True)
     def lora(self):
