@@ -140,3 +140,45 @@ def test_glue_as_it_is_distributed(subset, tmp_path):
     assert sorted(splits.test["text_pair" if len(texts) == 2 else "text"]) == sorted(held_out)
     assert len(splits.train) + len(splits.validation) == len(given["train"])
     assert [splits.labels[index] for index in splits.test["label"]] == [row[0] for row in given["dev"]]
+
+
+# --- a stray pair of quotes ----------------------------------------------------------------------------------------
+
+ENCLOSING = {
+    "at the ends of texts": ('text,label\nx,0\n"good,0\nfine,1\nbad",1\ny,1\nz,0\nv,1\n', 3, 5, 5),
+    "label first": ('label,text\n0,x\n1,y\n0,"good\n1,bad"\n1,z\n0,v\n', 4, 5, 5),
+    "of two texts": ('prompt,completion\n"a,b\nc,d\ne",f\ng,h\n', 2, 4, 2),
+}
+
+
+@pytest.mark.parametrize("name", ENCLOSING)
+def test_quotes_that_enclose_what_looks_like_rows_are_named(name, tmp_path):
+    content, first, last, rows = ENCLOSING[name]
+    with pytest.warns(
+        UserWarning, match=rf"a\.csv, line {first}: a quote opens here and closes on line {last}, "
+    ) as told:
+        table = parse_csv(tmp_path / "a.csv", content.encode())
+    assert len(told) == 1
+    assert len(table) == rows  # as csv and pandas have it
+    assert len(pandas.read_csv(io.StringIO(content))) == rows
+
+
+def test_all_such_places_are_counted(tmp_path):
+    content = "text,label\n" + "".join(f'x{n},0\ny{n},1\n"a,0\nb",1\n' for n in range(3))
+    with pytest.warns(UserWarning, match=r"So do 2 other records\."):
+        parse_csv(tmp_path / "a.csv", content.encode())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'text,label\n"two lines, as in\na verse",0\nx,0\ny,1\nz,1\nv,0\n',  # each line has a comma, but no label
+        'label,text\n0,"a verse\nof two lines, with a comma"\n0,x\n1,y\n1,z\n0,v\n',
+        'text\n"two\nlines"\nx\ny\n',
+        'prompt,completion\n"two lines, as\na prompt has",x\ny,z\n',
+    ],
+)
+def test_texts_of_several_lines_are_no_rows(content, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse_csv(tmp_path / "a.csv", content.encode())

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import yaml
 
-from lora_ggpo.data import files, spool
+from lora_ggpo.data import long, spool
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.tasks import sft as sft_task
@@ -97,8 +97,8 @@ def test_rows_in_files_change_nothing(run, packing, monkeypatch):
     """A file that is read piece by piece, of which text and tokens are mapped."""
     settings = ["training.per_device_train_batch_size=4", "validate_every=2", f"task.packing={packing}"]
     held = run("held", *settings)
-    monkeypatch.setattr(files, "LONG", 0)
-    monkeypatch.setattr(files, "PIECE", 7)
+    monkeypatch.setattr(long, "LONG", 0)
+    monkeypatch.setattr(long, "PIECE", 7)
     monkeypatch.setattr(spool, "PIECE", 7)
     monkeypatch.setattr(spool, "HELD", 100)
     monkeypatch.setattr(sft_task, "CHUNK", 3)

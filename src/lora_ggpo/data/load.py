@@ -194,7 +194,8 @@ class TextReader(Reader):
         column = self._column if here.count(self._column) == len(tables) else self._default(tables.values())
         texts = {name: given if here.count(given) == len(tables) else name for name, given in self._texts.items()}
         usable = {s: t for s, t in tables.items() if column not in t.columns or not self._is_withheld(t, column)}
-        return spooled([self.arrow(self._read(find_test_table(usable, tables), texts, column))])
+        pieces = find_test_table(usable, tables).pieces()
+        return spooled(self.arrow(self._read(piece, texts, column)) for piece in pieces)
 
     @property
     def _texts(self) -> dict[str, str]:

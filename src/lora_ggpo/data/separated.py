@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ _LINE_END = re.compile(r"\r\n|\n|\r")
 _TAB_FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|(?!")([^\t\r\n]*))(\t|\r\n|\n|\r|\Z)')
 _CONVENTIONS = (re.compile(r'[\t"\r\n]'), re.compile(r'[\t",\r\n]'))
 """What a field must hold to be quoted: csv's and pandas' rule, and Excel's."""
+
+
+_FEW_VALUES, _MOST_PLACES = 50, 1000
 
 
 class Records(NamedTuple):
@@ -36,19 +39,80 @@ class _Field(NamedTuple):
 
 def csv_records(path: Path, text: str) -> Records:
     """Records of comma-separated text, quoted as RFC 4180 has it."""
+    rows = list(csv_rows(path, io.StringIO(text, newline=""), len(text)))
+    return Records([fields for fields, _ in rows], [line for _, line in rows])
+
+
+def csv_rows(path: Path, lines: Iterable[str], longest: int) -> Iterator[tuple[list[str], int]]:
+    """As `csv_records`, of lines with their ends: the fields of each record, and the line on which it begins.
+
+    Args:
+        longest: Characters that a field may have.
+    """
     # csv refuses fields of more than 131,072 characters, for the whole process: a document may be as long as its file.
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    found, previous = Records([], []), 0
+    csv.field_size_limit(max(csv.field_size_limit(), longest))
+    read: list[str] = []  # the lines of the record
+    reader, previous, enclosed = csv.reader(_noted(lines, read), strict=True), 0, _Enclosed(path)
     try:
         for record in reader:
             if record:
-                found.fields.append(record)
-                found.lines.append(previous + 1)
+                enclosed.look(record, read, previous + 1)
+                yield record, previous + 1
             previous = reader.line_num
+            read.clear()
     except csv.Error as error:
         raise UserError(f"{path}, line {previous + 1}: malformed CSV ({error}); check the quotes.") from None
-    return found
+    enclosed.report()
+
+
+def _noted(lines: Iterable[str], read: list[str]) -> Iterator[str]:
+    """The `lines`, each of which is put in `read` as it is read."""
+    for line in lines:
+        read.append(line)
+        yield line
+
+
+class _Enclosed:
+    """Finds records of several lines that look like a row each: a stray pair of quotes may have made one of them.
+
+    A line looks like a row if it has as many fields, and in each column that has few values one of them. Where no
+    column has, only a record of three lines and more is told from a text that happens to hold commas.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rows = path, 0
+        self._kinds: dict[int, set[str]] | None = None  # the values of each column, if they are few
+        self._found: list[tuple[int, list[list[str]]]] = []
+
+    def look(self, record: list[str], lines: list[str], first: int) -> None:
+        """Look at a record; `first` is the number of its first line."""
+        if self._kinds is None:  # the header
+            self._kinds = {column: set() for column in range(len(record))}
+        elif len(lines) == 1:
+            self._rows += 1
+            for column in [column for column in self._kinds if column < len(record)]:
+                self._kinds[column].add(record[column])
+                if len(self._kinds[column]) > _FEW_VALUES:
+                    del self._kinds[column]
+        elif len(self._found) < _MOST_PLACES and all(line.count(",") == len(record) - 1 > 0 for line in lines):
+            self._found.append((first, [[part.strip('"\r\n') for part in line.split(",")] for line in lines]))
+
+    def report(self) -> None:
+        """Name the first such record in one warning, with the number of all."""
+        kinds = {column: of for column, of in (self._kinds or {}).items() if 2 * len(of) <= self._rows}
+        found = [
+            range(first, first + len(lines))
+            for first, lines in self._found
+            if (kinds or len(lines) > 2) and all(line[column] in of for column, of in kinds.items() for line in lines)
+        ]
+        if found:
+            others = f" So do {count(len(found) - 1, 'other record')}." if len(found) > 1 else ""
+            warnings.warn(
+                f"{self._path}, line {found[0][0]}: a quote opens here and closes on line {found[0][-1]}, and what it "
+                f"encloses is read as one row, though each of these lines looks like one; if they are, double the "
+                f"quotes that belong to the text.{others}",
+                stacklevel=2,
+            )
 
 
 def tsv_records(path: Path, text: str) -> Records:
@@ -176,11 +240,18 @@ def with_header(path: Path, records: Records, columns: Sequence[str] | None) -> 
     if known:  # some rows of the STS benchmark end in the addresses of their sources
         records = Records([fields[: len(known)] for fields in records.fields], records.lines)
     for fields, line in zip(*records, strict=True):
-        if len(fields) != len(header):
-            there = f"data.columns names {len(header)}" if columns else f"the header has {len(header)}"
-            raise UserError(f"{path}, line {line}: {count(len(fields), 'field')}, but {there}.")
+        check_fields(path, fields, line, header, columns)
     own = records.fields[0] == header
     return header, Records(records.fields[own:], records.lines[own:])
+
+
+def check_fields(
+    path: Path, fields: list[str], line: int, header: Sequence[str], columns: Sequence[str] | None
+) -> None:
+    """Raise a UserError if a record has another number of fields than the header, or than `columns` names."""
+    if len(fields) != len(header):
+        there = f"data.columns names {len(header)}" if columns else f"the header has {len(header)}"
+        raise UserError(f"{path}, line {line}: {count(len(fields), 'field')}, but {there}.")
 
 
 def known_header(records: list[list[str]]) -> tuple[str, ...] | None:

@@ -27,6 +27,11 @@ PIECE = 10_000
 
 def spooled(pieces: Iterable[pyarrow.Table]) -> Dataset:
     """The rows of all `pieces`, at least one. A column that some lack is null there, as is a field of a struct."""
+    return as_dataset(spooled_table(pieces))
+
+
+def spooled_table(pieces: Iterable[pyarrow.Table]) -> pyarrow.Table:
+    """As `spooled`, in whatever types."""
     pieces = (piece.replace_schema_metadata(None) for piece in pieces)
     held, size = [], 0
     for piece in pieces:
@@ -35,8 +40,8 @@ def spooled(pieces: Iterable[pyarrow.Table]) -> Dataset:
         if size > HELD:
             every = chain(_given_up(held), pieces)
             parts = [_mapped(like) for _, like in groupby(every, lambda one: one.schema)]
-            return as_dataset(pyarrow.concat_tables(parts, promote_options="permissive"))
-    return as_dataset(pyarrow.concat_tables(held, promote_options="permissive").combine_chunks())
+            return pyarrow.concat_tables(parts, promote_options="permissive")
+    return pyarrow.concat_tables(held, promote_options="permissive").combine_chunks()
 
 
 def as_dataset(table: pyarrow.Table) -> Dataset:

@@ -9,12 +9,14 @@ import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import datasets
 import pyarrow
 from pydantic import TypeAdapter, ValidationError
 
+from lora_ggpo.data.spool import PIECE
 from lora_ggpo.errors import UserError
 
 Kind = TypeVar("Kind")
@@ -56,8 +58,24 @@ class Table:
         return len(self.positions)
 
     def pieces(self) -> Iterator[Table]:
-        """The table in parts that can be held, one behind the other."""
-        yield self
+        """The table in parts that can be held, one behind the other; columns of Arrow may be more than memory holds."""
+        if not any(isinstance(column, pyarrow.ChunkedArray) for column in self.columns.values()):
+            yield self
+            return
+        whole = self if self._named else self.without(["id"])  # ids are for all rows or none
+        for begin in range(0, max(len(self), 1), PIECE):
+            yield whole._part(slice(begin, begin + PIECE))
+
+    def _part(self, rows: slice) -> Table:
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return dataclasses.replace(self, columns=columns, positions=self.positions[rows])
+
+    @property
+    def _named(self) -> bool:
+        """Whether each row has an id."""
+        column = self.columns.get("id", ())
+        parts = (self._part(slice(begin, begin + PIECE)) for begin in range(0, len(column), PIECE))
+        return all(is_id(value) for part in parts for value in part.values("id"))
 
     def where(self, row: int) -> str:
         """Return the place of a row, as in "reviews.csv, line 3"."""
@@ -128,6 +146,13 @@ class Table:
             return [str(value) for value in given]
         name = self.origin.replace("\\", "/").rpartition("/")[2]
         return [f"{name}:{position}" for position in self.positions]
+
+
+def refuse_repeated(path: Path, names: Sequence[str], hint: str = "") -> None:
+    """Raise a UserError if two columns of a file have one name."""
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise UserError(f"{path} has more than one column named {min(repeated)!r}; rename one{hint}.")
 
 
 def is_id(value: object) -> bool:
