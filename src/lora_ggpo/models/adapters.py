@@ -85,6 +85,14 @@ def freeze_body(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def freeze_head(model: PreTrainedModel | PeftModel) -> None:
+    """Leave a classification model's head as it is: it was drawn, so it is saved with an adapter all the same."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, part in base.named_children():
+        if name != base.base_model_prefix:
+            part.requires_grad_(False)
+
+
 # --- building ------------------------------------------------------------------------------------------------------
 
 

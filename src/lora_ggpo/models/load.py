@@ -50,6 +50,7 @@ def load_model(
     head: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     quantisation: Quantisation | None = None,
+    dropout: float | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained model and its tokenizer.
 
@@ -60,6 +61,7 @@ def load_model(
         head: settings of the model's config that a new head needs.
         dtype: "float32", "bfloat16" or "float16", the type of all weights.
         quantisation: how the linear layers but the head are kept instead, frozen and with all else in float32.
+        dropout: in place of all rates of dropout in the model's config; None leaves them.
 
     Returns:
         The model on the CPU (a quantised one on its device), in eval mode, and its tokenizer with a pad token, padding
@@ -73,11 +75,18 @@ def load_model(
     with explain_unreadable("Model", name), quiet_loading():
         config = AutoConfig.from_pretrained(source, **options, **(head or {}))
         architecture.check(name, config)
+        for rate in () if dropout is None else dropout_rates(config):
+            setattr(config, rate, dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, loading = _from_pretrained(source, architecture, config, options | {"dtype": dtype}, quantisation)
     _check_loading(name, model, loading, head_is_new=architecture.new_head)
     _prepare(name, model, tokenizer, generates=architecture is CAUSAL)
     return prepare_quantised(model, quantisation) if quantisation else model, tokenizer
+
+
+def dropout_rates(config: Any) -> dict[str, float]:
+    """The rates of dropout in a model's config, by their names."""
+    return {name: value for name, value in vars(config).items() if "drop" in name and type(value) in (int, float)}
 
 
 # --- finding and loading -------------------------------------------------------------------------------------------

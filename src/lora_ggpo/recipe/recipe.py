@@ -69,6 +69,17 @@ class Recipe(BaseModel):
     bi_lora: BiLoRAFields | None = Field(None, description="Bi-LoRA; null is none.")
     optimizer: OptimizerFields | None = Field(None, description="Optimizers of other packages; null is training.optim.")
     freeze_body: bool = Field(False, description="With adapter: null, train the new classification head alone.")
+    freeze_head: bool = Field(
+        False, description="Leave the classification head as it was drawn; it is saved with the adapter all the same."
+    )
+    model_dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout in the model itself, in place of all rates in its config; null is those."
+    )
+    frozen_prefix: bool = Field(
+        True,
+        description="Where embeddings and lowest layers of an encoder are neither trained nor perturbed nor dropped "
+        "out, compute what they give once for each row.",
+    )
     training: TrainingFields = Field(TrainingFields(), description="Fields of transformers.TrainingArguments.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")
     output: typing.Annotated[str, AfterValidator(expand_home)] = Field(min_length=1, description="Folder of the runs.")

@@ -148,9 +148,12 @@ def _of_weights(recipe: Recipe) -> Iterator[str]:
     quantise, adapter = recipe.quantise, recipe.adapter_fields
     if recipe.freeze_body and adapter is not None:
         yield "freeze_body trains the head alone, but there is an adapter; set adapter: null"
-    if recipe.freeze_body and not recipe.task.type.architecture.new_head:
-        headed = " or ".join(kind for kind, task in TASKS.items() if task.architecture.new_head)
-        yield f"freeze_body needs task {headed}: other tasks have no head of their own"
+    if recipe.freeze_body and recipe.freeze_head:
+        yield "freeze_head leaves nothing to train beside freeze_body; set one of them to false"
+    for name in ("freeze_body", "freeze_head"):
+        if getattr(recipe, name) and not recipe.task.type.architecture.new_head:
+            headed = " or ".join(kind for kind, task in TASKS.items() if task.architecture.new_head)
+            yield f"{name} needs task {headed}: other tasks have no head of their own"
     if not quantise:
         return
     keeps = f"quantise {quantise} keeps the weights as they are"

@@ -163,10 +163,14 @@ class Task(ABC):
         return cls.reader.load(data)
 
     def load_model(
-        self, name: str, dtype: str = "float32", quantisation: Quantisation | None = None
+        self,
+        name: str,
+        dtype: str = "float32",
+        quantisation: Quantisation | None = None,
+        dropout: float | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """`lora_ggpo.models.load.load_model` for this task."""
-        return load_model(name, self.architecture, self.head, dtype, quantisation)
+        return load_model(name, self.architecture, self.head, dtype, quantisation, dropout)
 
     def encode(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Dataset:
         """Tokenise the rows of `dataset`, in their order, unless what the same ones became lies in the cache folder.
@@ -218,6 +222,7 @@ class Task(ABC):
         progress: Progress | None = None,
         autocast: torch.dtype | None = None,
         device: torch.device | None = None,
+        batches: Callable[[Sequence[int]], Batch] | None = None,
     ) -> Floats:
         """Scores (rows, k) of encoded rows, in their order; where a batch has fewer numbers a row, 0 follows.
 
@@ -228,6 +233,7 @@ class Task(ABC):
             progress: Called as progress(rows done, rows in all) after each batch.
             autocast: Run the forward passes under autocast to this type (for instance torch.bfloat16).
             device: Where they run; None is where the model's weights are.
+            batches: Makes a batch of rows by their numbers; None pads and collates them.
 
         The model is put in eval mode and its modules' modes are restored at the end; no gradient is kept.
 
@@ -235,13 +241,14 @@ class Task(ABC):
             DivergedError: values that are not finite.
         """
         collate, score = self.collator(tokenizer), self.scorer(model, tokenizer)
+        batches = batches or (lambda chosen: collate(rows.select(chosen).to_list()))
         device = device or next(model.parameters()).device
         order = np.argsort(-numbers(rows, "length"), kind="stable")
         parts: dict[int, Floats] = {}
         with evaluating(model):
             for begin in share_of(range(0, len(order), batch_size)):
-                chosen = rows.select(order[begin : begin + batch_size]).to_list()
-                batch = {name: tensor.to(device) for name, tensor in collate(chosen).items()}
+                made = batches(order[begin : begin + batch_size].tolist())
+                batch = {name: tensor.to(device) for name, tensor in made.items()}
                 with autocasting(device, autocast):
                     parts[begin] = score(batch).double().cpu().numpy()
                 if progress:

@@ -29,7 +29,7 @@ from lora_ggpo.integrations.callback import GGPOCallback
 from lora_ggpo.methods.ascent import SAM
 from lora_ggpo.methods.optimizers import OPTIMIZERS, AdaLoraCallback, Posterior
 from lora_ggpo.methods.thin import MGPO, BiLoRA
-from lora_ggpo.models.adapters import add_adapter, freeze_body, load_adapter
+from lora_ggpo.models.adapters import add_adapter, freeze_body, freeze_head, load_adapter
 from lora_ggpo.models.architecture import CAUSAL
 from lora_ggpo.models.load import check_tokens
 from lora_ggpo.models.quantise import Quantisation
@@ -41,6 +41,7 @@ from lora_ggpo.training.callbacks import FuseCallback
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.precision import choose_precision
+from lora_ggpo.training.prefix import FrozenPrefix, Places
 from lora_ggpo.training.scorer import evaluation_sets, fixed_sample
 from lora_ggpo.training.sharding import cuts_weights, is_fsdp, sharding_arguments
 from lora_ggpo.training.trackers import check_trackers
@@ -111,7 +112,7 @@ def build_model(
     check_trackers(args)
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     task = recipe.task.for_labels(splits.labels)
-    base, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args))
+    base, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args), recipe.model_dropout)
     if folder:
         keep_day(tokenizer, folder)
     encoded = task.encode(splits.train, tokenizer, "train")
@@ -138,7 +139,11 @@ def _make_trainable(
     if not cuts_weights(args):
         base.to(args.device)  # type: ignore[arg-type]
     steps = optimizer_steps(args, len(rows))
-    return add_adapter(base, recipe.adapter_fields, recipe.task.type.architecture, total_steps=steps, batches=batches)
+    architecture = recipe.task.type.architecture
+    model = add_adapter(base, recipe.adapter_fields, architecture, total_steps=steps, batches=batches)
+    if recipe.freeze_head:
+        freeze_head(model)
+    return model
 
 
 def _check_steps(args: TrainingArguments, rows: int) -> None:
@@ -168,12 +173,15 @@ def load_weights(
     if recipe.adapter is None:
         model, tokenizer = task.load_model(str(weights), recipe.dtype)
         keep_day(tokenizer, folder)
-        return model, tokenizer
+        return freeze_body(model) if recipe.freeze_body else model, tokenizer
     if not (weights / "adapter_model.safetensors").is_file():
         raise UserError(f"{weights} has no adapter_model.safetensors file; other weight formats are not read.")
     model, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args) if args else None)
     keep_day(tokenizer, folder)
-    return load_adapter(model, weights), tokenizer
+    adapted = load_adapter(model, weights)
+    if recipe.freeze_head:
+        freeze_head(adapted)
+    return adapted, tokenizer
 
 
 def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | None:
@@ -188,9 +196,14 @@ def _quantisation(recipe: Recipe, args: TrainingArguments) -> Quantisation | Non
 
 
 def build_trainer(
-    recipe: Recipe, args: TrainingArguments, model: AnyModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset
+    recipe: Recipe,
+    args: TrainingArguments,
+    model: AnyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    prefix: FrozenPrefix | None = None,
 ) -> RunTrainer:
-    """The Trainer that trains `model` on encoded `rows` by the recipe's method. It keeps no log."""
+    """The Trainer that trains `model` on encoded `rows` by the recipe's method, above its `prefix`. It keeps no log."""
     ggpo, optimizer, task = recipe.ggpo_config(args.seed), recipe.optimizer, recipe.task.for_labels(None)
     callbacks: list[TrainerCallback] = [GGPOCallback(ggpo)] if ggpo else []
     if recipe.adapter and not (ggpo and ggpo.sigma) and not cuts_weights(args):  # without noise GGPO attaches nothing
@@ -199,6 +212,7 @@ def build_trainer(
     if recipe.adalora:
         callbacks.append(AdaLoraCallback())
         args.save_strategy = SaveStrategy.NO  # peft does not keep the allocator's state, so such a run cannot resume
+    batches = prefix.batches(rows) if prefix else None
     with explain_rejection("training", recipe.training.model_fields_set):
         base, args = task.trainer(args)
         trainer: RunTrainer = type("RunTrainer", (RunTrainer, base), {})(
@@ -210,8 +224,8 @@ def build_trainer(
             from_labels=base is Trainer,
             model=model,
             args=args,
-            train_dataset=rows,
-            data_collator=_collator(recipe, args, model, task.collator(tokenizer)),
+            train_dataset=Places(len(rows)) if batches else rows,
+            data_collator=batches or _collator(recipe, args, model, task.collator(tokenizer)),
             processing_class=tokenizer,
             callbacks=callbacks,
         )

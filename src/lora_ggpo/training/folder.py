@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _FREE = (
     ("output",),
     ("seeds",),
+    ("frozen_prefix",),
     ("training", "per_device_eval_batch_size"),
     ("training", "dataloader_num_workers"),
     *(("training", name) for name in ("report_to", "run_name", "project")),

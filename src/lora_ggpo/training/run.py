@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -42,6 +44,7 @@ from lora_ggpo.training.folder import Run, check_checkpoint, claim_run, is_begun
 from lora_ggpo.training.identity import record, recorded_day, weight_digests
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.precision import precision_of
+from lora_ggpo.training.prefix import FrozenPrefix, find_prefix
 from lora_ggpo.training.scorer import Scorer
 from lora_ggpo.training.sharding import check_launch, cuts_weights, place, share_steps, whole_weights
 from lora_ggpo.training.trackers import tracking
@@ -114,6 +117,8 @@ class _Unfinished:
             if cuts_weights(self.args):
                 place(RunTrainer(lengths=[], items=len, from_labels=False, model=model, args=self.args))
             score = self._scorer(model, tokenizer)
+            score.prepare(scored_sets(self.recipe, self.splits))
+            score.prefix = self._prefix(model, tokenizer, next(iter(score.encoded.values())))
         else:
             with memory_errors(self.recipe, "per_device_train_batch_size"):
                 score = self._train(weights)
@@ -142,7 +147,8 @@ class _Unfinished:
         score.prepare(scored_sets(self.recipe, self.splits))  # what cannot be scored is found before hours of training
         if checkpoint:
             share_steps(self.args, checkpoint, self.recipe, model)
-        trainer = build_trainer(self.recipe, self.args, model, tokenizer, rows)
+        score.prefix = self._prefix(model, tokenizer, rows)
+        trainer = build_trainer(self.recipe, self.args, model, tokenizer, rows, score.prefix)
         validation = Validation(self.recipe, self.splits, score, model)
         stop = StopRequest()
         with expect_tensors(checkpoint):
@@ -151,7 +157,8 @@ class _Unfinished:
             if checkpoint and self._is_trained(checkpoint):
                 trainer.take_up(str(checkpoint))  # train() would not know where to stop
             else:
-                stop = self._fit(trainer, validation, checkpoint)
+                with score.prefix.cut_off() if score.prefix else nullcontext():
+                    stop = self._fit(trainer, validation, checkpoint)
         kept = validation.take_best()
         if kept is not None:
             best = f"the best validation by {self.recipe.kept_metric}"
@@ -244,6 +251,13 @@ class _Unfinished:
 
     def _scorer(self, model: AnyModel, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         return Scorer(self.args, model, tokenizer, self._task, self.reporter)
+
+    def _prefix(self, model: AnyModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> FrozenPrefix | None:
+        collate = self._task.collator(tokenizer)
+        prefix, told = find_prefix(self.recipe, self.args, model, collate, rows, self.reporter)
+        if told:
+            self.reporter.say(f"{self.folder}: {told}")
+        return prefix
 
     def _log(self) -> list[dict[str, Any]]:
         return read_json_lines(self.folder / "log.jsonl")

@@ -18,6 +18,7 @@ from lora_ggpo.statistics.measured import Floats, Measured, Scores
 from lora_ggpo.tasks import Task
 from lora_ggpo.tasks.base import Progress
 from lora_ggpo.training.precision import TYPES, precision_of
+from lora_ggpo.training.prefix import FrozenPrefix
 from lora_ggpo.training.sharding import cuts_weights
 from lora_ggpo.workspace.files import file_name, write_json_lines
 from lora_ggpo.workspace.progress import Reporter
@@ -32,12 +33,14 @@ class Scorer:
 
     Attributes:
         draws: What puts each draw of its noise in place; scores are then their mean. None is the model as it is.
+        prefix: What its frozen layers give is kept there; None runs them.
     """
 
     def __init__(
         self, args: TrainingArguments, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, reporter: Reporter
     ) -> None:
         self.draws: Sequence[Callable[[], None]] | None = None
+        self.prefix: FrozenPrefix | None = None
         placed = model if cuts_weights(args) else model.to(args.device)
         self._model, self._tokenizer, self._task, self._reporter = placed, tokenizer, task, reporter
         self._options: dict[str, Any] = {
@@ -88,7 +91,8 @@ class Scorer:
         return metrics
 
     def _scores(self, rows: Dataset, progress: Progress = lambda done, every: None) -> Floats:
-        score = partial(self._task.score, self._model, rows, self._tokenizer, **self._options)
+        batches = self.prefix.batches(rows) if self.prefix else None
+        score = partial(self._task.score, self._model, rows, self._tokenizer, batches=batches, **self._options)
         if self.draws is None:
             return score(progress=progress)
         parts, every = [], len(rows) * len(self.draws)
