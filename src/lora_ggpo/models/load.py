@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,11 +19,13 @@ from lora_ggpo.errors import UserError, first_line
 from lora_ggpo.models.architecture import CAUSAL, Architecture
 from lora_ggpo.models.chat_template import end_of_turn
 from lora_ggpo.models.quantise import Quantisation, loading_arguments, prepare_quantised
+from lora_ggpo.models.unpack import unpacked
 from lora_ggpo.workspace.libraries import quiet_loading
 from lora_ggpo.workspace.paths import expand_home
 
 # What the libraries raise for a damaged file: it may hold anything, where they expect a certain structure.
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SafetensorError)
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+_UNREADABLE += (RuntimeError, SafetensorError, struct.error)
 
 
 class Bundled(NamedTuple):
@@ -65,14 +67,16 @@ def load_model(
 
     Returns:
         The model on the CPU (a quantised one on its device), in eval mode, and its tokenizer with a pad token, padding
-        on the right. Weights of a GGUF file are unpacked to `dtype`; from then on the model is an ordinary one.
+        on the right. A GGUF file is unpacked at first use, and is an ordinary model from then on.
 
     Raises:
         UserError: the model cannot be found or read, or is not of the needed type.
     """
     source, gguf_file = locate(name)
-    options: dict[str, Any] = {"trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
+    options: dict[str, Any] = {"trust_remote_code": False}
     with explain_unreadable("Model", name), quiet_loading():
+        if gguf_file:
+            source = str(unpacked(Path(source, gguf_file)))
         config = AutoConfig.from_pretrained(source, **options, **(head or {}))
         architecture.check(name, config)
         for rate in () if dropout is None else dropout_rates(config):
@@ -149,11 +153,7 @@ def _from_pretrained(
     options: dict[str, Any],
     quantisation: Quantisation | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    arguments: dict[str, Any] = {**options, "config": config, "output_loading_info": True}
-    if "gguf_file" not in options:
-        arguments["use_safetensors"] = True
-    elif hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, which cannot be trained
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    arguments: dict[str, Any] = {**options, "config": config, "output_loading_info": True, "use_safetensors": True}
     if architecture.new_head:  # a head for another number of classes is replaced; _check_loading sees to the body
         arguments["ignore_mismatched_sizes"] = True
     if quantisation:
@@ -183,10 +183,6 @@ def _check_loading(name: str, model: PreTrainedModel, loading: dict[str, Any], *
 
 
 def _prepare(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, generates: bool) -> None:
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
-        # The weights are plain tensors by now, but transformers would still refuse to train or save the model.
-        quantizer.remove_quantization_config(model)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"The tokenizer of model {name!r} has neither a pad nor an end-of-text token.")
