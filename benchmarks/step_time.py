@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -34,7 +33,7 @@ from lora_ggpo import GGPO, GGPOConfig
 from lora_ggpo.models import load_model
 from lora_ggpo.models.adapters import add_adapter
 from lora_ggpo.models.architecture import CAUSAL
-from lora_ggpo.models.quantise import Quantisation, prepare_quantised
+from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.perturbation.fuse import fuse_lora
 from lora_ggpo.perturbation.noise import NOISES
 from lora_ggpo.training.memory import peak, reset_peak
@@ -220,13 +219,8 @@ def peak_elsewhere(way: str, tokens: int, batch: int, base: str) -> float:
 
 def make_bench(tokens: int, batch: int, device: torch.device, base: str) -> Bench:
     torch.manual_seed(0)
-    model, tokenizer = load_model("smollm2")
-    if base != "float32":
-        kept = Quantisation(base, torch.float32, device)
-        with TemporaryDirectory() as folder:  # the bundled model is a GGUF file, which cannot be quantised as it is
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            model = prepare_quantised(load_model(folder, quantisation=kept)[0], kept)
+    kept = None if base == "float32" else Quantisation(base, torch.float32, device)
+    model, _ = load_model("smollm2", quantisation=kept)
     model = add_adapter(model, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, CAUSAL)
     return Bench(model.to(device).train(), tokens, batch, device)
 

@@ -175,12 +175,6 @@ def test_what_cannot_be_quantised(recipe_file, overrides, message):
     assert message in str(error.value)
 
 
-def test_a_gguf_file_is_refused(recipe_file):
-    recipe = load_recipe(recipe_file, ["quantise=int8", "model=smollm2"])
-    with pytest.raises(UserError, match=r"cannot be loaded: You cannot combine Quantization and loading .* GGUF file"):
-        train(recipe, QUIET)
-
-
 def test_bitsandbytes_is_asked_for(recipe_file, monkeypatch):
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match=r"cannot be loaded: .*requires bitsandbytes"):
