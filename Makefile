@@ -9,7 +9,7 @@ CORE_TESTS = tests/integrations/test_callback.py -k 'not compiled' $(patsubst %,
 
 unexport PYTHONDONTWRITEBYTECODE  # pytest rewrites each test file once, not in every process that imports it
 
-.PHONY: demo check test docs lint oldest setup clean
+.PHONY: demo check test docs lint oldest integrations setup clean
 
 # A worker takes a file at a time, in the order of conftest.py.
 PYTEST = $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -34,6 +34,21 @@ docs: setup  ## build the docs site into site/; a broken link or reference is an
 
 oldest: $(VENV)/.oldest  ## the core alone, on the oldest transformers, peft and accelerate that pyproject.toml names
 	PYTHONPATH=$(abspath $(VENV))/oldest $(BIN)/python -m pytest -n 2 --dist loadfile -p tests.core_only $(CORE_TESTS)
+
+# Each with the packages of its list; what is not in it, torch above all, is the one of the environment.
+INTEGRATIONS = $(notdir $(basename $(wildcard tests/integrations/packages/*.txt)))
+
+integrations: $(addprefix integration-,$(INTEGRATIONS))  ## our plug-ins in the trainers' real packages; no part of `make test`
+
+.PRECIOUS: $(VENV)/integrations/%/.ready
+
+integration-%: $(VENV)/integrations/%/.ready
+	PYTHONPATH=$(abspath $(VENV))/integrations/$* $(BIN)/python -m pytest tests/integrations/test_$*.py
+
+$(VENV)/integrations/%/.ready: tests/integrations/packages/%.txt $(VENV)/.ready
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@
 
 setup: $(VENV)/.ready
 
