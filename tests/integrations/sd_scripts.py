@@ -134,7 +134,7 @@ def real():
     return modules
 
 
-def train(network, text_encoder, unet, batches, accumulate=1, accelerator=None, clip=1.0, lr=0.1, seen=None):
+def train(network, text_encoder, unet, batches, accumulate=1, accelerator=None, clip=1.0, lr=0.1, seen=None, mean=None):
     """The calls of sd-scripts' train_network.py in their order; returns the losses."""
     accelerator = accelerator or Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     unet.requires_grad_(False).eval()
@@ -155,6 +155,8 @@ def train(network, text_encoder, unet, batches, accumulate=1, accelerator=None, 
             loss = unet(picture, text_encoder(tokens)).square().mean()
             accelerator.backward(loss)
             if accelerator.sync_gradients:
+                for parameter in network.parameters() if mean else ():
+                    parameter.grad = mean(parameter.grad)
                 accelerator.clip_grad_norm_(inside.get_trainable_params(), clip)
                 if hasattr(network, "update_grad_norms"):
                     network.update_grad_norms()

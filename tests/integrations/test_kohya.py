@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_ggpo.integrations import kohya
 from lora_ggpo.perturbation.own import _PARTS
@@ -39,9 +40,14 @@ class UNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.block, self.attention = ResnetBlock2D(), Transformer2DModel()
+        self.reentrant = None  # keeps activations; else gradient checkpointing, of this kind
 
     def forward(self, x, states):
-        return self.attention(self.block(x).flatten(2).transpose(1, 2), states)
+        x = self._call(self.block, x.requires_grad_())
+        return self._call(self.attention, x.flatten(2).transpose(1, 2), states)
+
+    def _call(self, part, *inputs):
+        return part(*inputs) if self.reentrant is None else checkpoint(part, *inputs, use_reentrant=self.reentrant)
 
 
 class CLIPMLP(nn.Module):
@@ -165,6 +171,29 @@ def test_norms_are_those_of_all_micro_batches_before_clipping(networks):
         sd_scripts.train(network, encoder, unet, batches(2), accumulate=2, clip=clip, lr=1e-12, seen=seen)
         found.append(seen["logged"][-1][1])
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_norms_are_those_of_all_processes(networks):
+    """The loop writes the mean over processes behind GGPO's back: norms follow it, here to a third."""
+    found = []
+    for mean in (None, lambda gradient: gradient / 3):
+        network, encoder, unet = build(kohya, ggpo_sigma="1e-9", ggpo_beta="0.5")
+        seen = {}
+        sd_scripts.train(network, encoder, unet, batches(1), lr=1e-12, seen=seen, mean=mean)
+        found.append(seen["logged"][-1][1])
+    torch.testing.assert_close(found[0], 3 * found[1])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(networks, reentrant):
+    """What runs again in the backward pass, in a model in evaluation mode, has the noise of its forward pass."""
+    found = []
+    for kind in (None, reentrant):
+        network, encoder, unet = build(kohya, torch.float64, **NOISY)
+        unet.reentrant = kind
+        losses = sd_scripts.train(network, encoder, unet, batches(3, torch.float64))
+        found.append((losses, list(network.parameters())))
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
 
 
 def test_saved_weights_are_sd_scripts_own(networks, tmp_path):

@@ -298,6 +298,21 @@ def test_a_layer_that_cannot_be_perturbed_is_named():
     ]
 
 
+def test_compiled_it_is_the_same_in_one_graph():
+    found = []
+    for compiles in (False, True):
+        model, *_, x = build("inside")
+        if compiles:
+            model.compile(backend="eager", fullgraph=True)
+        ggpo = GGPO(model, GGPOConfig(sigma=0.3, rule="relative", beta=0.5))
+        for _ in range(2):
+            loss_of(model(x)).backward()
+            ggpo.step()
+        found.append(gradients(model))
+        assert ggpo.metrics()["ggpo/coverage"] == 1
+    torch.testing.assert_close(found[0], found[1], **CLOSE)
+
+
 def test_a_second_ggpo_is_refused():
     model, *_ = build("stand-in")
     GGPO(model, GGPOConfig(sigma=0.3))

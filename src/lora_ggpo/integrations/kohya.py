@@ -172,8 +172,15 @@ class NoisyNetwork(nn.Module):
             self.ggpos.append(GGPO(model, replace(self._config, seed=self._config.seed + index), total_steps=steps))
         self._restore()
 
+    def get_trainable_params(self) -> Any:
+        """The loop asks for these to clip them, when it has averaged gradients over processes: they are read again."""
+        for ggpo in self.ggpos:
+            if ggpo._captured:  # not a text encoder that took no part in the step
+                ggpo._capture()
+        return super().get_trainable_params()  # type: ignore[misc]
+
     def update_norms(self) -> None:
-        """Nothing: GGPO reads norms as each backward pass ends."""
+        """Nothing: GGPO reads gradients as each backward pass ends, and before they are clipped."""
 
     def update_grad_norms(self) -> None:
         """Nothing, as :meth:`update_norms`."""
