@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lora_ggpo.comparison import engine
+from lora_ggpo.comparison import engine, pool
 from lora_ggpo.comparison.engine import run_comparison
 from lora_ggpo.comparison.grid import plan_comparison
 from lora_ggpo.comparison.pool import FAILURE, LocalPool, carry_out
@@ -110,6 +110,24 @@ def test_killed_and_stopped_comparisons_go_on(compared, tmp_path):
         return {(run["method"], run["seed"]): run["evaluation"]["test"]["log_loss"]["value"] for run in runs}
 
     assert scores(output) == pytest.approx(scores(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("command", [["compare", "--trials", "1", "--vary", "data.label_noise=0,0.3"], ["study"]])
+def test_what_is_advised_against_is_said_once_before_the_first_run(command, recipe_file, tmp_path, monkeypatch):
+    def stop(*_):
+        raise UserError("stopped")
+
+    monkeypatch.setattr(engine, "run_comparison", stop)
+    monkeypatch.setattr(pool, "load_libraries", lambda: None)  # which silences a worker, and here they are this process
+    name, *options = command
+    many = ["training.max_steps=100", "training.learning_rate=1e-3", "data.label_noise=0"]
+    command = [name, recipe_file, *many[: 2 if "--vary" in options else 3], *options, "--output", tmp_path / "out"]
+    said = here(*command).stderr
+    assert said.count("passes over 64 rows at learning rate 0.001 are likely to over-fit") == 1
+    assert said.endswith("error: stopped\n")
+    (tmp_path / "out" / "runs" / "lora" / "seed-0").mkdir(parents=True)  # begun
+    (tmp_path / "out" / "label_noise=0" / "runs" / "lora" / "seed-0").mkdir(parents=True)
+    assert here(*command).stderr == "error: stopped\n"
 
 
 def test_workers_are_fresh_processes_that_share_the_cores():

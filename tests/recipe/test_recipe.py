@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.perturbation import GGPOConfig
+from lora_ggpo.recipe.aliases import ALIASES
 from lora_ggpo.recipe.fields import TRAINING_DEFAULTS
 from lora_ggpo.recipe.recipe import json_schema, load_recipe, parse_recipe
 from lora_ggpo.recipe.source import dump_yaml
@@ -280,3 +281,4 @@ def test_schema_has_every_field_that_can_be_set():
     assert training < {field.name for field in dataclasses.fields(TrainingArguments)}
     assert {"learning_rate", "max_steps", "gradient_checkpointing", "optim", "bf16", "torch_compile"} < training
     assert not {"output_dir", "seed", "disable_tqdm", "push_to_hub", "hub_token"} & training
+    assert set(ALIASES) < training  # which transformers has too

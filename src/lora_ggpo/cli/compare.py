@@ -36,9 +36,11 @@ def command(
 
     source = read_source(recipe, overrides or ())
     with start_pool(jobs, ray, ray_cpus, ray_gpus) as pool:
+        from lora_ggpo.comparison.engine import advise
         from lora_ggpo.comparison.grid import plan_comparison
 
         grid = plan_comparison(source, method_names(methods), seeds, trials, vary or (), metric, output)
+        advise(grid)
         carry_out(grid, pool)
     from lora_ggpo.report.comparison import write_report
 

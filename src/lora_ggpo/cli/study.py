@@ -36,9 +36,11 @@ def command(
 
     source = read_source(recipe, overrides or ())
     with start_pool(jobs, ray, ray_cpus, ray_gpus) as pool:
+        from lora_ggpo.comparison.engine import advise
         from lora_ggpo.comparison.grid import plan_study
 
         grid = plan_study(source, method_names(methods), seeds, axis or (), output)
+        advise(grid)
         carry_out(grid, pool)
     from lora_ggpo.report.study import write_study_report
 

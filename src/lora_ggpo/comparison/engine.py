@@ -19,6 +19,7 @@ from lora_ggpo.comparison.results import validation_score, write_results
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, check_recipe
 from lora_ggpo.statistics.metrics import METRICS
+from lora_ggpo.training.advice import warn_of_runs
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_json
 from lora_ggpo.workspace.folder import claim
 from lora_ggpo.workspace.interrupt import Interrupted
@@ -52,6 +53,14 @@ def run_comparison(grid: Grid, make_pool: Callable[[], Pool], command: str, repo
             runs = grid.final(choose(grid, tuning))
             progress.carry_out(runs)
         write_results(grid, tuning, runs)
+
+
+def advise(grid: Grid) -> None:
+    """Warn once of what experience says of the baseline in each setting, if nothing is run yet: workers are silent."""
+    final = grid.final()
+    if not any(run.folder.exists() for run in (*grid.tuning(), *final)):
+        first = (grid.methods[0], grid.seeds[0])
+        warn_of_runs([run.recipe for run in final if (run.method, run.seed) == first])
 
 
 def choose(grid: Grid, tuning: Sequence[PlannedRun]) -> dict[tuple[str, str], Values] | None:

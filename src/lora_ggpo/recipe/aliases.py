@@ -85,3 +85,11 @@ ALIASES: Mapping[str, tuple[str | None, Callable[[Values], Any]]] = {
     "save_strategy": (None, _steps_strategy("save_strategy", _SAVE)),
 }
 """By field: the setting that it stands for (none if it may only say what holds anyway), and what it makes of that."""
+
+
+def describe() -> dict[str, dict[str, str]]:
+    """The aliases as properties of a JSON schema, which take what transformers takes."""
+    return {
+        alias: {"description": f"transformers' name for {setting}." if setting else "It may only say steps."}
+        for alias, (setting, _) in ALIASES.items()
+    }

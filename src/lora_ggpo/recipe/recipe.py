@@ -26,7 +26,7 @@ from lora_ggpo.data import DataConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import settle
 from lora_ggpo.perturbation import GGPOConfig
-from lora_ggpo.recipe.aliases import translate
+from lora_ggpo.recipe.aliases import describe, translate
 from lora_ggpo.recipe.explain import explain
 from lora_ggpo.recipe.fields import (
     ADAPTER_DEFAULT,
@@ -261,7 +261,9 @@ def check_recipe(source: Source) -> Recipe:
 
 
 def json_schema() -> str:
-    """The JSON schema of a recipe, with every field of LoraConfig, GGPOConfig and TrainingArguments."""
+    """The JSON schema of a recipe: every field of LoraConfig, GGPOConfig and TrainingArguments, and the aliases."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # defaults that JSON has no form for are left out
-        return json.dumps(Recipe.model_json_schema(), indent=2)
+        schema = Recipe.model_json_schema()
+    schema["$defs"]["TrainingFields"]["properties"] |= describe()
+    return json.dumps(schema, indent=2)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 from transformers import TrainingArguments
@@ -53,10 +54,31 @@ class Plan:
 
 def warn_of(recipe: Recipe, args: TrainingArguments, splits: Splits, rows: Dataset) -> None:
     """Warn of what experience advises against in training on encoded `rows`."""
-    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    passes = optimizer_steps(args, len(rows)) * rows_a_step / len(rows)
-    for sentence in advice(Plan(recipe, splits, passes)):
+    for sentence in advice(Plan(recipe, splits, _passes_over(len(rows), args, args.world_size))):
         warnings.warn(sentence, stacklevel=2)
+
+
+def warn_of_runs(recipes: Iterable[Recipe]) -> None:
+    """Warn of what experience advises against in any of `recipes`, once, before single processes train them.
+
+    Nothing is encoded for that: each row of the data counts as one to train on.
+    """
+    loaded: dict[str, Splits] = {}
+    found: dict[str, None] = {}
+    for recipe in recipes:
+        data = recipe.data.model_dump_json()
+        splits = loaded[data] = loaded.get(data) or recipe.task.type.load(recipe.data)
+        fields: Any = recipe.training
+        untold = recipe.task.packing and fields.max_steps > 0  # how many rows a step takes
+        passes = 0.0 if untold else _passes_over(len(splits.train), fields, 1)
+        found |= dict.fromkeys(advice(Plan(recipe, splits, passes)))
+    for sentence in found:
+        warnings.warn(sentence, stacklevel=2)
+
+
+def _passes_over(rows: int, args: Any, processes: int) -> float:
+    rows_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    return optimizer_steps(args, rows, processes) * rows_a_step / rows
 
 
 def advice(plan: Plan) -> Iterator[str]:
