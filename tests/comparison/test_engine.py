@@ -8,7 +8,6 @@ import signal
 import threading
 from concurrent.futures import Future
 from datetime import date
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -23,7 +22,7 @@ from lora_ggpo.recipe.source import parse_source, read_source
 from lora_ggpo.workspace import progress
 from lora_ggpo.workspace.files import write_json
 from lora_ggpo.workspace.progress import Reporter
-from tests.comparison.local import Here, forking, here
+from tests.comparison.local import Here, finished_runs, forking, here
 from tests.recipes import write_guided
 
 FILES = ("tuning.jsonl", "runs.jsonl", "curves.jsonl", "facts.json", "table.md", "table.tex", "report.html")
@@ -38,17 +37,6 @@ def compare(recipe, output, *more):
 
 def contents(output):
     return {name: (output / name).read_bytes() for name in FILES}
-
-
-def finished_runs(output):
-    """When each run ended that has; folders may come and go meanwhile, which rglob does not bear."""
-    ends = [Path(folder, "metrics.json") for folder, _, files in os.walk(output) if "metrics.json" in files]
-    return {path: path.stat().st_mtime_ns for path in ends}
-
-
-def trains(output):
-    """Whether a run is between its first step and its scores."""
-    return any("log.jsonl" in files and "metrics.json" not in files for _, _, files in os.walk(output))
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +82,10 @@ def test_killed_and_stopped_comparisons_go_on(compared, tmp_path):
     recipe, whole, _ = compared
     output = tmp_path / "out"
     for kill, jobs in ((signal.SIGKILL, 2), (signal.SIGINT, 1)):
-        done = len(finished_runs(output))
-        process = forking(*compare(recipe, output, "--jobs", jobs))
-        process.send_when(lambda done=done: len(finished_runs(output)) > done and trains(output), kill)
+        halt = tmp_path / kill.name
+        process = forking(*compare(recipe, output, "--jobs", jobs), output=output, halt=halt)
+        process.send_when(halt.exists, kill)
+        halt.unlink()
         assert process.wait() == (130 if kill == signal.SIGINT else -kill)
     assert "give the same command again" in process.stderr
     assert "Traceback" not in process.stderr
