@@ -7,6 +7,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,7 @@ def unpacked(file: Path) -> Path:
     """
     stat = file.stat()
     versions = [version(name) for name in ("gguf", "transformers")]
-    facts = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, *versions]
+    facts: list[Any] = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, *versions]
     folder = cache_folder() / "unpacked" / file_name(str(file.resolve()))
     if not _is_of(folder, facts):
         with disk_errors(folder):
@@ -45,17 +46,21 @@ def unpacked(file: Path) -> Path:
     return folder
 
 
-def _is_of(folder: Path, facts: list[str | int]) -> bool:
+def _is_of(folder: Path, facts: list[Any]) -> bool:
     made_from = folder / _MADE_FROM
     return made_from.is_file() and read_json(made_from) == facts
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+        "trust_remote_code": False,
+    }
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     if hasattr(transformers, "GgufConfig"):  # newer releases may keep the blocks packed, which cannot be trained
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
     if getattr(model, "hf_quantizer", None):
         # The weights are plain tensors by now, but transformers would still refuse to train or save the model.
         model.hf_quantizer.remove_quantization_config(model)
