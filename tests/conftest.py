@@ -39,7 +39,7 @@ SLOW |= {"test_paper_recipes", "test_plots", "test_rejected", "test_release_0_1_
 SLOW |= {"test_trl", "test_trl_trainers", "test_regression", "test_base", "test_sharpness", "test_program_jail"}
 SLOW |= {"test_fuzz", "test_generate", "test_judge", "test_dpo", "test_choice"}
 SLOW |= {"test_advice", "test_keep", "test_trackers", "test_checkup", "test_notebook", "test_serving"}
-SLOW |= {"test_prefix", "test_freeze_head"}
+SLOW |= {"test_forgetting", "test_prefix", "test_freeze_head"}
 TRAINS = {"finished", "recipe_file", "whole", "minilm", "smollm2", "build", "sft", "trained", "chat_runs", "project"}
 
 

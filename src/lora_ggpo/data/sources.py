@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 
-from lora_ggpo.data.bundled import BUNDLED, read_bundled
+from lora_ggpo.data.bundled import BUNDLED, GENERAL_TEXT, read_bundled
 from lora_ggpo.data.files import SPLIT_NAMES, has_known_suffix, read_file, read_folder
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError, first_line
@@ -19,7 +19,7 @@ from lora_ggpo.workspace.paths import expand_home
 
 ALL = "all"  # the one table of a source that has no splits
 FURTHER_TESTS = ("validation_mismatched",)  # splits that are test sets beside "test"
-OWN_SETS = frozenset({"train", "train-clean", "train-noisy", "validation", "test", *FURTHER_TESTS})
+OWN_SETS = frozenset({"train", "train-clean", "train-noisy", "validation", "test", GENERAL_TEXT, *FURTHER_TESTS})
 """Names of a run's own sets."""
 
 

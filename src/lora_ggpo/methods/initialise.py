@@ -143,6 +143,12 @@ def moves_base(model: PeftModel) -> bool:
     return _moves(config.init_lora_weights, config.use_dora)
 
 
+def writes_base(model: PeftModel) -> bool:
+    """Whether its starting values were taken off W0: without its adapter such a model is not the one that came."""
+    config: Any = model.peft_config["default"]
+    return str(config.init_lora_weights).startswith((*_MOVES_BASE, "loftq"))
+
+
 def _moves(init: Any, use_dora: Any) -> bool:
     return not use_dora and str(init).startswith(_MOVES_BASE)
 

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from lora_ggpo.data import DataConfig
+from lora_ggpo.data.general import GeneralTextConfig
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.load import settle
 from lora_ggpo.perturbation import GGPOConfig
@@ -126,6 +127,12 @@ class Recipe(BaseModel):
     )
     score_rows: int | None = Field(
         None, gt=0, description="Rows of each set to score, at most, the same in every run; null is all of them."
+    )
+
+    forgetting: GeneralTextConfig | None = Field(
+        None,
+        description="Causal language models: text on which the rise of the loss by training is measured, or just its "
+        "source, such as general-text; null measures none.",
     )
 
     _source: Source | None = PrivateAttr(None)

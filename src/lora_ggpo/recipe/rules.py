@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peft import AdaLoraConfig, LoraConfig
 from pydantic import BaseModel
 
+from lora_ggpo.models.architecture import CAUSAL
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.tasks import TASKS, Task
 
@@ -77,6 +78,8 @@ def _of_task(recipe: Recipe) -> Iterator[str]:
         yield f"task {kind} needs the model under the adapter as it was, but {init}; choose true, gaussian or eva"
     for name in _changed(task, _of_other_tasks(task.type, lambda task: task.settings)):
         yield f"task sets {name}, which kind {kind} does not look at; leave it out"
+    if recipe.forgetting and task.type.architecture is not CAUSAL:
+        yield f"forgetting is the rise of a causal language model's loss, which task {kind} has none of; leave it out"
     if task.packing and recipe.training_fields.get("use_cache"):
         yield "task with packing needs training.use_cache: false: with a cache, examples would see those before them"
     for name in _changed(recipe.data, _of_other_tasks(task.type, lambda task: task.columns)):

@@ -116,7 +116,7 @@ def parse_source(text: str, name: str, overrides: Iterable[str] = ()) -> Source:
     return Source(name, values, lines, _apply(values, overrides))
 
 
-_SHORTHANDS = {"task": "kind", "data": "source", "optimizer": "kind"}
+_SHORTHANDS = {"task": "kind", "data": "source", "optimizer": "kind", "forgetting": "source"}
 
 
 def _find_lines(node: yaml.Node | None, path: KeyPath, name: str, lines: dict[KeyPath, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from statistics import median, median_low
 import pandas as pd
 
 from lora_ggpo.comparison.results import Results, Row
+from lora_ggpo.data.bundled import GENERAL_TEXT
 from lora_ggpo.statistics.calibration import Curves
 from lora_ggpo.statistics.intervals import (
     LEVEL,
@@ -25,7 +27,7 @@ from lora_ggpo.statistics.intervals import (
     vary,
     verdict,
 )
-from lora_ggpo.statistics.metrics import CALIBRATION, METRICS
+from lora_ggpo.statistics.metrics import CALIBRATION, FORGETTING, METRICS
 
 TEST = "test"
 TRAINED: Mapping[str, str] = {"train": "training rows", "train-clean": "right labels", "train-noisy": "wrong labels"}
@@ -114,7 +116,7 @@ def analyse(results: Results) -> tuple[SettingResult, ...]:
 def compared_sets(runs: Sequence[Row]) -> list[str]:
     """The sets that `runs` were scored on, but those that they were trained or chosen on."""
     found = dict.fromkeys(name for run in runs for name in run["evaluation"])
-    return [name for name in found if name != "validation" and name not in TRAINED]
+    return [name for name in found if name not in ("validation", GENERAL_TEXT, *TRAINED)]
 
 
 def rank_methods(settings: Sequence[SettingResult], metric: str) -> dict[str, float]:
@@ -144,10 +146,10 @@ def _setting(name: str, results: Results) -> SettingResult:
     runs = [run for of_method in groups.values() for run in of_method]
     sets = [TEST, *(one for one in compared_sets(runs) if one != TEST)]
     trained = tuple(one for one in TRAINED if any(one in run["evaluation"] for run in runs))
+    measured = dict.fromkeys(filter(None, [metric, METRICS[metric].beside, *CALIBRATION]))
+    keys = [*itertools.product((*sets, *trained), measured), *itertools.product([GENERAL_TEXT], FORGETTING)]
     values: dict[Key, Values] = {
-        (one, of): {method: _values(runs, one, of) for method, runs in groups.items()}
-        for one in (*sets, *trained)
-        for of in dict.fromkeys(filter(None, [metric, METRICS[metric].beside, *CALIBRATION]))
+        (one, of): {method: _values(runs, one, of) for method, runs in groups.items()} for one, of in keys
     }
     scores = {key: _scores(of_methods, baseline, title, key[1]) for key, of_methods in values.items()}
     logs = {method: list(results.logs(name, method).values()) for method in groups}

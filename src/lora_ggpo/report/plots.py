@@ -210,29 +210,53 @@ def draw_tradeoffs(
     figure, axes = _panels(len(costs) * len(points), len(costs), (4.6, 3.2))
     for panel, ((setting, methods), cost) in zip(axes, itertools.product(points.items(), costs), strict=True):
         known = {name: (getattr(point, cost), point.score) for name, point in methods.items()}
-        _front(panel, {name: one for name, one in known.items() if one[0]}, highlighted, higher_is_better)
+        found = {name: (Interval(x, math.nan, 1), score) for name, (x, score) in known.items() if x}
+        _front(panel, found, highlighted, higher_is_better)
         panel.set(title=setting, xlabel=costs[cost], ylabel=axis if cost == "time" else "")
     _legend(figure, order=highlighted)
     return figure
 
 
+@rc_context(fname=_STYLE)
+def draw_prices(
+    points: Mapping[str, Mapping[str, tuple[Interval, Interval]]],
+    highlighted: Sequence[str],
+    x_label: str,
+    y_label: str,
+    *,
+    higher_is_better: bool,
+) -> Figure:
+    """Score over what it costs, both with their intervals, and the Pareto front of the means, one panel a setting.
+
+    Args:
+        points: {setting: {method: (cost, score)}}.
+        highlighted: Methods in colour.
+    """
+    figure, axes = _panels(len(points), 2, (4.6, 3.2))
+    for panel, (setting, methods) in zip(axes, points.items(), strict=True):
+        _front(panel, methods, highlighted, higher_is_better)
+        panel.set(title=setting, xlabel=x_label, ylabel=y_label)
+    _legend(figure, order=highlighted)
+    return figure
+
+
 def _front(
-    axes: Axes, points: Mapping[str, tuple[float, Interval]], highlighted: Sequence[str], higher_is_better: bool
+    axes: Axes, points: Mapping[str, tuple[Interval, Interval]], highlighted: Sequence[str], higher_is_better: bool
 ) -> None:
     sign, names = 1 if higher_is_better else -1, list(points)
-    costs, scores = [x for x, _ in points.values()], [score.mean for _, score in points.values()]
+    costs, scores = [x.mean for x, _ in points.values()], [score.mean for _, score in points.values()]
     front = pareto_front(costs, [sign * score for score in scores])
     line = [costs[i] for i in front], [scores[i] for i in front]
     axes.step(*line, where="post", color="black", linewidth=0.9, linestyle=":", label="Pareto front", zorder=1)
     for name, (x, score) in points.items():
         colour = COLOURS[highlighted.index(name)] if name in highlighted else _GREY
         label = name if name in highlighted else "other methods"
-        half = [_known(score.half)]
-        axes.errorbar([x], [score.mean], yerr=half, fmt="o", color=colour, ms=5, lw=1, alpha=0.9, label=label)
+        halves: Any = {"xerr": [_known(x.half)] if math.isfinite(x.half) else None, "yerr": [_known(score.half)]}
+        axes.errorbar([x.mean], [score.mean], **halves, fmt="o", color=colour, ms=5, lw=1, alpha=0.9, label=label)
         if label != name and names.index(name) in front:
-            far = x > (min(costs) + max(costs)) / 2
+            far = x.mean > (min(costs) + max(costs)) / 2
             place: Any = {"xytext": (-5 if far else 5, 4), "ha": "right" if far else "left"}
-            axes.annotate(name, (x, score.mean), textcoords="offset points", fontsize=7.5, **place)
+            axes.annotate(name, (x.mean, score.mean), textcoords="offset points", fontsize=7.5, **place)
 
 
 def _known(half: float) -> float:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.perturbation.fuse import fuse_lora
 from lora_ggpo.training.checkpoints import seal
+from lora_ggpo.training.forgetting import Forgetting
 from lora_ggpo.training.memory import peak, reset_peak
 from lora_ggpo.training.sharding import PROCESSES, piece, processes
 from lora_ggpo.training.trackers import tracked
@@ -56,6 +57,7 @@ class RunCallback(TrainerCallback):
         task: Shows progress.
         stop: Asks for a clean stop.
         validation: Measures the model now and then, and says when training has gone on enough.
+        forgetting: Measures it before the first step; None does not.
         checkpoints: Number of checkpoints to keep; None is all.
         track: Hands what was measured to the trackers, if there are any.
     """
@@ -65,6 +67,7 @@ class RunCallback(TrainerCallback):
     task: Task
     stop: StopRequest
     validation: Validation
+    forgetting: Forgetting | None
     checkpoints: int | None
     track: Callable[[dict[str, Any]], None]
 
@@ -76,7 +79,11 @@ class RunCallback(TrainerCallback):
         self._step_start = 0.0
         self._note = ""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.forgetting:
+            self.forgetting.look_before(kwargs["model"])
         self.task.begin(state.global_step)
         reset_peak(args.device)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from lora_ggpo.data.bundled import GENERAL_TEXT
 from lora_ggpo.models.load import BUNDLED
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.recipe.source import dump_yaml
@@ -23,6 +24,7 @@ _CITATION = """\
   year    = {2025}
 }
 """
+_OF_FORGETTING = " Forgetting is the rise of the loss on general text by the training, in nats a token."
 _LOAD = {
     "AutoModelForSequenceClassification": "AutoPeftModelForSequenceClassification",
     "AutoModelForCausalLM": "AutoPeftModelForCausalLM",
@@ -81,7 +83,8 @@ def _text(name: str, folder: Path, recipe: Recipe, scores: Mapping[str, Any]) ->
         f"# {name}\n\n{kind} for `{base}`, trained on {data} (task `{recipe.task.kind}`) {noise}, with seed "
         f"{folder.name.removeprefix('seed-')}.\n\n"
         f"## Results\n\n{_table(scores)}\n"
-        "± is the standard error: how well the set knows the value, not how it varies from seed to seed.\n\n"
+        "± is the standard error: how well the set knows the value, not how it varies from seed to seed."
+        f"{_OF_FORGETTING if GENERAL_TEXT in scores else ''}\n\n"
         f"## Use\n\n{_use(recipe)}\n"
         f"## How it was made\n\n    lora-ggpo train recipe.yaml\n\nwith\n\n```yaml\n{_shown(recipe, folder)}```\n\n"
         f"{made}.\n\n## Citation\n\n```bibtex\n{_CITATION}```\n"
@@ -119,6 +122,8 @@ def _shown(recipe: Recipe, folder: Path) -> str:
         "source": _public(recipe.data.source),
         "out_of_domain": [_public(source) for source in recipe.data.out_of_domain],
     }
+    if recipe.forgetting:
+        values["forgetting"] = {**values["forgetting"], "source": _public(recipe.forgetting.source)}
     return dump_yaml({key: value for key, value in values.items() if value is not None})
 
 

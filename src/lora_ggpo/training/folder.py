@@ -4,6 +4,7 @@ OUTPUT/seed-0/  recipe.yaml    the recipe as resolved; itself a recipe
                 versions.json  of Python and the libraries; the day and the precision the run was begun with
                 data.json      digest and size of each split, and the labels
                 model.json     digests of the base model's files
+                forgetting.json  the loss of general texts before training, with the recipe's forgetting
                 log.jsonl      one line for each logged step
                 training.json  steps, time, memory, parameters: written when training has ended
                 checkpoints/   what an unfinished run resumes from

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.data import digest
+from lora_ggpo.data.bundled import GENERAL_TEXT
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import Recipe, load_recipe
 from lora_ggpo.statistics.measured import plain
@@ -17,6 +18,7 @@ from lora_ggpo.tasks import Task
 from lora_ggpo.training.build import AnyModel, load_weights, training_arguments
 from lora_ggpo.training.draws import Draws, predicting
 from lora_ggpo.training.folder import finished_metrics, read_run, weights_folder
+from lora_ggpo.training.forgetting import forgetting_of
 from lora_ggpo.training.identity import check_data, check_model, check_weights
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.scorer import Scorer, evaluation_sets
@@ -93,7 +95,9 @@ def evaluate_run(
     with memory_errors(recipe, "per_device_eval_batch_size"), noise as sigma:
         if draws:
             reporter.say(f"{folder}: {draws.count} draws at sigma {sigma:.4g}")
-        scores = plain(score.score(sets, None))
+        found = score.score(sets, None)
+        forgetting = forgetting_of(recipe, folder, score) if on is None and not draws else None
+        scores = plain({**found, **({GENERAL_TEXT: forgetting.measure()} if forgetting else {})})
     under = f"-{draws.count}-draws" if draws else ""
     kept = folder / "evaluation" / f"sets-{file_name(on) if on else 'own'}{under}.json"
     facts: dict[str, Any] = {"draws": {**asdict(draws), "sigma": sigma}} if draws else {}

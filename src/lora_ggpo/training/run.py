@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.data import Splits
+from lora_ggpo.data.bundled import GENERAL_TEXT
 from lora_ggpo.errors import DivergedError
 from lora_ggpo.methods.initialise import save_difference, save_start
 from lora_ggpo.models.adapters import count_parameters
@@ -41,6 +42,7 @@ from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.card import write_card
 from lora_ggpo.training.checkpoints import expect_tensors, last_whole, remove_broken, remove_unsealed, step_of
 from lora_ggpo.training.folder import Run, check_checkpoint, claim_run, is_begun, read_run, weights_folder
+from lora_ggpo.training.forgetting import Forgetting, forgetting_of
 from lora_ggpo.training.identity import record, recorded_day, weight_digests
 from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.precision import precision_of
@@ -125,7 +127,9 @@ class _Unfinished:
         predictions = self.folder / "predictions"
         predictions.mkdir(exist_ok=True)
         with memory_errors(self.recipe, "per_device_eval_batch_size"):
-            scores = plain(score.score(scored_sets(self.recipe, self.splits), predictions))
+            found = score.score(scored_sets(self.recipe, self.splits), predictions)
+            forgetting = forgetting_of(self.recipe, self.folder, score)
+            scores = plain({**found, **({GENERAL_TEXT: forgetting.measure()} if forgetting else {})})
         if not is_first():
             return
         write_card(self.folder, weights, self.recipe, scores)
@@ -157,8 +161,9 @@ class _Unfinished:
             if checkpoint and self._is_trained(checkpoint):
                 trainer.take_up(str(checkpoint))  # train() would not know where to stop
             else:
+                before = forgetting_of(self.recipe, self.folder, score)
                 with score.prefix.cut_off() if score.prefix else nullcontext():
-                    stop = self._fit(trainer, validation, checkpoint)
+                    stop = self._fit(trainer, validation, before, checkpoint)
         kept = validation.take_best()
         if kept is not None:
             best = f"the best validation by {self.recipe.kept_metric}"
@@ -187,7 +192,9 @@ class _Unfinished:
         state = read_json(checkpoint / "trainer_state.json")
         return state["global_step"] >= state["max_steps"] or is_over(self.recipe, self._log_until(checkpoint))
 
-    def _fit(self, trainer: RunTrainer, validation: Validation, checkpoint: Path | None) -> StopRequest:
+    def _fit(
+        self, trainer: RunTrainer, validation: Validation, forgetting: Forgetting | None, checkpoint: Path | None
+    ) -> StopRequest:
         """Train. A stop asked for in the last step is left for later: what is trained is saved first."""
         if checkpoint:
             self.reporter.say(f"{self.folder}: going on from step {step_of(checkpoint)}.")
@@ -199,6 +206,7 @@ class _Unfinished:
                 task=shown,
                 stop=stop,
                 validation=validation,
+                forgetting=forgetting,
                 checkpoints=self.recipe.training_fields["save_total_limit"],
                 track=trainer.log,
             )

@@ -70,6 +70,18 @@ class Scorer:
             if name not in self.encoded:
                 self.encoded[name] = self.encode(rows, name)
 
+    def score_by(self, task: Task, rows: Dataset, name: str, batch_size: int) -> Floats:
+        """Scores by another `task` of the rows of the set `name`, with the model as it is.
+
+        Raises:
+            UserError: they cannot be encoded.
+        """
+        encoded = task.encode(rows, self._tokenizer, name)
+        check_tokens(self._model, self._tokenizer, encoded["input_ids"], f"{name}: Row")
+        options = {**self._options, "batch_size": batch_size}
+        with self._reporter.task(f"evaluate {name}") as shown:
+            return task.score(self._model, encoded, self._tokenizer, progress=shown.update, **options)
+
     def quick(self, encoded: Dataset) -> dict[str, float]:
         """Metrics of encoded rows by name, without standard errors or progress."""
         metrics = self._task.measure(self._scores(encoded), encoded)
