@@ -25,7 +25,16 @@ from lora_ggpo.workspace.progress import Reporter
 from tests.comparison.local import Here, finished_runs, forking, here
 from tests.recipes import write_guided
 
-FILES = ("tuning.jsonl", "runs.jsonl", "curves.jsonl", "facts.json", "table.md", "table.tex", "report.html")
+FILES = (
+    "tuning.jsonl",
+    "runs.jsonl",
+    "curves.jsonl",
+    "ensembles.jsonl",
+    "facts.json",
+    "table.md",
+    "table.tex",
+    "report.html",
+)
 OVERRIDES = ["training.max_steps=4", "validate_every=2", "data.label_noise=0"]
 OPTIONS = ["--methods", "lora,ggpo", "--seeds", "2", "--trials", "2"]
 
@@ -63,6 +72,11 @@ def test_results(compared):
         assert all(run["chosen"] == best["values"] for run in runs if run["method"] == method)
     for path in (output / "tuning").rglob("metrics.json"):
         assert set(json.loads(path.read_text())["evaluation"]) == {"validation"}
+    ensembles = [json.loads(line) for line in (output / "ensembles.jsonl").read_text().splitlines()]
+    assert [(one["method"], one["seeds"]) for one in ensembles] == [("lora", [0, 1]), ("ggpo", [0, 1])]
+    for one in ensembles:
+        single = [run["evaluation"]["test"]["log_loss"]["value"] for run in runs if run["method"] == one["method"]]
+        assert one["evaluation"]["test"]["log_loss"]["value"] <= sum(single) / 2 + 1e-6
     assert "difference" in result.stdout
     assert "compare: 8/8" in result.stderr
 

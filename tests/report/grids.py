@@ -61,7 +61,7 @@ def trial(method, number, score, setting="", values=None, failed=None):
 
 
 def write_results(folder, runs, tuning=(), curves=(), metric="accuracy", baseline="lora", command="lora-ggpo compare"):
-    """Write the four files."""
+    """Write the files of an earlier release, which has no ensembles."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("runs", runs), ("tuning", tuning), ("curves", curves)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

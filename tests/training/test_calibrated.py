@@ -8,7 +8,7 @@ from scipy.special import softmax
 from sklearn.metrics import log_loss
 
 from lora_ggpo.statistics.calibration import SHARES, Curves, calibration_curves
-from lora_ggpo.training.calibrated import calibration_scores, read_predictions
+from lora_ggpo.training.calibrated import calibration_scores, mean_predictions, read_predictions
 
 N = 2000
 SETS = ("validation", "out/of domain", "test")
@@ -59,6 +59,40 @@ def test_what_is_drawn_comes_back_from_its_json(tmp_path):
     assert again.accuracies == pytest.approx(drawn.accuracies, abs=1e-5)
     for name, values in vars(drawn.bins).items():
         assert getattr(again.bins, name) == pytest.approx(values, abs=1e-5)
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Folders of two runs that predict the same rows, one surer than the other."""
+    for name, temperature in (("one", 0.3), ("other", 4.0)):
+        (tmp_path / name).mkdir()
+        predict(tmp_path / name, "validation.jsonl", temperature, 9, seed=1)
+        predict(tmp_path / name, "test.jsonl", temperature, 9)
+    return [tmp_path / "one", tmp_path / "other"]
+
+
+def together(folders):
+    return mean_predictions([read_predictions(folder, ("validation", "test")) for folder in folders])
+
+
+def test_an_ensemble_is_the_mean_of_the_probabilities(seeds, tmp_path):
+    found = calibration_scores(together(seeds))["test"]
+    (tmp_path / "again").mkdir()
+    parts = [predict(tmp_path / "again", "test.jsonl", temperature) for temperature in (0.3, 4.0)]
+    mean, labels = (parts[0][0] + parts[1][0]) / 2, parts[0][1]
+    assert found["log_loss"].value == pytest.approx(log_loss(labels, mean), rel=1e-6)
+    assert found["brier"].value == pytest.approx(((mean - np.eye(3)[labels]) ** 2).sum(axis=1).mean(), rel=1e-6)
+    validation = calibration_scores(together(seeds))["validation"]["log_loss"].value
+    assert validation < np.mean([scores(folder, "validation")["validation"]["log_loss"].value for folder in seeds])
+    temperatures = [scores(folder, "validation", "test")["test"]["temperature"].value for folder in seeds]
+    assert min(temperatures) < found["temperature"].value < max(temperatures)
+
+
+def test_runs_that_predicted_different_rows_are_no_ensemble(seeds):
+    predict(seeds[1], "test.jsonl", seed=7)
+    assert list(together(seeds)) == ["validation"]
+    (seeds[1] / "predictions" / "validation.jsonl").unlink()
+    assert together(seeds) == {}
 
 
 def test_without_validation_nothing_is_scaled(tmp_path):

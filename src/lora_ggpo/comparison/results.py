@@ -1,8 +1,9 @@
-"""The results of a comparison or a study: four files, which are functions of its run folders alone."""
+"""The results of a comparison or a study: five files, which are functions of its run folders alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from lora_ggpo.comparison.grid import Grid, PlannedRun
 from lora_ggpo.comparison.pool import FAILURE
 from lora_ggpo.errors import UserError
 from lora_ggpo.statistics.calibration import calibration_curves
-from lora_ggpo.statistics.measured import plain
-from lora_ggpo.training.calibrated import calibration_scores, read_predictions
+from lora_ggpo.statistics.measured import measure_share, plain
+from lora_ggpo.training.calibrated import calibration_scores, mean_predictions, read_predictions
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_json_lines
 
 Row = Mapping[str, Any]
-"""A line of runs.jsonl, tuning.jsonl or curves.jsonl."""
+"""A line of runs.jsonl, tuning.jsonl, curves.jsonl or ensembles.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Results:
     runs: Sequence[Row]
     tuning: Sequence[Row]
     curves: Sequence[Row]
+    ensembles: Sequence[Row]
     facts: Row
 
     def logs(self, setting: str, method: str) -> dict[int, Sequence[Row]]:
@@ -39,20 +41,21 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """Read runs.jsonl, tuning.jsonl, curves.jsonl and facts.json.
+    """Read runs.jsonl, tuning.jsonl, curves.jsonl, ensembles.jsonl and facts.json.
 
     Raises:
         UserError: one of them is missing or damaged, or there is no run.
     """
     facts = {"environments": [], **read_json(folder / "facts.json")}
-    runs, tuning, curves = (read_json_lines(folder / f"{name}.jsonl") for name in ("runs", "tuning", "curves"))
+    names = ("runs", "tuning", "curves", "ensembles")  # an earlier release has no ensembles
+    runs, tuning, curves, ensembles = (read_json_lines(folder / f"{name}.jsonl") for name in names)
     if not runs:
         raise UserError(f"{folder} holds no run to report.")
-    return Results(runs, tuning, curves, facts)
+    return Results(runs, tuning, curves, ensembles, facts)
 
 
 def write_results(grid: Grid, tuning: Iterable[PlannedRun], runs: Iterable[PlannedRun]) -> None:
-    """Write tuning.jsonl, runs.jsonl and curves.jsonl, in the order of the grid."""
+    """Write tuning.jsonl, runs.jsonl, curves.jsonl and ensembles.jsonl, in the order of the grid."""
     settings, methods = list(grid.settings), [method.name for method in grid.methods]
 
     def order(run: PlannedRun) -> tuple[int, ...]:
@@ -62,6 +65,7 @@ def write_results(grid: Grid, tuning: Iterable[PlannedRun], runs: Iterable[Plann
     write_json_lines(grid.output / "tuning.jsonl", [_tuning_row(run, grid.metric) for run in tuning])
     write_json_lines(grid.output / "runs.jsonl", map(_run_row, runs))
     write_json_lines(grid.output / "curves.jsonl", map(_curve_row, runs))
+    write_json_lines(grid.output / "ensembles.jsonl", _ensemble_rows(runs))
 
 
 def validation_score(run: PlannedRun, metric: str) -> float | None:
@@ -95,7 +99,22 @@ def _run_row(run: PlannedRun) -> Row:
         scores = plain(calibration_scores(predictions))
         found["evaluation"] = {name: {**scores.get(name, {}), **of} for name, of in evaluation.items()}
         found["calibration"] = {name: calibration_curves(*of).to_dict() for name, of in predictions.items()}
+    if drawn := sorted((run.folder / "evaluation").glob("sets-own-*-draws.json")):
+        found["draws"] = [{key: read_json(file)[key] for key in ("draws", "evaluation")} for file in drawn]
     return {**_identity(run), "seed": run.seed, "chosen": dict(run.values), **found, "failed": failed}
+
+
+def _ensemble_rows(runs: Sequence[PlannedRun]) -> Iterator[Row]:
+    """What the seeds of each method predict together, where there are several and they give probabilities."""
+    for _, group in itertools.groupby(runs, key=lambda run: (run.setting, run.method.name)):
+        finished = [run for run in group if not _failure(run)]
+        sets = read_json(finished[0].folder / "metrics.json")["evaluation"] if len(finished) > 1 else {}
+        together = mean_predictions([read_predictions(run.folder, sets) for run in finished]) if sets else {}
+        if together:
+            scores = calibration_scores(together)
+            for name, (probabilities, labels) in together.items():
+                scores[name]["accuracy"] = measure_share(probabilities.argmax(axis=1) == labels)
+            yield {**_identity(finished[0]), "seeds": [run.seed for run in finished], "evaluation": plain(scores)}
 
 
 def _curve_row(run: PlannedRun) -> Row:

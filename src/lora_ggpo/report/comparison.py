@@ -13,6 +13,7 @@ from lora_ggpo.comparison.results import Results, read_results
 from lora_ggpo.errors import count
 from lora_ggpo.report.analysis import TEST, TRAINED, SettingResult, analyse, rank_methods
 from lora_ggpo.report.calibration import CALIBRATION_CAPTIONS, calibration_tables, draw_calibration, score_cells
+from lora_ggpo.report.ensembles import ensemble_tables
 from lora_ggpo.report.forgetting import FORGETTING_CAPTION, draw_forgetting, forgetting_tables
 from lora_ggpo.report.page import Report, Section, provenance
 from lora_ggpo.report.plots import COLOURS, Tradeoff, draw_forest, draw_learning_curves, draw_tradeoffs
@@ -82,7 +83,7 @@ def _sections(settings: Sequence[SettingResult], ranks: Mapping[str, float], res
     sections = []
     for setting in settings:
         tables = [_score_table(setting, name, metric) for name in setting.sets]
-        tables += [*calibration_tables(setting), *forgetting_tables(setting)]
+        tables += [*calibration_tables(setting), *ensemble_tables(setting, results), *forgetting_tables(setting)]
         tables += [_training_table(setting, metric)] if setting.trained else []
         sections.append(Section(setting.name or "Results", [*tables, _cost_table(setting)]))
     tasks = count(sum(len(setting.sets) for setting in settings), "set")

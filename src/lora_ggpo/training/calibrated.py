@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,19 @@ _ROUNDED_AWAY = 5e-7  # earlier releases kept six digits behind the point
 def read_predictions(folder: Path, sets: Iterable[str]) -> dict[str, Predictions]:
     """Those of the run in `folder` on those of its `sets` on which it kept probabilities."""
     return {name: found for name in sets if (found := _probabilities(folder / "predictions", name))}
+
+
+def mean_predictions(runs: Sequence[dict[str, Predictions]]) -> dict[str, Predictions]:
+    """The mean over `runs` of their probabilities, a deep ensemble (arXiv 1612.01474).
+
+    A set that not all of them have predicted, or of which they have predicted different rows, is left out.
+    """
+    first, *others = runs
+    return {
+        name: (np.mean([run[name][0] for run in runs], axis=0), labels)
+        for name, (_, labels) in first.items()
+        if all(name in run and np.array_equal(run[name][1], labels) for run in others)
+    }
 
 
 def calibration_scores(predictions: dict[str, Predictions]) -> Scores:
