@@ -53,6 +53,21 @@ def test_spread_is_that_of_fresh_samples():
     assert spread == pytest.approx(np.std(errors, ddof=1), rel=0.35)
 
 
+def test_groups_of_one_are_plain_examples():
+    probabilities, labels = drawn(500, temperature=0.4)
+    confidence, right = probabilities.max(axis=1), (probabilities.argmax(axis=1) == labels).astype(float)
+    error, spread = of.grouped_error(confidence, right, np.arange(500))
+    assert error == pytest.approx(of.calibration_error(probabilities, labels))
+    assert spread == pytest.approx(of.calibration_error_spread(probabilities, labels), rel=0.1)
+
+
+def test_the_same_examples_twice_are_no_more_of_them():
+    probabilities, labels = drawn(500, temperature=0.4)
+    confidence, right = probabilities.max(axis=1), (probabilities.argmax(axis=1) == labels).astype(float)
+    twice = of.grouped_error(confidence.repeat(2), right.repeat(2), np.arange(500).repeat(2))
+    assert twice == pytest.approx(of.grouped_error(confidence, right, np.arange(500)), rel=0.1)
+
+
 def test_brier_score_is_that_of_scikit_learn():
     probabilities, labels = drawn()
     mine = of.brier_scores(probabilities, labels).mean()

@@ -6,7 +6,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, log_loss, matthews_corrcoef
 
 from lora_ggpo.tasks.classification import _f1_mcc, classification_metrics
-from lora_ggpo.tasks.sft import completion_metrics
+from lora_ggpo.tasks.completions import completion_metrics
 
 
 def softmax_data(rng, n, classes):

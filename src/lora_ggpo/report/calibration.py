@@ -50,7 +50,7 @@ def calibration_tables(setting: SettingResult) -> Iterator[TextTable]:
     """One for each set on which methods gave probabilities."""
     for name in setting.sets:
         found = [metric for metric in CALIBRATION if any((name, metric) in one.scores for one in setting.methods)]
-        if "ece" in found:
+        if {"ece", "token_ece"} & set(found):
             header = [cell for metric in found for cell in (METRICS[metric].heading, "difference", "p")]
             rows = tuple(
                 (method.title, *(cell for metric in found for cell in score_cells(method, (name, metric))))

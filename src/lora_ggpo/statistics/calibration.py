@@ -145,6 +145,36 @@ def calibration_error_spread(
     return float(np.concatenate(errors).std(ddof=1))
 
 
+def grouped_error(
+    confidence: Floats, right: Floats, groups: Integers, bins: int = BINS, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """The calibration error of predictions that belong together, and how far chance has a part in it.
+
+    Args:
+        confidence: (n,), of each prediction.
+        right: (n,), 1 where it is right, else 0.
+        groups: (n,), its group, from 0 on; every group has one at least.
+
+    Returns:
+        The error, and its standard deviation over bootstrap resamples of whole groups (nan for a single one).
+        Predictions stay in the bins that they are in.
+    """
+    order, starts, n = np.argsort(confidence, kind="stable"), _starts(len(confidence), bins), int(groups.max()) + 1
+    bin_of = np.empty(len(order), dtype=np.int64)
+    bin_of[order] = np.repeat(np.arange(len(starts)), np.diff([*starts, len(order)]))
+    gaps = np.bincount(groups * len(starts) + bin_of, confidence - right, n * len(starts)).reshape(n, -1)
+    sizes = np.bincount(groups, minlength=n)
+
+    def errors(weights: Integers) -> Floats:
+        """With each group so many times over: of `weights` (resamples, groups)."""
+        return np.asarray(np.abs(weights @ gaps).sum(axis=1) / (weights @ sizes), dtype=np.float64)
+
+    random = np.random.default_rng(seed)
+    found = [errors(_times_drawn(random.integers(n, size=(drawn, n)))) for drawn in _chunks(resamples, n)]
+    spread = float(np.concatenate(found).std(ddof=1)) if n > 1 else math.nan
+    return float(errors(np.ones((1, n), dtype=np.int64))[0]), spread
+
+
 def brier_parts(probabilities: Floats, labels: Integers, bins: int = BINS) -> BrierParts:
     """The parts of the Brier score, each class against all others in bins of equal mass, summed over the classes."""
     n, classes = probabilities.shape
@@ -217,6 +247,13 @@ def _starts(n: int, bins: int) -> Integers:
     """Where the bins of `n` sorted examples begin."""
     used = min(bins, n)
     return (np.arange(used) * n // used).astype(np.int64)
+
+
+def _times_drawn(chosen: Integers) -> Integers:
+    """How often each of n is among its row of `chosen` (resamples, n)."""
+    resamples, n = chosen.shape
+    places = chosen + n * np.arange(resamples)[:, None]
+    return np.bincount(places.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.int64)
 
 
 def _chunks(resamples: int, n: int) -> list[int]:

@@ -51,3 +51,15 @@ def measure_share(hits: NDArray[np.bool_]) -> Measured:
     """The share of `hits` (n,), n at least 1, and its binomial standard error."""
     n, share = len(hits), float(hits.mean())
     return Measured(share, math.sqrt(share * (1 - share) / n), n)
+
+
+def measure_ratio(sums: Floats, counts: Integers) -> Measured:
+    """The mean of what n examples have several of each: sum(sums) / sum(counts), of (n,) sums and their `counts`.
+
+    The examples are the independent draws, so the standard error of the ratio is linearised over them; it is
+    s / sqrt(n) where all have equally many.
+    """
+    n, total = len(sums), float(counts.sum())
+    ratio = float(sums.sum()) / total
+    residuals = sums - ratio * counts
+    return Measured(ratio, math.sqrt(n / (n - 1) * float(residuals @ residuals)) / total if n > 1 else math.nan, n)

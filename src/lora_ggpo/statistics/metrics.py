@@ -53,12 +53,15 @@ METRICS: Mapping[str, Metric] = {
     "spearman": Metric("Spearman", "100 × Spearman", True, 100.0, " points", 2, "mse"),
     "mse": Metric("MSE", "mean squared error", False, 1.0, "", 4, "pearson"),
     "loss": Metric("loss", "loss", False, 1.0, "", 4),
+    "token_accuracy": Metric("token accuracy", "token accuracy, %", True, 100.0, " points", 2, "loss"),
+    "token_brier": Metric("token Brier score", "token Brier score", False, 1.0, "", 4, "loss"),
+    "token_ece": Metric("token calibration error", "token calibration error, %", False, 100.0, " points", 2, "loss"),
     "forgetting": Metric("forgetting", "rise of the loss", False, 1.0, "", 4),
     "base_loss": Metric("loss before training", "loss before training", False, 1.0, "", 4),
     "perplexity": Metric("perplexity", "perplexity", False, 1.0, "", 3),
 }
 
-CALIBRATION = ("ece", "scaled_ece", "brier", "scaled_brier", "log_loss", "scaled_log_loss")
+CALIBRATION = ("ece", "scaled_ece", "brier", "scaled_brier", "log_loss", "scaled_log_loss", "token_ece", "token_brier")
 """About probabilities; those that are scaled, after temperature scaling on the validation set."""
 
 FORGETTING = ("forgetting", "loss", "base_loss")

@@ -24,7 +24,8 @@ from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 from lora_ggpo.statistics.measured import Floats, Integers, Measured, measure_share
 from lora_ggpo.tasks.base import NO_LOSS, Batch, Row, Score, several_row, split_row
-from lora_ggpo.tasks.sft import SFT, Tokens, completion_losses, completion_metrics
+from lora_ggpo.tasks.completions import completion_losses, completion_metrics
+from lora_ggpo.tasks.sft import SFT, Tokens
 
 if TYPE_CHECKING:
     from lora_ggpo.tasks.config import TaskConfig

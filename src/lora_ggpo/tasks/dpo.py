@@ -21,7 +21,8 @@ from lora_ggpo.data.preference import SIDES, PreferenceReader
 from lora_ggpo.errors import UserError
 from lora_ggpo.statistics.measured import Floats, Measured, measure_mean, measure_share
 from lora_ggpo.tasks.base import Batch, Row, Score, several_row, split_row
-from lora_ggpo.tasks.sft import SFT, Tokens, completion_losses
+from lora_ggpo.tasks.completions import completion_losses
+from lora_ggpo.tasks.sft import SFT, Tokens
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lora_ggpo.models.architecture import CAUSAL
-from lora_ggpo.statistics.measured import Floats, Measured
+from lora_ggpo.statistics.measured import Floats, Measured, measure_ratio
 from lora_ggpo.tasks.base import CHUNK, Row, Score, Task, encoded_row
-from lora_ggpo.tasks.sft import completion_losses, completion_metrics
+from lora_ggpo.tasks.completions import completion_losses
 
 
 class GeneralText(Task):
@@ -34,4 +34,4 @@ class GeneralText(Task):
         return partial(completion_losses, model)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
-        return {"loss": completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))["loss"]}
+        return {"loss": measure_ratio(scores[:, 0], scores[:, 1].astype(np.int64))}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.data.completion import CompletionReader
@@ -22,9 +18,9 @@ from lora_ggpo.data.messages import Message
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import CAUSAL
 from lora_ggpo.models.chat_template import Ending, end_of_turn
-from lora_ggpo.statistics.measured import Floats, Integers, Measured
-from lora_ggpo.tasks.base import CHUNK, NO_LOSS, Batch, Row, Score, Task, encoded_row
-from lora_ggpo.tasks.forward import logits_at
+from lora_ggpo.statistics.measured import Floats, Measured
+from lora_ggpo.tasks.base import CHUNK, NO_LOSS, Row, Score, Task, encoded_row
+from lora_ggpo.tasks.completions import token_metrics, token_scores
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.tasks.text import UnusedFields, appended, check_chat_template, conversation, learnt_turns, start
 
@@ -45,7 +41,7 @@ class SFT(Task):
     architecture = CAUSAL
     settings = frozenset({"template", "chat_template", "too_long", "packing"})
     columns = frozenset({"prompt", "completion", "single_turn", "ignore"})
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "token_brier", "token_ece")
     loss = "loss"
     default_template = "{text}"
     default_length = 1024  # a prompt with its answer takes more room than a text with a label; a cut one teaches no end
@@ -100,11 +96,11 @@ class SFT(Task):
         return pack(rows, self.config.max_length)
 
     def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
-        """Summed loss and number of completion tokens of each example, (batch, 2)."""
-        return partial(completion_losses, model)
+        """What `token_scores` gives of each example's completion, (batch, 3 + longest)."""
+        return partial(token_scores, model)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
-        return completion_metrics(scores[:, 0], scores[:, 1].astype(np.int64))
+        return token_metrics(scores)
 
     def user_turn(self, text: str) -> str:
         return self._filled(text)[0]
@@ -208,35 +204,3 @@ def _joined(tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Segments], f
             ids += added
             labels += added if learnt else [NO_LOSS] * len(added)
         yield first + ids, labels
-
-
-def completion_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Summed loss and number of completion tokens of each sequence, (batch, 2)."""
-    targets = batch["labels"][:, 1:]
-    learnt = targets != NO_LOSS
-    positions = torch.nonzero(learnt.any(dim=0)).squeeze(1)  # only these need logits over the whole vocabulary
-    logits = logits_at(model, batch["input_ids"], batch["attention_mask"], positions)
-    losses = [  # one example at a time: float32 copies of all logits would be most of the memory
-        F.cross_entropy(row.float(), wanted, ignore_index=NO_LOSS, reduction="none").double().sum()
-        for row, wanted in zip(logits, targets[:, positions], strict=True)
-    ]
-    return torch.stack([torch.stack(losses), learnt.sum(dim=1).double()], dim=1)
-
-
-def completion_metrics(losses: Floats, tokens: Integers) -> dict[str, Measured]:
-    """Loss per completion token (nats) and perplexity, over all tokens of all examples.
-
-    Args:
-        losses: (n,) summed loss of each example's completion.
-        tokens: (n,) completion tokens of each example, at least 1.
-
-    Examples, not tokens, are the independent draws: the standard error of the ratio sum(losses) / sum(tokens) is
-    linearised over examples (it is s / sqrt(n) where all completions are equally long), and that of the perplexity
-    exp(loss) follows by the delta method.
-    """
-    n, total = len(losses), float(tokens.sum())
-    loss = float(losses.sum()) / total
-    residuals = losses - loss * tokens
-    se = math.sqrt(n / (n - 1) * float(residuals @ residuals)) / total if n > 1 else math.nan
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return {"loss": Measured(loss, se, n), "perplexity": Measured(perplexity, perplexity * se, n)}

@@ -21,10 +21,9 @@ from lora_ggpo.data.general import GeneralTextConfig, read_general_text
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.initialise import writes_base
 from lora_ggpo.recipe.recipe import Recipe
-from lora_ggpo.statistics.measured import Floats, Measured
+from lora_ggpo.statistics.measured import Floats, Measured, measure_ratio
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.tasks.general import GeneralText
-from lora_ggpo.tasks.sft import completion_metrics
 from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.workspace.files import read_json, write_json
 from lora_ggpo.workspace.ranks import is_first
@@ -77,7 +76,7 @@ class Forgetting:
             )
         then, tokens = np.array(before["losses"]), scores[:, 1].astype(np.int64)
         found = {"forgetting": scores[:, 0] - then, "loss": scores[:, 0], "base_loss": then}
-        return {name: completion_metrics(losses, tokens)["loss"] for name, losses in found.items()}
+        return {name: measure_ratio(losses, tokens) for name, losses in found.items()}
 
     def _scores(self) -> tuple[Floats, str]:
         """Summed loss and number of tokens of each text, and the digest of all."""
