@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lora_ggpo.cli.options import MethodsRecipe, Output, Overrides
+from lora_ggpo.cli.options import MethodsRecipe, Output, Overrides, path
 from lora_ggpo.cli.output import print_report
 from lora_ggpo.cli.placement import Jobs, Ray, RayCpus, RayGpus, carry_out, method_names, start_pool
 
@@ -26,6 +26,9 @@ def command(
     ] = None,
     metric: Annotated[str | None, typer.Option(help="What is compared and tuned for.")] = None,
     output: Output = Path("runs/compare"),
+    peft_results: Annotated[
+        Path | None, typer.Option(parser=path, help="Results of PEFT's method_comparison to set beside these.")
+    ] = None,
     jobs: Jobs = 1,
     ray: Ray = None,
     ray_cpus: RayCpus = 1,
@@ -40,8 +43,19 @@ def command(
         from lora_ggpo.comparison.grid import plan_comparison
 
         grid = plan_comparison(source, method_names(methods), seeds, trials, vary or (), metric, output)
+        beside = _read_peft(peft_results) if peft_results else None
         advise(grid)
         carry_out(grid, pool)
     from lora_ggpo.report.comparison import write_report
+    from lora_ggpo.workspace.files import write_json_lines
 
+    if beside:
+        write_json_lines(output / "peft.jsonl", beside)
     print_report(write_report(output), output)
+
+
+def _read_peft(folder: Path) -> list[dict[str, Any]]:
+    """What is wrong with them is said before anything is run."""
+    from lora_ggpo.report.method_comparison import read_peft_results
+
+    return read_peft_results(folder)

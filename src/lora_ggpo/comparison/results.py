@@ -22,12 +22,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Results:
-    """The files of a results folder; `facts` says with what and how they were made."""
+    """The files of a results folder; `facts` says with what and how they were made.
+
+    Attributes:
+        peft: Results of PEFT's method_comparison, to stand beside these.
+    """
 
     runs: Sequence[Row]
     tuning: Sequence[Row]
     curves: Sequence[Row]
     ensembles: Sequence[Row]
+    peft: Sequence[Row]
     facts: Row
 
     def logs(self, setting: str, method: str) -> dict[int, Sequence[Row]]:
@@ -47,11 +52,11 @@ def read_results(folder: Path) -> Results:
         UserError: one of them is missing or damaged, or there is no run.
     """
     facts = {"environments": [], **read_json(folder / "facts.json")}
-    names = ("runs", "tuning", "curves", "ensembles")  # an earlier release has no ensembles
-    runs, tuning, curves, ensembles = (read_json_lines(folder / f"{name}.jsonl") for name in names)
+    names = ("runs", "tuning", "curves", "ensembles", "peft")  # an earlier release has no ensembles
+    runs, tuning, curves, ensembles, peft = (read_json_lines(folder / f"{name}.jsonl") for name in names)
     if not runs:
         raise UserError(f"{folder} holds no run to report.")
-    return Results(runs, tuning, curves, ensembles, facts)
+    return Results(runs, tuning, curves, ensembles, peft, facts)
 
 
 def write_results(grid: Grid, tuning: Iterable[PlannedRun], runs: Iterable[PlannedRun]) -> None:
@@ -101,6 +106,8 @@ def _run_row(run: PlannedRun) -> Row:
         found["calibration"] = {name: calibration_curves(*of).to_dict() for name, of in predictions.items()}
     if drawn := sorted((run.folder / "evaluation").glob("sets-own-*-draws.json")):
         found["draws"] = [{key: read_json(file)[key] for key in ("draws", "evaluation")} for file in drawn]
+    if (solved := run.folder / "evaluation" / "gsm8k" / "scores.json").is_file():
+        found["gsm8k"] = read_json(solved)["evaluation"]["gsm8k"]["accuracy"]["value"]
     return {**_identity(run), "seed": run.seed, "chosen": dict(run.values), **found, "failed": failed}
 
 

@@ -15,6 +15,7 @@ from lora_ggpo.report.analysis import TEST, TRAINED, SettingResult, analyse, ran
 from lora_ggpo.report.calibration import CALIBRATION_CAPTIONS, calibration_tables, draw_calibration, score_cells
 from lora_ggpo.report.ensembles import ensemble_tables
 from lora_ggpo.report.forgetting import FORGETTING_CAPTION, draw_forgetting, forgetting_tables
+from lora_ggpo.report.method_comparison import peft_tables
 from lora_ggpo.report.page import Report, Section, provenance
 from lora_ggpo.report.plots import COLOURS, Tradeoff, draw_forest, draw_learning_curves, draw_tradeoffs
 from lora_ggpo.report.tables import NOTHING, TextTable, rows_table
@@ -91,6 +92,7 @@ def _sections(settings: Sequence[SettingResult], ranks: Mapping[str, float], res
     sections.append(Section("", [TextTable(f"Mean rank over {tasks}", ("method", "mean rank"), ranked)]))
     failures = failure_table((one.name, method.title, method.failed) for one in settings for method in one.methods)
     sections += [Section("", [failures])] if failures.rows else []
+    sections += [Section("", [table]) for table in peft_tables(settings, results)]
     if results.tuning:
         tuning = _tuning_table(settings, results)
         sections.append(Section("Tuning", [tuning], folded=True))

@@ -20,7 +20,7 @@ Evaluation = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """{set: {metric: {"value", "se", "n"}}}, as metrics.json holds it."""
 
 NOTHING = "–"
-_WORDS = ("method", "predicted by", "verdict", "values", "setting", "why", "chosen", "curve")
+_WORDS = ("method", "model", "predicted by", "verdict", "values", "setting", "why", "chosen", "curve")
 _LATEX: Mapping[str, str] = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": r"\textbackslash{}",

@@ -46,7 +46,7 @@ def write_card(folder: Path, weights: Path, recipe: Recipe, scores: Mapping[str,
 def _metadata(name: str, recipe: Recipe, scores: Mapping[str, Any]) -> ModelCardData:
     headed = recipe.task.type.architecture.new_head
     task = "text-classification" if headed else "text-generation"
-    source = _public(recipe.data.source)
+    source = public_place(recipe.data.source)
     results = [
         EvalResult(
             task_type=task,
@@ -63,7 +63,7 @@ def _metadata(name: str, recipe: Recipe, scores: Mapping[str, Any]) -> ModelCard
         if found["value"] is not None
     ]
     return ModelCardData(
-        base_model=_base(recipe),
+        base_model=public_base(recipe),
         datasets=[source] if "/" in source else None,
         eval_results=results or None,
         library_name="peft" if recipe.adapter else "transformers",
@@ -78,7 +78,7 @@ def _text(name: str, folder: Path, recipe: Recipe, scores: Mapping[str, Any]) ->
     made = ", ".join(f"{key} {versions[key]}" for key in sorted(versions) if key not in ("platform", "threads"))
     noise = "with LoRA-GGPO, under small random perturbations of the full weight" if recipe.ggpo else "without noise"
     kind = "A PEFT adapter" if recipe.adapter else "A fully fine-tuned model"
-    base, data = _base(recipe), _public(recipe.data.source)
+    base, data = public_base(recipe), public_place(recipe.data.source)
     return (
         f"# {name}\n\n{kind} for `{base}`, trained on {data} (task `{recipe.task.kind}`) {noise}, with seed "
         f"{folder.name.removeprefix('seed-')}.\n\n"
@@ -116,21 +116,22 @@ def _shown(recipe: Recipe, folder: Path) -> str:
     """The recipe, with what lies on this machine under its name alone."""
     values = recipe.resolved(int(folder.name.removeprefix("seed-")))
     values["output"] = Path(values["output"]).name
-    values["model"] = _base(recipe)
+    values["model"] = public_base(recipe)
     values["data"] = {
         **values["data"],
-        "source": _public(recipe.data.source),
-        "out_of_domain": [_public(source) for source in recipe.data.out_of_domain],
+        "source": public_place(recipe.data.source),
+        "out_of_domain": [public_place(source) for source in recipe.data.out_of_domain],
     }
     if recipe.forgetting:
-        values["forgetting"] = {**values["forgetting"], "source": _public(recipe.forgetting.source)}
+        values["forgetting"] = {**values["forgetting"], "source": public_place(recipe.forgetting.source)}
     return dump_yaml({key: value for key, value in values.items() if value is not None})
 
 
-def _base(recipe: Recipe) -> str:
-    return BUNDLED[recipe.model].hub if recipe.model in BUNDLED else _public(recipe.model)
+def public_base(recipe: Recipe) -> str:
+    """The model that a recipe trains, as others know it."""
+    return BUNDLED[recipe.model].hub if recipe.model in BUNDLED else public_place(recipe.model)
 
 
-def _public(place: str) -> str:
+def public_place(place: str) -> str:
     """A hub id or a bundled name as it is, a path, which a recipe holds from the root, by its last part."""
     return Path(place).name if os.path.isabs(place) else place
