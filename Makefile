@@ -20,7 +20,7 @@ demo: setup  ## set up, then LoRA against LoRA-GGPO on bundled reviews with a pr
 check: lint  ## set up, then lint, type-check and run the tests that take no whole run: for while you work
 	$(PYTEST) -q -m 'not slow'
 
-test: lint docs  ## set up, then lint, type-check, build the docs and run all tests
+test: lint docs $(VENV)/.oldest  ## set up, then lint, type-check, build the docs and run all tests
 	$(PYTEST)
 	$(MAKE) oldest
 
