@@ -1,6 +1,7 @@
 """What the tests of all surfaces ask of a layer, and the blocks of code that the documents show."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,6 +22,14 @@ def run_block(page, heading):
     names = {}
     exec(compile(block[1], f"{page}: {heading}", "exec"), names)
     return names
+
+
+def assert_documented(surface, package):
+    """The table of docs/images.md names the release of a package that its tests have just been run with."""
+    rows = (DOCS / "images.md").read_text(encoding="utf-8").splitlines()
+    found = [row for row in rows if re.match(rf"\|\W*{re.escape(surface)}\b", row)]
+    assert found, surface
+    assert all(f"| {package} {version(package)} |" in row for row in found), f"{package} {version(package)}: {found}"
 
 
 def check_noise(layer, images=(5, 6)):

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_ggpo import GGPO, GGPOConfig
 
-from .surfaces import check_noise
+from .surfaces import assert_documented, check_noise
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -107,6 +107,7 @@ def test_each_layer_is_perturbed_and_the_gradient_is_exact(kind):
         ggpo.step()
         model.zero_grad()
     assert ggpo.metrics()["ggpo/coverage"] == 1
+    assert_documented(f"diffusers, {kind.replace('Flux', 'FLUX')}", "diffusers")
     for layer in {type(layer.base): layer for layer in ggpo.layers}.values():
         check_noise(layer, images=(8, 8))
     ggpo.detach()

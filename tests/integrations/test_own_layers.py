@@ -7,7 +7,7 @@ from torch import nn
 from lora_ggpo import GGPO, GGPOConfig
 from lora_ggpo.perturbation.own import _PARTS
 
-from .surfaces import CLOSE, check_noise, run_block, weight_norms
+from .surfaces import CLOSE, assert_documented, check_noise, run_block, weight_norms
 
 CONFIG = GGPOConfig(sigma=0.3, rule="relative", beta=0.5)
 
@@ -80,6 +80,7 @@ class TestLitGPT:
         adapted = [name for name, one in model.named_modules() if isinstance(one, self.lora.LoRALayer)]
         seen = train(model, torch.randint(32, (2, 8)))
         assert sorted(seen) == sorted(adapted)
+        assert_documented("LitGPT", "litgpt")
 
 
 class TestLycoris:
@@ -104,6 +105,7 @@ class TestLycoris:
             parameter.requires_grad_()
         seen = train(model, torch.randn(2, 3, 5, 6, dtype=torch.float64))
         assert sorted(seen) == ["0", "2"]
+        assert_documented("LyCORIS", "lycoris-lora")
         for layer in seen.values():
             expected = layer.base.weight
             if algorithm == "lora":
