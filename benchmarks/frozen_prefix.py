@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.build import build_model, build_trainer, training_arguments
@@ -59,7 +60,7 @@ def measure(changes: dict[str, Any], rows: int, rounds: int, steps: int, folder:
         "model": "minilm",
         "task": {"kind": "classification", "max_length": 64},
         "data": {"source": "movie-reviews", "train_size": rows},
-        "training": {"max_steps": steps + 1, "save_strategy": "no", "use_cpu": True},
+        "training": {"max_steps": steps + 1, "save_steps": 1000, "use_cpu": True},
         "precision": "fp32",
         "model_dropout": 0,
         "output": str(folder),
@@ -74,7 +75,9 @@ def measure(changes: dict[str, Any], rows: int, rounds: int, steps: int, folder:
 
     def run(above: FrozenPrefix | None) -> list[float]:
         clock = Clock()
-        trainer = build_trainer(recipe, training_arguments(recipe, folder, 0), model, tokenizer, encoded, above)
+        args = training_arguments(recipe, folder, 0)
+        args.save_strategy = SaveStrategy.NO
+        trainer = build_trainer(recipe, args, model, tokenizer, encoded, above)
         trainer.add_callback(clock)
         trainer.train()
         return clock.seconds
