@@ -23,6 +23,7 @@ from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import recipe_text, write_rows
 from tests.tasks.make import evaluate
 from tests.training import runs
+from tests.training.sharded import MICRO_BATCHES, WORLD, Job, start, write_recipe
 
 QUIET = Reporter(quiet=True)
 BETA = 0.3
@@ -246,3 +247,26 @@ def test_without_trl_it_is_said(recipe, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Task dpo trains with TRL; install it with: pip install 'lora-ggpo\[dpo\]'"):
         recipe().task.for_labels(None).begin(None, None)
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one(tiny_llama, tmp_path):
+    data = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    task = {"kind": "dpo", "max_length": 64, "beta": BETA}
+
+    def text(name, micro_batches):
+        return write_recipe(tiny_llama, data, tmp_path / name, micro_batches, task=task)
+
+    train(parse_recipe(text("one", MICRO_BATCHES * WORLD), "r.yaml"), QUIET)
+    start(WORLD, [Job(text("two", MICRO_BATCHES))])
+    one, two = (read_run(tmp_path / name / "seed-0") for name in ("one", "two"))
+    for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "validation/margin"):
+        logged, also = ([row[key] for row in run.log if key in row] for run in (one, two))
+        assert logged
+        assert also == pytest.approx(logged, rel=1e-4), key
+    assert one.metrics["training"]["processes"] == 1
+    assert two.metrics["training"]["processes"] == WORLD
+    for metric, value in one.metrics["evaluation"]["test"].items():
+        assert two.metrics["evaluation"]["test"][metric]["value"] == pytest.approx(value["value"], rel=1e-4)

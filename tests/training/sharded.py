@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import socket
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from lora_ggpo.training.run import train
 from lora_ggpo.training.scorer import Scorer
 from lora_ggpo.workspace.progress import Reporter
 from lora_ggpo.workspace.ranks import wait_for_all
+from tests import processes
 from tests.recipes import recipe_text
 
 STEPS, BATCH, MICRO_BATCHES, WORLD = 4, 2, 2, 2
@@ -54,6 +56,14 @@ def write_recipe(model, data, output, micro_batches=MICRO_BATCHES, training=(), 
         "keep": "best",
     }
     return recipe_text(model, data, output, **{**fields, **changes})
+
+
+def start(world, jobs):
+    """Carry out `jobs` by `world` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.spawn(run_process, (world, port, jobs), world)
 
 
 def run_process(rank, world, port, jobs):

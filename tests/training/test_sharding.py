@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +19,8 @@ from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
 from lora_ggpo.training.sharding import PROCESSES, share_steps
 from lora_ggpo.workspace.progress import Reporter
-from tests import processes
 from tests.recipes import write_pairs
-from tests.training.sharded import MICRO_BATCHES, WORLD, Job, cut_off, run_process, write_recipe
+from tests.training.sharded import MICRO_BATCHES, WORLD, Job, cut_off, start, write_recipe
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
 
@@ -42,13 +40,6 @@ RESUMED = [(name, how) for name in SHARDING for how in LEFT if how == "again" or
 OTHERS = {"full": {"adapter": None, "ggpo": None}, "plain": {"ggpo": None}}
 if find_spec("bitsandbytes"):
     OTHERS |= {"nf4": {"quantise": "nf4", "ggpo": None}, "nf4-ggpo": {"quantise": "nf4"}}
-
-
-def start(world, jobs):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(run_process, (world, port, jobs), world)
 
 
 class Made:
