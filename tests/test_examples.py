@@ -16,18 +16,39 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 EXAMPLES = [path for path in EXAMPLES if path.stem != "diffusers_lora"]  # tests/integrations/test_diffusers.py
 
 
-@pytest.fixture(scope="module")
-def rows(reviews, tmp_path_factory):
-    """Files of the bundled reviews in the two shapes that the examples take."""
-    folder = tmp_path_factory.mktemp("rows")
-    given = [json.loads(line) for line in reviews.read_text().splitlines()]
-    shapes = {
-        "label": [{"text": row["text"], "label": int(row["label"] == "positive")} for row in given],
-        "sft": [{"prompt": f"{row['text']}\nSentiment:", "completion": f" {row['label']}"} for row in given],
-    }
-    for name, shaped in shapes.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shaped))
-    return folder
+def _label(row):
+    return {"text": row["text"], "label": int(row["label"] == "positive")}
+
+
+def _completion(row):
+    return {"prompt": _asked(row), "completion": f" {row['label']}"}
+
+
+def _pair(row):
+    other = {"positive": "negative", "negative": "positive"}[row["label"]]
+    return {"prompt": _asked(row), "chosen": f" {row['label']}", "rejected": f" {other}"}
+
+
+def _wanted(row):
+    return {"prompt": _asked(row), "completion": " positive", "label": row["label"] == "positive"}
+
+
+def _answer(row):
+    return {"prompt": _asked(row), "answer": row["label"]}
+
+
+def _asked(row):
+    return f"{row['text'][:200]}\nSentiment:"
+
+
+OF_TRL = {
+    "trl_sft": (_completion, AutoModelForCausalLM, {}),
+    "trl_dpo": (_pair, AutoModelForCausalLM, {}),
+    "trl_kto": (_wanted, AutoModelForCausalLM, {}),
+    "trl_grpo": (_answer, AutoModelForCausalLM, {}),
+    "trl_reward": (_pair, AutoModelForSequenceClassification, {"num_labels": 1}),
+}
+"""Rows, class of the model and its arguments; the other examples classify with an encoder."""
 
 
 def run_script(command):
@@ -36,17 +57,18 @@ def run_script(command):
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example(example, rows, tiny_bert, tiny_llama, tmp_path):
-    sft = example.stem == "trl_sft"
-    if sft and not find_spec("trl"):
+def test_an_example(example, reviews, tiny_bert, tiny_llama, tmp_path):
+    of_trl = example.stem in OF_TRL
+    if of_trl and not find_spec("trl"):
         pytest.skip("needs trl")
-    model = tiny_llama if sft else tiny_bert
-    data = rows / ("sft.jsonl" if sft else "label.jsonl")
-    command = [str(example), "--model", model, "--data", str(data), "--steps", "2", "--output", "saved"]
+    shape, loader, options = OF_TRL.get(example.stem, (_label, AutoModelForSequenceClassification, {}))
+    model = tiny_llama if of_trl else tiny_bert
+    rows = [shape(json.loads(line)) for line in reviews.read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [str(example), "--model", model, "--data", "rows.jsonl", "--steps", "2", "--output", "saved"]
     ran = Process(run_script, command, folder=tmp_path)
     assert ran.wait() == 0, ran.stderr
     assert "GGPO" not in ran.stderr  # it warns of nothing
-    loader = AutoModelForCausalLM if sft else AutoModelForSequenceClassification
-    loaded = PeftModel.from_pretrained(loader.from_pretrained(model), tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(loader.from_pretrained(model, **options), tmp_path / "saved")
     trained = [name for name, value in loaded.named_parameters() if "lora_B" in name and value.any()]
     assert trained

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lora_ggpo import GGPO, GGPOCallback, GGPOConfig
 from lora_ggpo.perturbation.layers import PerturbedLayer
+from tests.integrations.contract import assert_contract
 
 CONFIG = GGPOConfig(sigma=0.3, rule="relative", beta=0.5)
 STEPS, LAYERS = 2, 14
@@ -37,7 +38,7 @@ def train(tiny_llama, tmp_path, monkeypatch):
     """Trains 2 steps of a TRL trainer on a tiny Llama with an adapter; returns it, (active adapter, in a training pass)
     of every call of a layer that was noisy, and the sum of ||G||^2 of every step."""
 
-    def run(kind, config=CONFIG, checkpointing=False):
+    def run(kind, config=CONFIG, checkpointing=False, wrapped=True):
         calls, norms = [], []
         forward, step = PerturbedLayer.forward, GGPO.step
 
@@ -56,7 +57,7 @@ def train(tiny_llama, tmp_path, monkeypatch):
             patch.setattr(PerturbedLayer, "forward", call)
             patch.setattr(GGPO, "step", count)
             trainer = _trainer(
-                kind, tiny_llama, config, rows, options, **_arguments(tmp_path, checkpointing), **settings
+                kind, tiny_llama, config, rows, options, wrapped, **_arguments(tmp_path, checkpointing), **settings
             )
             trainer.train()
         return trainer, calls, norms
@@ -81,7 +82,7 @@ def _arguments(folder, checkpointing):
     }
 
 
-def _trainer(kind, folder, config, rows, options, **arguments):
+def _trainer(kind, folder, config, rows, options, wrapped=True, **arguments):
     torch.manual_seed(0)
     if kind == "Reward":
         model, task = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1), "SEQ_CLS"
@@ -89,7 +90,8 @@ def _trainer(kind, folder, config, rows, options, **arguments):
         model, task = AutoModelForCausalLM.from_pretrained(folder), "CAUSAL_LM"
     adapter = LoraConfig(r=4, target_modules="all-linear", task_type=task, init_lora_weights=False)
     return getattr(trl, f"{kind}Trainer")(
-        model=get_peft_model(model, adapter),
+        model=get_peft_model(model, adapter) if wrapped else model,
+        peft_config=None if wrapped else adapter,
         args=getattr(trl, f"{kind}Config")(**arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder, pad_token="<unk>"),
@@ -115,7 +117,33 @@ def test_noise_is_in_training_passes_alone(train, kind):
     assert same == pytest.approx(norms, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])
+def test_a_reference_without_the_adapter_is_free_of_noise(train, kind):
+    """TRL makes the adapter itself, and switches it off for the reference pass."""
+    trainer, calls, norms = train(kind, wrapped=False)
+    assert "ref" not in trainer.model.peft_config
+    assert calls == [("default", True)] * (LAYERS * STEPS)
+    assert all(norm > 0 for norm in norms)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_noise_it_is_the_plain_trainer(train, kind):
     plain, still = (logged(train(kind, config)[0]) for config in (None, GGPOConfig(sigma=0)))
     assert still == plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_as_the_docs_say(tiny_llama, tmp_path, kind):
+    pytest.importorskip("tensorboard")
+    rows, settings, options = KINDS[kind]
+
+    def fit(name, ggpo, resume):
+        folder = tmp_path / name / "out"
+        saving = {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 1, "report_to": ["tensorboard"]}
+        config = ggpo and GGPOConfig(**ggpo)
+        arguments = {**_arguments(tmp_path, False), **saving, **settings}
+        trainer = _trainer(kind, tiny_llama, config, rows, options, wrapped=False, **arguments)
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return folder
+
+    assert_contract(fit, f"TRL {kind}", "trl")
