@@ -24,6 +24,7 @@ METHODS = {
     "lora": [],
     "ggpo": ["ggpo={sigma: 0.1, rule: relative, beta: 0.5, redraw: optimizer-step}"],
 }
+COMPILED = ["training.torch_compile=true", "training.torch_compile_backend=eager"]
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +85,16 @@ def test_on_a_processor_nothing_is_padded_and_logits_are_not_all_taken(run, monk
     assert seen == ["HeadLoss", "flatten", "flatten", "flatten"]
 
 
-def test_a_compiled_run_is_the_eager_one(run, pytestconfig):
-    if not pytestconfig.getoption("thorough"):
+@pytest.mark.parametrize("method", ["lora", "ggpo"])
+def test_a_compiled_run_is_the_eager_one(run, method, pytestconfig):
+    if method == "ggpo" and not pytestconfig.getoption("thorough"):
         pytest.skip("half a minute, most of it the compiler's")
-    plain = run("plain", *METHODS["ggpo"])
-    compiled = run("compiled", *METHODS["ggpo"], "training.torch_compile=true", "training.torch_compile_backend=eager")
+    plain, compiled = (
+        run(name, *METHODS[method], "adapter.target_modules=[q_proj]", *settings)
+        for name, settings in (("plain", []), ("compiled", COMPILED))
+    )
     assert losses(compiled) == [pytest.approx(row, rel=1e-5) for row in losses(plain)]
+    assert compiled.recipe["training"]["torch_compile"] is True
 
 
 @pytest.mark.parametrize("packing", [False, True])
