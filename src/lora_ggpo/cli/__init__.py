@@ -51,7 +51,10 @@ def _describe(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Fine-tune language models with LoRA-GGPO: recipes in, evaluated PEFT adapters out."""
+    """Fine-tune language models with LoRA-GGPO: recipes in, evaluated PEFT adapters out.
+
+    Begin with `lora-ggpo demo`, or with one of the recipes of the repository: `lora-ggpo train recipes/NAME.yaml`.
+    """
 
 
 def main() -> None:
