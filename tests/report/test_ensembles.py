@@ -9,6 +9,7 @@ from lora_ggpo.report.analysis import analyse
 from lora_ggpo.report.comparison import write_report
 from lora_ggpo.report.ensembles import ensemble_tables
 from tests.report.grids import run, write_results
+from tests.report.pages import leave_out_pictures
 
 SCORES = {"accuracy": 0.80, "ece": 0.10, "brier": 0.30, "log_loss": 0.60, "scaled_ece": 0.04, "scaled_log_loss": 0.50}
 
@@ -56,7 +57,8 @@ def test_the_rows_of_a_method(folder):
     assert ggpo["ensemble of 2 seeds, scaled"] == ("88.00 ± 1.00", "12.00 ± 1.00", "–", "0.5800 ± 0.0100")
 
 
-def test_it_is_part_of_the_report_where_there_is_an_ensemble(folder):
+def test_it_is_part_of_the_report_where_there_is_an_ensemble(folder, monkeypatch):
+    leave_out_pictures(monkeypatch)
     title = "test: averages of predictions (± of an ensemble: standard error over the examples)"
     write_report(folder)
     assert title in (folder / "table.md").read_text()

@@ -11,6 +11,7 @@ from lora_ggpo.report.comparison import write_report
 from lora_ggpo.report.method_comparison import peft_tables, read_peft_results, write_peft_results
 from lora_ggpo.workspace.files import write_json_lines
 from tests.report.grids import run, write_results
+from tests.report.pages import leave_out_pictures
 from tests.training.runs import invoke, works
 
 NUMBERS = {  # what PEFT's processing.py makes of each field of a table
@@ -90,7 +91,8 @@ def test_what_is_no_result_is_named(results, tmp_path):
         read_peft_results(tmp_path)
 
 
-def test_they_stand_beside_ours_with_one_seed_and_no_interval(results, tmp_path):
+def test_they_stand_beside_ours_with_one_seed_and_no_interval(results, tmp_path, monkeypatch):
+    leave_out_pictures(monkeypatch)
     runs = [run("lora", seed, {"accuracy": 0.5 + seed / 10}) for seed in range(2)]
     folder = write_results(tmp_path / "out", runs)
     write_json_lines(folder / "peft.jsonl", read_peft_results(results))

@@ -72,13 +72,12 @@ def test_it_is_the_rise_of_the_mean_token_loss(run, tiny_llama):
 @pytest.mark.parametrize(
     "method",
     [
-        [],
         [f"ggpo={json.dumps(GUIDED)}"],
         ["adapter.use_dora=true"],
         ["adapter=null"],
         ["adapter.init_lora_weights=pissa", f"ggpo={json.dumps(GUIDED)}"],
     ],
-    ids=["lora", "ggpo", "dora", "full", "pissa"],
+    ids=["ggpo", "dora", "full", "pissa"],
 )
 def test_what_learns_nothing_forgets_exactly_nothing(method, recipe, run, tmp_path):
     found, before = measured(trained(recipe, *STILL, *method, f"output={tmp_path}"))
