@@ -1,16 +1,15 @@
 """What the contract tests share: what a trainer's runs must show, the docs' table of it, and the blocks of its page."""
 
 import json
+import os
 import re
-import runpy
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-
-from tests.processes import Process
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 NOISY = {"sigma": 0.3, "rule": "relative", "beta": 0.5}
@@ -32,15 +31,12 @@ def assert_documented(surface, package, *, steps, coverage, resumed, metrics):
 
 
 def run(module, *arguments, folder, **environment):
-    """`python -m module arguments` in a process of its own, which must succeed."""
-    ran = Process(_run_module, module, [str(argument) for argument in arguments], folder=folder, **environment)
-    assert ran.wait() == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
-
-
-def _run_module(module, arguments):
-    sys.path.insert(0, "stand-ins")
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    """`python -m module arguments` in a process of its own, which must succeed; `folder` may hold stand-ins."""
+    path = f"{folder / 'stand-ins'}:{os.environ.get('PYTHONPATH', '')}"
+    settings = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    ran = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
 
 
 def assert_contract(train, surface, package):
