@@ -119,6 +119,24 @@ def test_scale_of_the_loss_divides_out(model):
     torch.testing.assert_close(remembered(ggpo), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("divided_out", [False, True], ids=["scaled", "by a scaler"])
+@pytest.mark.parametrize("clip", [None, 0.25])
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_rule_that_means_clipped_gradients_has_them_at_any_scale(model, divided_out, clip, gone):
+    """Whether the scale is still on the gradients as the step is counted, as a scaler never leaves it."""
+    ggpo = GGPO(model, GGPOConfig(rule="sd-scripts"))
+    (loss_of(model(batch(0))) * 1024).backward()
+    factor = 1.0 if clip is None or gone else clip
+    expected = {name: norms * factor**2 for name, norms in estimates(model, scale=1024).items()}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor / (1024 if divided_out else 1))
+    if gone:
+        model.zero_grad()
+    ggpo.step(grad_scale=1024)
+    torch.testing.assert_close(remembered(ggpo), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_step_of_non_finite_gradients_is_passed_over(model, bad):
     ggpo = GGPO(model, GGPOConfig(ema=0.5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from .linear import autocast_dtype
 from .noise import NOISES, Noise, Seeded, buckets, joint_factors, mix, own_number, split_factors
 from .passes import Passes, tied_tensors
 from .rise import Rise
-from .rows import LayerGroup, gradient_norm_squared, group_layers
+from .rows import LayerGroup, clip_factor, gradient_norm_squared, group_layers
 from .scales import RULES, ramp
 from .watch import Coverage, Watch, noise_metrics, report_blind
 from .zero import StepHook, zero_optimizer
@@ -110,7 +109,9 @@ class GGPO:
         self._warn_if_blind()
         self._capture_late()
         self._coverage.step(self._groups)
-        scale = grad_scale * self._zero_scale / math.sqrt(self._clip_factor_squared())
+        scale = grad_scale * self._zero_scale
+        if RULES[self.config.rule].clipped:
+            scale /= clip_factor(self._norm_squared, gradient_norm_squared(self.layers), scale)
         for group in self._groups:
             group.commit(scale, self.config.ema)
         self._steps += 1
@@ -387,12 +388,6 @@ class GGPO:
             with torch.no_grad():
                 for group in self._sketching():
                     group.capture("sketch")
-
-    def _clip_factor_squared(self) -> float:
-        """What clipping has multiplied the squared norm of the gradients with since they were read; 1 if they are gone,
-        or if the rule means them unclipped."""
-        now = gradient_norm_squared(self.layers) if RULES[self.config.rule].clipped else 0.0
-        return now / self._norm_squared if now and self._norm_squared else 1.0
 
     def _warn_if_blind(self) -> None:
         if not self._captured and not self._warned and self._handles:

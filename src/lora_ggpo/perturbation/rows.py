@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -182,3 +183,16 @@ def gradient_norm_squared(layers: list[PerturbedLayer]) -> float:
     """The squared norm of all gradients that the layers hold."""
     gradients = [p.grad for layer in layers for p in layer.trained() if p.grad is not None]
     return float(sum(whole(gradient).double().square().sum() for gradient in gradients))
+
+
+def clip_factor(read: float, now: float, scale: float) -> float:
+    """What clipping has multiplied gradients with since they were read; 1 if they are gone.
+
+    Args:
+        read: Their squared norm as they were read, with the loss's ``scale`` on them.
+        now: Their squared norm now. An optimizer of a scaler has divided the scale out; one without may not have.
+        scale: The factor that is on the loss.
+    """
+    ratio = now / read if now and read else 1 / scale**2
+    unscaled = ratio * scale**2
+    return math.sqrt(ratio if unscaled > 1.01 else unscaled)  # clipping makes nothing larger
