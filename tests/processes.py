@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -70,7 +71,13 @@ def spawn(function, arguments, count):
     """Call `function(rank, *arguments)` in each of `count` processes, and wait; what is raised there is raised here."""
     from torch.multiprocessing import start_processes
 
-    start_processes(function, arguments, count, start_method=_FORKING.get_start_method())
+    settings = dict(os.environ)  # the process that forks may be an older one, and have others
+    start_processes(_call, (settings, function, arguments), count, start_method=_FORKING.get_start_method())
+
+
+def _call(rank, settings, function, arguments):
+    _take_over(settings)
+    function(rank, *arguments)
 
 
 def call(arguments):
@@ -85,7 +92,13 @@ def _begin(files, place, settings, function, arguments):
     for number, path in enumerate(files, 1):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
-    os.environ.clear()
-    os.environ.update(settings)
+    _take_over(settings)
     os.chdir(place)
     function(*arguments)
+
+
+def _take_over(settings):
+    """The environment of the tests; and Ctrl-C is heard, also where a shell has put the tests into the background."""
+    os.environ.clear()
+    os.environ.update(settings)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
