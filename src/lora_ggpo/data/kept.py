@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ import pyarrow
 from datasets import Dataset
 
 from lora_ggpo.data.spool import HELD, PIECE, as_dataset, read_mapped, spooled, write_pieces
-from lora_ggpo.workspace.cache import cache_folder, package_state
+from lora_ggpo.workspace.cache import cache_folder, make_room, new_file, package_state
 from lora_ggpo.workspace.files import write_json
 
 LIMIT = 10 * 2**30
@@ -39,10 +38,11 @@ def kept(made_from: object, make: Callable[[], Iterator[pyarrow.Table]]) -> Data
             warnings.warn(text, stacklevel=3)
         return rows
     try:
-        with _recorded() as told:
-            written = _write(file, make())
+        with _recorded() as told, new_file(file) as opened:
+            write_pieces(opened, (piece.replace_schema_metadata(None) for piece in make()))
+            written = opened.tell()
         write_json(_seal(file), {"bytes": written, "warnings": told})
-        _forget(file)
+        make_room(file, LIMIT)
         return _read(file)[0]
     except OSError:  # a full disk, or a folder that cannot be written to
         return spooled(make())
@@ -71,38 +71,9 @@ def _read(file: Path) -> tuple[Dataset, list[str]]:
     ]
 
 
-def _write(file: Path, pieces: Iterator[pyarrow.Table]) -> int:
-    """Write `pieces` to `file`, which is whole or not there, and return its size."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=file.parent, suffix=".partial")  # another process may write the same
-    try:
-        with os.fdopen(descriptor, "wb") as opened:
-            write_pieces(opened, (piece.replace_schema_metadata(None) for piece in pieces))
-            os.fsync(opened.fileno())
-        size = os.stat(partial).st_size
-        os.replace(partial, file)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    return size
-
-
 def _seal(file: Path) -> Path:
     """What says how long `file` is, and what was warned of as it was made; written after it."""
     return file.with_suffix(".json")
-
-
-def _forget(latest: Path) -> None:
-    """Delete files until `LIMIT` holds, those that were used the longest ago first, and never the `latest`."""
-    with suppress(FileNotFoundError):  # another process deletes as well
-        files = [(of.st_mtime, of.st_size, path) for path in latest.parent.iterdir() if (of := path.stat())]
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if total <= LIMIT:
-                return
-            if path.stem != latest.stem:
-                path.unlink()
-                total -= size
 
 
 @contextmanager

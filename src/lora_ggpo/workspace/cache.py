@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -55,30 +55,45 @@ def kept_file(name: str, write: Callable[[BinaryIO], None]) -> Path:
 
     Those that were not used for longest are deleted where all together would be too large.
     """
-    folder = cache_folder() / "files"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / name
+    file = cache_folder() / "files" / name
     if not file.is_file():
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as made:
-            try:
-                write(made)  # type: ignore[arg-type]
-                made.flush()
-                os.replace(made.name, file)
-            except BaseException:
-                os.unlink(made.name)
-                raise
+        with new_file(file) as made:
+            write(made)
     os.utime(file)
-    _make_room(folder)
+    make_room(file, ALL)
     return file
 
 
-def _make_room(folder: Path) -> None:
-    """Delete the files that were used first, until the others are no more than `ALL`; who has mapped one keeps it."""
-    size = 0
-    for stat, file in sorted(((file.stat(), file) for file in folder.iterdir()), key=lambda one: -one[0].st_mtime):
-        size += stat.st_size
-        if size > ALL:
-            file.unlink(missing_ok=True)
+@contextmanager
+def new_file(file: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write, which becomes `file` in one move when all went well; other processes may make it too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=file.parent, suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "wb") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def make_room(latest: Path, limit: int) -> None:
+    """Delete files beside `latest` until all are `limit` bytes at most, those that were used the longest ago first.
+
+    `latest` stays, with what has its name but for the suffix. Who has mapped a file keeps it.
+    """
+    with suppress(FileNotFoundError):  # another process deletes as well
+        files = [(of.st_mtime, of.st_size, path) for path in latest.parent.iterdir() if (of := path.stat())]
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= limit:
+                return
+            if path.stem != latest.stem:
+                path.unlink()
+                total -= size
 
 
 @cache
