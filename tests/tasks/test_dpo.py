@@ -183,6 +183,21 @@ def test_the_reference_sees_no_noise_no_move_and_no_dropout(recipe, monkeypatch)
     assert len({round(loss[-1], 5) for loss in losses}) == len(METHODS)
 
 
+def test_what_an_optimizer_froze_stays_frozen(recipe, tmp_path):
+    """LoRA-FA freezes A, which peft thaws as it switches an adapter on again: here for the reference and for scores."""
+    recipe = recipe("optimizer=lora-fa")
+    task, model, tokenizer, rows, args = built(recipe, tmp_path)
+    trainer = build_trainer(recipe, args, model, tokenizer, rows)
+    trainer.create_optimizer()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_B" in name for name in trained)
+    trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, args.device)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    evaluate(task, model, task.encode(recipe.task.type.load(recipe.data).test, tokenizer), tokenizer, batch_size=8)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+
+
 def test_both_answers_see_the_same_noise(recipe, tmp_path):
     rows = [{"prompt": f"film {n}", "chosen": " is good", "rejected": " is good"} for n in range(40)]
     source = write_rows(tmp_path / "same.jsonl", rows)

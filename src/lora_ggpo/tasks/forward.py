@@ -19,8 +19,13 @@ def autocasting(device: torch.device, dtype: torch.dtype | None) -> contextlib.A
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module is in the mode it was in."""
+    """Eval mode without gradients; afterwards every module is in the mode it was in, and frozen is what was frozen.
+
+    The latter is not so by itself: peft thaws all of an adapter as its ``disable_adapter()`` ends, and LoRA-FA, for
+    one, has frozen a part of it.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
     try:
         with torch.no_grad():
@@ -28,6 +33,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for parameter, needs_gradient in trained:
+            parameter.requires_grad_(needs_gradient)
 
 
 def logits_at(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

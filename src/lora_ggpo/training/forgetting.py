@@ -23,6 +23,7 @@ from lora_ggpo.methods.initialise import writes_base
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.statistics.measured import Floats, Measured, measure_ratio
 from lora_ggpo.tasks import TaskConfig
+from lora_ggpo.tasks.forward import evaluating
 from lora_ggpo.tasks.general import GeneralText
 from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.workspace.files import read_json, write_json
@@ -104,8 +105,5 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, PeftModel) or writes_base(model):
         yield
         return
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with model.disable_adapter():
+    with evaluating(model), model.disable_adapter():
         yield
-    for parameter, needs_gradient in trained:  # peft thaws all of an adapter, and LoRA-FA has frozen a part of it
-        parameter.requires_grad_(needs_gradient)
