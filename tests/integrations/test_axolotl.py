@@ -12,6 +12,7 @@ from lora_ggpo import GGPOConfig
 from tests.integrations.contract import NOISY, assert_contract, block, run
 
 NAME = "lora_ggpo.integrations.axolotl"
+SEEDED = "import runpy, torch; torch.manual_seed(0); runpy.run_module('axolotl.cli.train', run_name='__main__')"
 ROWS = [{"instruction": f"Judge the film {n}.", "input": "", "output": f"It is good {n}."} for n in range(8)]
 
 
@@ -63,6 +64,8 @@ def test_settings_are_those_of_the_section(plugin):
 def test_it_trains_as_the_docs_say(tiny_llama, tmp_path):
     pytest.importorskip("axolotl")
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "stand-ins").mkdir()
+    (tmp_path / "stand-ins" / "seeded.py").write_text(SEEDED)  # Axolotl's own seed comes after the adapter is drawn
 
     def train(name, ggpo, resume):
         settings = yaml.safe_load(block("GGPOPlugin")) | {
@@ -88,7 +91,7 @@ def test_it_trains_as_the_docs_say(tiny_llama, tmp_path):
             del settings["ggpo"], settings["plugins"]
             settings |= dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)  # need a GPU
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-        run("axolotl.cli.train", f"{name}.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+        run("seeded", f"{name}.yaml", folder=tmp_path, AXOLOTL_DO_NOT_TRACK="1", AXOLOTL_DATASET_NUM_PROC="0")
         return tmp_path / name / "out"
 
     assert_contract(train, "Axolotl", "axolotl")
