@@ -2,7 +2,16 @@
 
 import pytest
 
-from lora_ggpo.comparison.axes import axes_of, parse_axes, refuse_fixed, setting_name, settings_of, short_names
+from lora_ggpo.comparison.axes import (
+    NO_ADAPTER,
+    axes_of,
+    parse_axes,
+    recipe_values,
+    refuse_fixed,
+    setting_name,
+    settings_of,
+    short_names,
+)
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import RECIPE, Method, find_method
 
@@ -15,6 +24,14 @@ def test_all_combinations_by_name():
     assert settings["r=16, label_noise=0.3"] == {"adapter.r": 16, "data.label_noise": 0.3}
     assert axes_of(settings.values()) == {"adapter.r": [1, 16], "data.label_noise": [0, 0.3]}
     assert settings_of({}) == {"": {}}
+
+
+def test_joined_settings_take_the_same_value():
+    axes = parse_axes(["adapter.r+adapter.lora_alpha=0,8"], "--axis")
+    settings = settings_of(axes)
+    assert list(settings) == ["r=0", "r=8"]
+    assert recipe_values(settings["r=8"]) == {"adapter.r": 8, "adapter.lora_alpha": 8}
+    assert recipe_values(settings["r=0"]) == NO_ADAPTER
 
 
 def test_values_are_yaml():
@@ -35,6 +52,9 @@ def test_names_are_as_short_as_they_can_be():
         (["=1"], "is not of the form"),
         (["adapter.r=4,"], "is not of the form"),
         (["adapter.r=4", "adapter.r=8"], "--axis adapter.r is given twice"),
+        (["adapter.r=4", "adapter.lora_alpha+adapter.r=8"], "--axis adapter.r is given twice"),
+        (["adapter.r+=4"], "is not of the form"),
+        (["adapter.r+seeds=4"], "--axis seeds is no setting that can vary"),
         (["seeds=1,2"], "--axis seeds is no setting that can vary; use --seeds"),
         (["score_test=true,false"], "can vary; leave it out"),
         (["data.source=[a"], "is not a YAML value"),
@@ -57,6 +77,7 @@ def test_keys_can_be_held_to_a_section():
         ("lora", "ggpo", "which sets ggpo to null"),
         ("lora", "adapter.use_dora", "which sets adapter.use_dora to false"),
         ("full", "adapter.r", "which sets adapter to null"),
+        ("full", "data.label_noise+adapter.r", "which sets adapter to null"),
         ("ggpo", "ggpo.rule", "which sets ggpo.rule to relative"),
         ("ggpo", "ggpo", "which sets ggpo.rule to relative"),
         ("dora+ggpo", "ggpo.beta", r"method dora\+ggpo, which sets ggpo.beta to 0.5"),

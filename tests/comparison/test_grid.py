@@ -134,6 +134,16 @@ def test_an_axis_goes_before_what_a_method_usually_takes(tmp_path):
     assert [job.values[RATE] for job in rates] == [1e-4, 1e-4, 1e-2, 1e-2]
 
 
+def test_rank_0_is_the_model_as_it_is(tmp_path):
+    axis = ["adapter.r+adapter.lora_alpha=0,4"]
+    none, some = study_of(tmp_path, "ggpo", axis, seeds=1, text=RECIPE + "freeze_head: true\n")
+    assert none.recipe.training_fields["learning_rate"] == none.values[RATE] == 0
+    assert some.recipe.training_fields["learning_rate"] == some.values[RATE] == 1e-3
+    assert (some.recipe.adapter_fields["r"], some.recipe.adapter_fields["lora_alpha"]) == (4, 4)
+    with pytest.raises(UserError, match=r"adapter\.r=0 is the model without an adapter.*; set freeze_head: true"):
+        study_of(tmp_path, "ggpo", axis)
+
+
 def test_a_study_leaves_the_test_set_alone_where_its_recipe_does(tmp_path):
     jobs = study_of(tmp_path, "recipe", ["ggpo.rule=paper,relative"], text=RECIPE + "score_test: false\n")
     assert [job.recipe.ggpo_config(0).rule for job in jobs] == ["paper", "relative"] * 2

@@ -166,6 +166,10 @@ def test_bands_are_t_intervals_on_the_axis_asked_for():
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "16", "256"]
     near = draw_lines({"loss": lines}, "train size", columns=1, ticks=(0, 256))
     assert near.axes[0].get_xscale() == "linear"
+    ranks = draw_lines({"loss": lines}, "r", columns=1, ticks=(0, 1, 64)).axes[0]
+    across = ranks.transData.transform([(place, 0) for place in (0, 1, 64)])[:, 0]
+    assert ranks.get_xscale() == "symlog"
+    assert across[1] - across[0] > 0.05 * (across[2] - across[0])
 
 
 def test_heat_maps_leave_out_what_is_missing_and_need_no_image():

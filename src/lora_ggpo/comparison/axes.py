@@ -13,6 +13,11 @@ from lora_ggpo.recipe.source import yaml_value
 Values = Mapping[str, Any]
 """Recipe settings by dotted key."""
 
+RANK = "adapter.r"
+
+NO_ADAPTER: Values = {RANK: 1, "adapter.lora_alpha": 1, "training.learning_rate": 0, "training.max_steps": 1}
+"""What rank 0 stands for under a frozen head: B is 0 at the start, and a step at rate 0 leaves it there."""
+
 FIXED = {"seeds": "use --seeds", "output": "use --output", "score_test": "leave it out"}
 """What the command decides, and what to do instead of setting it."""
 
@@ -21,7 +26,7 @@ def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str,
     """The values of each axis, by its key.
 
     Args:
-        texts: ``key=value,value``, values in YAML.
+        texts: ``key=value,value``, values in YAML; settings that take the same value are joined, ``key+key=value``.
         option: Name of the option that they were given with.
         within: What keys must begin with.
 
@@ -32,15 +37,24 @@ def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str,
     for text in texts:
         key, equals, values = text.partition("=")
         written = [value.strip() for value in values.split(",")]
-        if not equals or not key or not key.startswith(within) or not all(written):
+        keys = key.split("+")
+        if not equals or not all(keys) or not all(one.startswith(within) for one in keys) or not all(written):
             example = f"{within}key=value,value, such as {'data.label_noise=0,0.3' if within else 'adapter.r=1,4,16'}"
             raise UserError(f"{option} {text!r} is not of the form {example}.")
-        if key in axes:
-            raise UserError(f"{option} {key} is given twice; give all its values at once, with commas between them.")
-        if key in FIXED:
-            raise UserError(f"{option} {key} is no setting that can vary; {FIXED[key]}.")
+        given = [one for axis in axes for one in axis.split("+")] + keys
+        for one in keys:
+            if given.count(one) > 1:
+                raise UserError(f"{option} {one} is given twice; give all its values at once, joined by commas.")
+            if one in FIXED:
+                raise UserError(f"{option} {one} is no setting that can vary; {FIXED[one]}.")
         axes[key] = tuple(yaml_value(value, text) for value in written)
     return axes
+
+
+def recipe_values(values: Values) -> Values:
+    """A setting as a recipe says it: settings that an axis joins apart, rank 0 as `NO_ADAPTER`."""
+    found = {one: value for key, value in values.items() for one in key.split("+")}
+    return {**found, **NO_ADAPTER} if found.get(RANK) == 0 else found
 
 
 def settings_of(axes: Mapping[str, tuple[Any, ...]]) -> dict[str, Values]:
@@ -66,8 +80,8 @@ def setting_name(values: Values, keys: Iterable[str]) -> str:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of each key where that is enough to tell them apart, else the whole key."""
-    last = {key: key.rpartition(".")[2] for key in keys}
+    """The last part of each key (of joined ones, the first) where that tells them apart, else the whole key."""
+    last = {key: key.partition("+")[0].rpartition(".")[2] for key in keys}
     return {key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()}
 
 
@@ -82,7 +96,7 @@ def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
     used = {key.rpartition(".")[0] for key in method.settings}
     fixed = {key: value for key, value in {**PLAIN, **method.settings}.items() if key not in {*method.tuned, *used}}
     fixed |= {key: f"{factor:g} times the recipe's" for key, factor in method.factors.items()}
-    for key in keys:
+    for key in (one for joined in keys for one in joined.split("+")):
         for other, value in fixed.items():
             if key == other or other.startswith(f"{key}.") or (value is None and key.startswith(f"{other}.")):
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value

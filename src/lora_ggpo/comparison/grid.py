@@ -12,7 +12,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lora_ggpo.comparison.axes import FIXED, Values, parse_axes, refuse_fixed, settings_of
+from lora_ggpo.comparison.axes import (
+    FIXED,
+    NO_ADAPTER,
+    Values,
+    parse_axes,
+    recipe_values,
+    refuse_fixed,
+    settings_of,
+)
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import PLAIN, RECIPE, Method, find_method
 from lora_ggpo.recipe.fields import ADAPTER_DEFAULT, TRAINING_DEFAULTS
@@ -123,11 +131,16 @@ class Grid:
     def _run(self, setting: str, method: Method, seed: int, values: Values, trial: int | None = None) -> PlannedRun:
         place = ["runs", method.name] if trial is None else ["tuning", method.name, f"trial-{trial}"]
         folder = self.output / "/".join(filter(None, [re.sub(r"[^\w.=-]+", "_", setting), *place]))
-        varied = self.settings[setting]
+        varied = recipe_values(self.settings[setting])
         values = {key: varied.get(key, value) for key, value in values.items()}
         fixed: Values = {"seeds": [seed], "output": folder.as_posix()}
         tested: Values = {} if self.study else {"score_test": trial is None}
         recipe = self._recipe(method, {**varied, **values, **fixed, **tested})
+        if varied.items() >= NO_ADAPTER.items() and not recipe.freeze_head:
+            raise UserError(
+                "--axis adapter.r=0 is the model without an adapter, and nothing of it may be trained; "
+                "set freeze_head: true, or leave 0 out."
+            )
         return PlannedRun(setting, method, seed, values, trial, folder / f"seed-{seed}", recipe)
 
     def _recipe(self, method: Method, values: Values) -> Recipe:

@@ -67,17 +67,21 @@ def draw_lines(
     Args:
         columns: Panels side by side.
         highlighted: Labels in colour, the others are thin and grey; none is all of them.
-        ticks: Values of the x axis; those of very different sizes are put on a logarithmic one.
+        ticks: Values of the x axis, none below 0; those of very different sizes are put on a logarithmic one, with 0
+            at its left end.
         log_y: Logarithmic y axis, from a millionth of the highest value on.
     """
     figure, axes = _panels(len(panels), columns, (4.4, 2.7))
     labels = dict.fromkeys(label for lines in panels.values() for label in lines)
     styles = dict(zip(highlighted or labels, itertools.cycle(_LINES), strict=False))
-    log_x = log_x or bool(ticks and min(ticks) > 0 and max(ticks) >= 8 * min(ticks))
+    above = min((tick for tick in ticks if tick > 0), default=0.0)
+    log_x = log_x or bool(above and min(ticks) >= 0 and max(ticks) >= 8 * above)
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, line in lines.items():
             _draw_line(panel, line, label, styles.get(label))
-        if log_x:
+        if log_x and 0 in ticks:
+            panel.set_xscale("symlog", linthresh=above)
+        elif log_x:
             panel.set_xscale("log")
         if ticks:
             panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
