@@ -133,10 +133,13 @@ def test_what_is_advised_against_is_said_once_before_the_first_run(command, reci
     assert here(*command).stderr == "error: stopped\n"
 
 
-def test_workers_are_fresh_processes_that_share_the_cores():
+@pytest.mark.parametrize(("allowed", "cores", "threads"), [("", 8, "4"), ("6", 8, "3")])
+def test_workers_are_fresh_processes_that_share_the_cores(monkeypatch, allowed, cores, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     pool = LocalPool(2)
     seen = [pool.submit(os.getenv, name).result() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
-    assert seen == [str(max(1, os.cpu_count() // 2))] * 2
+    assert seen == [threads] * 2
     assert pool.submit(os.getpid).result() != os.getpid()
     assert pool.submit(threading.active_count).result() == 2  # one looks whether the parent is still there
     pool.close()

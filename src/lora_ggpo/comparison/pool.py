@@ -28,7 +28,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 class LocalPool:
-    """`jobs` fresh processes that share the cores of this machine.
+    """`jobs` fresh processes that share the cores of this machine, or the threads that OMP_NUM_THREADS allows.
 
     Attributes:
         width: Number of calls to have under way; None hands all over at once.
@@ -36,7 +36,8 @@ class LocalPool:
 
     def __init__(self, jobs: int) -> None:
         self.width: int | None = jobs  # a call that waits in the executor's queue could not be withdrawn
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        allowed = os.environ.get("OMP_NUM_THREADS", "")
+        threads = max(1, (int(allowed) if allowed.isdecimal() else os.cpu_count() or 1) // jobs)
         context = multiprocessing.get_context("spawn")  # a forked torch may hang in its thread pools
         self._executor = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads, os.getpid()))
 
