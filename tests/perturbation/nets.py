@@ -56,10 +56,10 @@ class Block(nn.Module):
 class Checkpointed(nn.Module):
     """Residual blocks that run again in the backward pass; ``reentrant`` None keeps their activations instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3) -> None:
         super().__init__()
         self.reentrant: bool | None = None
-        self.blocks = nn.ModuleList([Block(6) for _ in range(3)])
+        self.blocks = nn.ModuleList([Block(6) for _ in range(depth)])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

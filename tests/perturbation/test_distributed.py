@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import LoraConfig
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from lora_ggpo import GGPO, GGPOConfig
+from tests.processes import spawn
 
 from .distributed_run import ROWS, STEPS, data, parts, run, sgd, worlds
 from .nets import TARGETS, loss_of
@@ -63,7 +64,7 @@ CASES = {
 def processes(request, tmp_path_factory):
     """The device, and what each process has at the end of every case."""
     (device, world), folder = request.param, tmp_path_factory.mktemp("distributed")
-    multiprocessing.spawn(run, (device, world, CASES, str(folder)), nprocs=world)
+    spawn(run, (device, world, CASES, str(folder)), world)
     return device, read(folder, [*CASES, "rise"], world)
 
 

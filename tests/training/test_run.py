@@ -13,13 +13,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import load_recipe
-from lora_ggpo.training import checkpoints
+from lora_ggpo.training import checkpoints, validation
 from lora_ggpo.training.callbacks import RunCallback
 from lora_ggpo.training.folder import find_runs
 from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run, load_trained
 from lora_ggpo.training.run import train
-from lora_ggpo.training.scorer import fixed_sample
+from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.workspace.progress import Reporter
 from tests.processes import Process
 
@@ -186,6 +186,28 @@ def test_fewer_rows_can_be_scored(finished, recipe_file):
     assert ids(run.folder) < ids(finished[1].folder)
 
 
+@pytest.mark.parametrize(
+    ("settings", "passes"), [(["validate_every=4"], 2), (["validate_every=3"], 3), (["validate_every=4", "best"], 3)]
+)
+def test_a_validation_of_the_last_weights_is_their_score(recipe_file, monkeypatch, settings, passes):
+    """Of 8 steps. Where others are kept, or the last ones were not validated, the set is scored anew."""
+    seen, own, best = [], Scorer._scores, "best" in settings
+
+    def watched(scorer, rows, *progress):
+        seen.append(set(rows["id"]))
+        return own(scorer, rows, *progress)
+
+    monkeypatch.setattr(Scorer, "_scores", watched)
+    if best:
+        monkeypatch.setattr(validation, "best_row", lambda recipe, log: log[0])
+        settings = ["validate_every=4", "keep=best"]
+    run = _train(recipe_file, "training.max_steps=8", *settings)
+    ids = {json.loads(row)["id"] for row in (run.folder / "predictions" / "validation.jsonl").read_text().splitlines()}
+    assert seen.count(ids) == passes
+    assert run.metrics["training"].get("kept_step") == (4 if best else None)
+    assert evaluate_run(run.folder, reporter=QUIET) == run.metrics["evaluation"]
+
+
 def test_evaluation_of_a_finished_run(finished, reviews):
     _, run = finished
     assert evaluate_run(run.folder, reporter=QUIET) == run.metrics["evaluation"]
@@ -223,6 +245,13 @@ def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "seed-7" / ".lock").touch()
     with pytest.raises(UserError, match="There is no run in"):
         find_runs(tmp_path)
+    demo = tmp_path / "demo"
+    methods, report = [demo / "runs" / name for name in ("ggpo", "lora")], demo / "report.html"
+    for method in methods:
+        (method / "seed-0").mkdir(parents=True)
+    report.touch()
+    with pytest.raises(UserError, match=f"whose report is {report}; give the runs of one, such as {methods[0]}"):
+        find_runs(demo)
 
 
 def test_a_recipe_is_no_run(finished, tmp_path):

@@ -85,10 +85,8 @@ def test_on_a_processor_nothing_is_padded_and_logits_are_not_all_taken(run, monk
     assert seen == ["HeadLoss", "flatten", "flatten", "flatten"]
 
 
-@pytest.mark.parametrize("method", ["lora", "ggpo"])
-def test_a_compiled_run_is_the_eager_one(run, method, pytestconfig):
-    if method == "ggpo" and not pytestconfig.getoption("thorough"):
-        pytest.skip("half a minute, most of it the compiler's")
+@pytest.mark.parametrize("method", ["lora", pytest.param("ggpo", marks=pytest.mark.thorough)])
+def test_a_compiled_run_is_the_eager_one(run, method):
     plain, compiled = (
         run(name, *METHODS[method], "adapter.target_modules=[q_proj]", *settings)
         for name, settings in (("plain", []), ("compiled", COMPILED))

@@ -39,7 +39,8 @@ RESUMED = [(name, how) for name in SHARDING for how in LEFT if how == "again" or
 
 OTHERS = {"full": {"adapter": None, "ggpo": None}, "plain": {"ggpo": None}}
 if find_spec("bitsandbytes"):
-    OTHERS |= {"nf4": {"quantise": "nf4", "ggpo": None}, "nf4-ggpo": {"quantise": "nf4"}}
+    OTHERS |= {"nf4-ggpo": {"quantise": "nf4"}, "nf4": {"quantise": "nf4", "ggpo": None}}
+THOROUGH = ("plain", "nf4")  # the same as others, without the noise
 
 
 class Made:
@@ -69,12 +70,13 @@ def alone(made):
 
 
 @pytest.fixture(scope="module")
-def together(made):
+def together(made, pytestconfig):
     """The runs of two processes, whole ones and those that go on from what is left of them."""
+    others = [name for name in OTHERS if pytestconfig.getoption("thorough") or name not in THOROUGH]
     jobs = [Job(made(name, **changes)) for name, changes in SHARDING.items()]
     for name, how in RESUMED:
         jobs.append(Job(made(f"{name}-{how}", **SHARDING[name]), made.run(name), LEFT[how]))
-    jobs += [Job(made(name, sharding="fsdp2", **changes)) for name, changes in OTHERS.items()]
+    jobs += [Job(made(name, sharding="fsdp2", **OTHERS[name])) for name in others]
     for job in jobs:  # in processes of their own: torch's DDP has been seen to spoil the memory of what came after it
         start(WORLD, [job])
     return made.run
@@ -120,7 +122,9 @@ def test_such_a_run_goes_on_and_ends_the_same(together, name, how):
     ).read_bytes()
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name in THOROUGH)) for name in OTHERS]
+)
 def test_without_noise_or_adapter_or_bits_it_is_one_process_too(together, made, alone, name):
     text = made(f"{name}-alone", MICRO_BATCHES * WORLD, **OTHERS[name])
     train(parse_recipe(text, "r.yaml"), Reporter(quiet=True))

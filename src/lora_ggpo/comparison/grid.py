@@ -208,10 +208,11 @@ def plan_comparison(
     Raises:
         UserError: one sentence about the first thing that is wrong.
     """
+    rows = _methods(methods)  # a name that is none is told first
     if len(set(methods)) < max(len(methods), 2):
         raise UserError("A comparison needs at least two different methods, the baseline first.")
     settings = settings_of(parse_axes(vary, "--vary", within="data."))
-    return _grid(source, _methods(methods), seeds, trials, settings, output, metric)
+    return _grid(source, rows, seeds, trials, settings, output, metric)
 
 
 def plan_study(source: Source, methods: Sequence[str], seeds: int, axes: Iterable[str], output: Path) -> Grid:

@@ -103,7 +103,7 @@ def find_runs(path: Path) -> list[Run]:
         if (number := folder.name.removeprefix("seed-")).isdecimal() and any(folder.glob("[!.]*"))
     }
     if not seeds and not (path / "recipe.yaml").is_file():
-        raise UserError(f"There is no run in {path}; give a folder that `lora-ggpo train` made.")
+        raise UserError(_no_run(path))
     runs = [read_run(seeds[number]) for number in sorted(seeds)] or [read_run(path)]
     first, free = runs[0], (*_FREE, ("ggpo", "seed"))
     for other in runs[1:]:
@@ -115,6 +115,13 @@ def find_runs(path: Path) -> list[Run]:
                 f"{first.folder.name} and {another} in {other.folder.name}; choose one of them."
             )
     return runs
+
+
+def _no_run(path: Path) -> str:
+    below, report = sorted(folder.parent for folder in path.glob("**/runs/*/seed-*")), path / "report.html"
+    if below and report.is_file():
+        return f"{path} holds several methods, whose report is {report}; give the runs of one, such as {below[0]}."
+    return f"There is no run in {path}; give a folder that `lora-ggpo train` made."
 
 
 def is_begun(folder: Path) -> bool:

@@ -165,6 +165,8 @@ class _Unfinished:
                 with score.prefix.cut_off() if score.prefix else nullcontext():
                     stop = self._fit(trainer, validation, before, checkpoint)
         kept = validation.take_best()
+        if validation.latest != (trainer.state.global_step if kept is None else kept):
+            score.forget()  # it was of other weights
         if kept is not None:
             best = f"the best validation by {self.recipe.kept_metric}"
             self.reporter.say(f"{self.folder}: the weights of step {kept} are kept, {best}.")

@@ -49,6 +49,7 @@ class Scorer:
             "device": args.device,
         }
         self.encoded: dict[str, Dataset] = {}
+        self._kept: list[tuple[Dataset, Floats]] = []
 
     def encode(self, rows: Dataset, name: str) -> Dataset:
         """Tokenise `rows` of the set `name`."""
@@ -82,10 +83,22 @@ class Scorer:
         with self._reporter.task(f"evaluate {name}") as shown:
             return task.score(self._model, encoded, self._tokenizer, progress=shown.update, **options)
 
-    def quick(self, encoded: Dataset) -> dict[str, float]:
-        """Metrics of encoded rows by name, without standard errors or progress."""
-        metrics = self._task.measure(self._scores(encoded), encoded)
+    def quick(self, encoded: Dataset, *, keep: bool = False) -> dict[str, float]:
+        """Metrics of encoded rows by name, without standard errors or progress.
+
+        Args:
+            keep: Have `score` take these scores, if it comes to the same rows, until `forget`: the model must stay as
+                it is until then.
+        """
+        scores = self._scores(encoded)
+        if keep:
+            self._kept.append((encoded, scores))
+        metrics = self._task.measure(scores, encoded)
         return {name: metric.value for name, metric in metrics.items()}
+
+    def forget(self) -> None:
+        """Leave what `quick` has kept."""
+        self._kept.clear()
 
     def score(self, sets: dict[str, Dataset], predictions: Path | None) -> Scores:
         """Metrics of each set by name; with `predictions`, a folder, also one file a set with a line for each row."""
@@ -95,7 +108,8 @@ class Scorer:
     def _score(self, name: str, predictions: Path | None) -> dict[str, Measured]:
         rows = self.encoded[name]
         with self._reporter.task(f"evaluate {name}") as shown:
-            scores = self._scores(rows, shown.update)
+            known = next((scores for kept, scores in self._kept if kept is rows), None)
+            scores = self._scores(rows, shown.update) if known is None else known
             metrics = self._task.measure(scores, rows)
         lines = self._task.lines(scores, rows) if predictions and is_first() else []
         if predictions and lines:

@@ -106,7 +106,8 @@ class Validation:
 
     def measure(self, step: int, epoch: float | None) -> dict[str, Any]:
         """Validate; return the line of the log. The weights are kept if they are the best so far."""
-        measured = {name: self._score.quick(rows) for name, rows in self._sets.items()}
+        self._score.forget()
+        measured = {name: self._score.quick(rows, keep=True) for name, rows in self._sets.items()}
         values = {f"{name}/{metric}": value for name, of in measured.items() for metric, value in of.items()}
         row = {"step": step, "epoch": epoch, **values}
         self._log.append(row)
@@ -114,6 +115,11 @@ class Validation:
             row["best"] = True
             self._keep()
         return row
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last validation."""
+        return self._log[-1]["step"] if self._log else None
 
     def is_over(self) -> bool:
         """Whether what was measured last ends the training."""
