@@ -21,7 +21,7 @@ check: lint  ## set up, then lint, type-check and run the tests that take no who
 	$(PYTEST) -q -m 'not slow'
 
 test: setup  ## set up, then lint, type-check, build the docs and run all tests
-	$(MAKE) --jobs=2 --output-sync lint docs $(VENV)/.oldest
+	$(MAKE) --jobs=2 lint docs $(VENV)/.oldest
 	$(PYTEST)
 	$(MAKE) oldest
 
