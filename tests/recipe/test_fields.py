@@ -150,6 +150,30 @@ def test_blocks_by_gradient(adapter, further, message):
     assert "adapter.layers_by_gradient" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "override", "message"),
+    [
+        ("sc_lora_beta: 0.5", "", "sc_lora_beta is a setting of SC-LoRA; set adapter.init_lora_weights to sc_lora"),
+        ("init_lora_weights: sc_lora, sc_lora_beta: 1.1", "", "sc_lora_beta must be less than or equal to 1, not 1.1"),
+        ("init_lora_weights: sc_lora, sc_lora_beta: -1", "", "sc_lora_beta must be at least 0, not -1"),
+        ("init_lora_weights: sc_lora, sc_lora_beta: true", "", "must be a number, not true"),
+        ("type: adalora, sc_lora_beta: 0.5", "", "sc_lora_beta is none of AdaLoRA's settings; leave it out"),
+        ("init_lora_weights: sc_lora", "quantise=nf4", "sc_lora reads or changes them unquantised"),
+        ("init_lora_weights: sc_lora", "sharding=zero3", "sc_lora sees whole weights and gradients"),
+        ("init_lora_weights: sc_lora", "task.kind=seq2seq-classification", "as task seq2seq-classification has"),
+        (
+            "init_lora_weights: sc_lora",
+            "task.kind=dpo",
+            "under the adapter as it was, but adapter.init_lora_weights sc_l",
+        ),
+    ],
+)
+def test_sc_lora(adapter, override, message):
+    text = RECIPE.replace("adapter:\n  r: 8", f"adapter: {{{adapter}}}")
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_recipe(text, "r.yaml", [override] if override else [])
+
+
 @pytest.mark.parametrize("values", ["sam: {rho: .inf}", "mgpo: {rho: .nan}", "stop_loss: .inf\nvalidate_every: 1"])
 def test_what_is_not_finite(values):
     with pytest.raises(UserError, match=r"must be a finite number"):

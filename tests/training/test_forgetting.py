@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from lora_ggpo.data.general import GeneralTextConfig, read_general_text
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.training.folder import read_run
-from lora_ggpo.training.forgetting import BEFORE
+from lora_ggpo.training.forgetting import BEFORE, text_to_keep
+from lora_ggpo.training.scorer import fixed_sample
 from tests.recipes import GUIDED, recipe_text, write_pairs, write_rows
 from tests.training.runs import assert_same, invoke, refused, trained, unfinish, works
 
@@ -76,15 +78,16 @@ def test_it_is_the_rise_of_the_mean_token_loss(run, tiny_llama):
         ["adapter.use_dora=true"],
         ["adapter=null"],
         ["adapter.init_lora_weights=pissa", f"ggpo={json.dumps(GUIDED)}"],
+        ["adapter.init_lora_weights=sc_lora", f"ggpo={json.dumps(GUIDED)}"],
     ],
-    ids=["ggpo", "dora", "full", "pissa"],
+    ids=["ggpo", "dora", "full", "pissa", "sc_lora"],
 )
 def test_what_learns_nothing_forgets_exactly_nothing(method, recipe, run, tmp_path):
     found, before = measured(trained(recipe, *STILL, *method, f"output={tmp_path}"))
     assert found["forgetting"] == {"value": 0.0, "se": 0.0, "n": len(TEXTS)}
     assert found["loss"] == found["base_loss"]
-    same = pytest.approx(measured(run)[1]["losses"], rel=1e-5) if "pissa" in str(method) else measured(run)[1]["losses"]
-    assert before["losses"] == same
+    same = measured(run)[1]["losses"]
+    assert before["losses"] == (pytest.approx(same, rel=1e-5) if "init_lora_weights" in str(method) else same)
 
 
 def test_random_starting_values_are_not_the_model_before(recipe, run, tmp_path):
@@ -121,6 +124,33 @@ def test_text_that_changes_on_the_way_is_refused(recipe, tmp_path):
     write_rows(texts, [{"body": text} for text in TEXTS[1:]])
     with pytest.raises(UserError, match=r"The text of forgetting has changed since .* was begun; put it back"):
         trained(recipe, *changes)
+
+
+def test_a_run_that_starts_from_general_text_goes_on_as_if_it_had_not_stopped(recipe, tmp_path):
+    changes = ("adapter.init_lora_weights=sc_lora", "training.save_steps=1", "training.max_steps=2", "score_rows=2")
+    folder = trained(recipe, *changes, f"output={tmp_path}")
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    unfinish(folder)
+    (folder / "checkpoints" / "checkpoint-2" / "trainer_state.json").unlink()
+    assert_same(trained(recipe, *changes, f"output={tmp_path}"), whole)
+
+
+def test_what_is_kept_from_is_not_what_is_measured_on_where_there_is_other_text(recipe, tiny_llama, tiny_bert):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+
+    def kept(*changes):
+        asked = parse_recipe(recipe.read_text(), "r.yaml", changes)
+        rows = text_to_keep(asked, model, tokenizer)["input_ids"]
+        return asked.forgetting, {tokenizer.decode(ids, skip_special_tokens=True) for ids in rows}
+
+    config, others = kept("forgetting.rows=3", "forgetting.max_length=100")
+    measured_on = set(fixed_sample(read_general_text(config), 3)["text"])
+    assert (len(measured_on), others) == (3, set(TEXTS) - measured_on)
+    assert kept("forgetting.max_length=100")[1] == set(TEXTS)
+    assert len(kept("forgetting=null")[1]) == 100  # the bundled text
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    encoded = text_to_keep(parse_recipe(recipe.read_text(), "r.yaml", ["forgetting=null"]), model, tokenizer)
+    assert max(encoded["length"]) == 512 == tokenizer.model_max_length
 
 
 def test_no_trial_of_settings_measures_it(recipe, tmp_path):

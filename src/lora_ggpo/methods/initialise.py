@@ -1,4 +1,4 @@
-"""Adapters whose starting values come from the data or change the base weights; all of it is peft's own code."""
+"""Adapters whose starting values come from the data or change the base weights: by peft's own code, and SC-LoRA's."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.select import select_blocks
+from lora_ggpo.methods.subspace import BETA, begin_in_subspace
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[], Iterable[Batch]]
@@ -44,30 +45,40 @@ _CONFIGS = {
     "corda": ("corda_config", CordaConfig),
     "lora_ga": ("lora_ga_config", LoraGAConfig),
 }
-_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga")
+_MOVES_BASE = ("pissa", "olora", "corda", "lora_ga", "sc_lora")
+_OURS = ("layers_by_gradient", "sc_lora_beta")
+"""Fields that LoraConfig has not."""
 
 
-def initialise(model: PreTrainedModel, fields: Mapping[str, Any], batches: Batches | None) -> PeftModel:
+def initialise(
+    model: PreTrainedModel, fields: Mapping[str, Any], batches: Batches | None, general: Batches | None = None
+) -> PeftModel:
     """Put the LoRA adapter of LoraConfig's `fields` on `model` (in place) with its starting values.
 
+    Args:
+        batches: Of training data.
+        general: Of general text, which SC-LoRA keeps away from.
+
     Raises:
-        UserError: the values need data, and `batches` is None; the rank is larger than a layer allows; or they move
-            base weights where that cannot be saved.
+        UserError: the values need data that is None; the rank is larger than a layer allows; or they move base
+            weights where that cannot be saved.
     """
     init = str(fields.get("init_lora_weights"))
     _check_fields(init, fields)
     if init in _CONFIGS:
         name, cls = _CONFIGS[init]
         fields = {**fields, name: cls(**(fields.get(name) or {}))}
-    share = fields.get("layers_by_gradient")
-    config = LoraConfig(**{name: value for name, value in fields.items() if name != "layers_by_gradient"})
+    share, beta = map(fields.get, _OURS)
+    config = LoraConfig(**{name: value for name, value in fields.items() if name not in _OURS})
     if share:
         _resolve_targets(model, config)
         config.layers_to_transform = select_blocks(model, iter(_needed(batches, "layers_by_gradient")()), share)
     if config.monteclora_config:
         config.monteclora_config.buffer_size = 1
-    if init not in _CONFIGS:
-        adapted: PeftModel = peft.get_peft_model(model, config)
+    if init == "sc_lora":
+        adapted: PeftModel = _sc_lora(model, config, batches, general, BETA if beta is None else beta)
+    elif init not in _CONFIGS:
+        adapted = peft.get_peft_model(model, config)
     else:
         start = {"eva": _eva, "corda": _corda, "lora_ga": _lora_ga}[init]
         adapted = start(model, config, _needed(batches, f"init_lora_weights {init!r}"))
@@ -94,7 +105,7 @@ def _draw_afresh(model: PeftModel) -> None:
 
 
 def _check_fields(init: str, fields: Mapping[str, Any]) -> None:
-    if fields.get("use_dora") and (init in ("corda", "lora_ga") or init.startswith("pissa_niter")):
+    if fields.get("use_dora") and (init in ("corda", "lora_ga", "sc_lora") or init.startswith("pissa_niter")):
         raise UserError(
             f"adapter.init_lora_weights {init!r} moves the base weights, which DoRA's magnitudes tie the adapter to; "
             "use one of the two."
@@ -156,8 +167,8 @@ def _moves(init: Any, use_dora: Any) -> bool:
 def save_start(model: PeftModel, folder: Path) -> bool:
     """Keep an adapter's starting values in `folder` if training must be saved as the difference to them.
 
-    PiSSA, OLoRA, CorDA and LoRA-GA begin with s B A != 0 and subtract it from W0. What is saved in the end is the
-    difference of two products, a plain LoRA adapter of twice the rank that fits the untouched W0.
+    PiSSA, OLoRA, CorDA, LoRA-GA and SC-LoRA begin with s B A != 0 and subtract it from W0. What is saved in the end is
+    the difference of two products, a plain LoRA adapter of twice the rank that fits the untouched W0.
     """
     if not moves_base(model):
         return False
@@ -253,6 +264,18 @@ def _corda(model: PreTrainedModel, config: LoraConfig, batches: Batches) -> Peft
         preprocess_corda(model, config, run_model=run)
     model.train(training)
     return peft.get_peft_model(model, config)
+
+
+def _sc_lora(
+    model: PreTrainedModel, config: LoraConfig, batches: Batches | None, general: Batches | None, beta: float
+) -> PeftModel:
+    setting = "init_lora_weights 'sc_lora'"
+    task, kept = _needed(batches, setting), _needed(general, setting)
+    config.init_lora_weights = True  # peft does not know the other
+    adapted = peft.get_peft_model(model, config)
+    begin_in_subspace(adapted, task(), kept(), beta)
+    config.init_lora_weights = "sc_lora"  # type: ignore[assignment]  # from here on W0 is not what it was
+    return adapted
 
 
 def _rows(batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:

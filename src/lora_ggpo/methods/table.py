@@ -44,6 +44,7 @@ PLAIN: Mapping[str, Any] = {
     "adapter.use_rslora": False,
     "adapter.init_lora_weights": True,
     "adapter.layers_by_gradient": None,
+    "adapter.sc_lora_beta": None,
     "adapter.monteclora_config": None,
     "ggpo": None,
     "sam": None,
@@ -73,6 +74,14 @@ METHODS: tuple[Method, ...] = (
     Method("eva", "EVA", "2410.07170", {"adapter.init_lora_weights": "eva"}),
     Method("corda", "CorDA", "2406.05223", {"adapter.init_lora_weights": "corda"}, learning_rate=0.5),
     Method("lora-ga", "LoRA-GA", "2407.05000", {"adapter.init_lora_weights": "lora_ga"}, learning_rate=0.5),
+    Method(
+        "sc-lora",
+        "SC-LoRA",
+        "2505.23724",
+        {"adapter.init_lora_weights": "sc_lora"},
+        learning_rate=0.5,
+        tuned={"adapter.sc_lora_beta": (0.8, 0.5, 0.9)},
+    ),
     Method("aletheia", "Aletheia", "2604.15351", {"adapter.layers_by_gradient": 0.5}),
     Method("adalora", "AdaLoRA", "2303.10512", {"adapter.type": "adalora"}, learning_rate=2.0),
     Method(
@@ -180,7 +189,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
             "label-smoothing",
             "neftune",
         ),
-        *("aletheia", "monteclora", "ivon", "bi-lora", "flat-lora", "ggpo"),
+        *("aletheia", "sc-lora", "monteclora", "ivon", "bi-lora", "flat-lora", "ggpo"),
     )
 }
 """Names for several methods, the baseline first. ``cures``: a run over-fits; what helps?"""

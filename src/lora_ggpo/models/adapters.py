@@ -31,6 +31,7 @@ def add_adapter(
     *,
     total_steps: int | None = None,
     batches: Batches | None = None,
+    general: Batches | None = None,
 ) -> PeftModel | PreTrainedModel:
     """Put a LoRA adapter on `model`; with `adapter` None make every parameter trainable (full fine-tuning).
 
@@ -41,7 +42,8 @@ def add_adapter(
             has checked their names and ranges. A new head is trained in full and saved with the adapter.
         architecture: of the model.
         total_steps: optimizer steps of the run, which AdaLoRA's schedule needs.
-        batches: makes batches of training data, for starting values that come from it (EVA, CorDA, LoRA-GA).
+        batches: makes batches of training data, for starting values that come from it (EVA, CorDA, LoRA-GA, SC-LoRA).
+        general: makes batches of general text, for SC-LoRA's.
 
     Raises:
         UserError: peft rejects a field, or none of the model's layers is adapted.
@@ -52,7 +54,7 @@ def add_adapter(
     if architecture.new_head:
         fields["modules_to_save"] = _modules_to_save(model, fields.get("modules_to_save"))
     fields["task_type"] = architecture.peft_task
-    adapted = _build(model, fields, total_steps, batches)
+    adapted = _build(model, fields, total_steps, batches, general)
     _warn_of_what_matches_nothing(adapted, adapter)
     _warn_of_what_cannot_be_merged(adapted)
     return adapted
@@ -97,14 +99,18 @@ def freeze_head(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _build(
-    model: PreTrainedModel, fields: Mapping[str, Any], total_steps: int | None, batches: Batches | None
+    model: PreTrainedModel,
+    fields: Mapping[str, Any],
+    total_steps: int | None,
+    batches: Batches | None,
+    general: Batches | None,
 ) -> PeftModel:
     settings = {name: value for name, value in fields.items() if name != "type"}
     with explain_rejection("adapter", settings):
         try:
             if fields.get("type") == "adalora":
                 return peft.get_peft_model(model, adalora_config(settings, total_steps))
-            return initialise(model, settings, batches)
+            return initialise(model, settings, batches, general)
         except ValueError as error:
             if not re.search(r"not found in the base model|modules were (targeted|excluded)", str(error)):
                 raise

@@ -99,9 +99,9 @@ _TRAINING_RANGES: dict[str, Any] = {
     **dict.fromkeys(("num_train_epochs", "adam_epsilon", "logging_steps", "ddp_timeout", "ddp_bucket_cap_mb"), Gt(0)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _SHARE),
 }
-_INITS = r"^(gaussian|pissa|pissa_niter_[0-9]{1,3}|olora|eva|corda|lora_ga|loftq|orthogonal|mica)$"
+_INITS = r"^(gaussian|pissa|pissa_niter_[0-9]{1,3}|olora|eva|corda|lora_ga|sc_lora|loftq|orthogonal|mica)$"
 _ADAPTER_TYPES: dict[str, Any] = {
-    # peft's annotation knows neither lora_ga nor a number in pissa_niter_N.
+    # peft's annotation knows neither lora_ga nor a number in pissa_niter_N; sc_lora is ours.
     "init_lora_weights": Annotated[str, Field(pattern=_INITS)] | bool,
     "target_modules": list[str] | _Pattern | None,
     "exclude_modules": list[str] | _Pattern | None,
@@ -251,6 +251,10 @@ else:
         layers_by_gradient=(
             _ranged(float | None, Interval(gt=0, le=1)),
             Field(None, description="Share of the blocks that get LoRA, by the size of their gradients (2604.15351)."),
+        ),
+        sc_lora_beta=(
+            _ranged(float | None, Interval(ge=0, le=1)),
+            Field(None, description="sc_lora: weight of the general text that it keeps away from; null is 0.8."),
         ),
     )
     _CHOICES: dict[str, Any] = {name: Literal[*names] for name, names in CHOICES.items()}

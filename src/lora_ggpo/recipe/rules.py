@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peft import AdaLoraConfig, LoraConfig
 from pydantic import BaseModel
 
-from lora_ggpo.models.architecture import CAUSAL
+from lora_ggpo.models.architecture import CAUSAL, ENCODER_DECODER
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.tasks import TASKS, Task
 
@@ -19,7 +19,7 @@ _ADALORA_ONLY = [n for n in AdaLoraConfig.__dataclass_fields__ if n not in LoraC
 _IDLE_IN_ADALORA = (
     *("rank_pattern", "alpha_pattern", "init_lora_weights", "eva_config", "corda_config", "lora_ga_config"),
     *("use_rslora", "lora_bias", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "kasa_config"),
-    *("alora_invocation_tokens", "layers_by_gradient"),
+    *("alora_invocation_tokens", "layers_by_gradient", "sc_lora_beta"),
 )
 _OF_WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -49,6 +49,12 @@ def _of_adapter(recipe: Recipe) -> Iterator[str]:
             yield f"{divergence}; leave training.{name}_kwargs out"
     if fields.get("layers_by_gradient"):
         yield from (f"adapter.layers_by_gradient {why}; leave one of them out" for why in _no_gradients(recipe, fields))
+    sc_lora = fields.get("init_lora_weights") == "sc_lora"
+    if fields.get("sc_lora_beta") is not None and not sc_lora and not recipe.adalora:
+        yield "adapter.sc_lora_beta is a setting of SC-LoRA; set adapter.init_lora_weights to sc_lora as well"
+    if sc_lora and recipe.task.type.architecture is ENCODER_DECODER:
+        plain = "adapter.init_lora_weights sc_lora reads general text, which is no pair of source and target"
+        yield f"{plain} as task {recipe.task.kind} has them; choose eva"
     if recipe.adapter and recipe.adalora:
         if init_r is not None and init_r < r:
             yield f"adapter.init_r is the rank AdaLoRA starts from: it must be at least adapter.r, {r}, not {init_r}"

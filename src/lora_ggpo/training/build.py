@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -36,9 +35,11 @@ from lora_ggpo.models.quantise import Quantisation
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.tasks import Task
 from lora_ggpo.tasks.base import Batch, Row
+from lora_ggpo.tasks.general import GeneralText
 from lora_ggpo.tasks.pack import attend_apart, flatten
 from lora_ggpo.training.callbacks import FuseCallback
 from lora_ggpo.training.folder import weights_folder
+from lora_ggpo.training.forgetting import TEXTS_AT_ONCE, text_to_keep
 from lora_ggpo.training.identity import keep_day
 from lora_ggpo.training.precision import choose_precision
 from lora_ggpo.training.prefix import FrozenPrefix, Places
@@ -119,31 +120,39 @@ def build_model(
     check_tokens(base, tokenizer, encoded["input_ids"], "train: Row")
     rows = task.begin(base, task.learnt(encoded))
     _check_steps(args, len(rows))
-    return _make_trainable(recipe, args, base, rows, task.collator(tokenizer)), tokenizer, rows
+    return _make_trainable(recipe, args, base, rows, tokenizer), tokenizer, rows
 
 
 def _make_trainable(
-    recipe: Recipe, args: TrainingArguments, base: PreTrainedModel, rows: Dataset, collate: Callable[[Any], Any]
+    recipe: Recipe, args: TrainingArguments, base: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> AnyModel:
     """`base` with what the recipe trains: an adapter, its head, or all of it."""
     if recipe.freeze_body:
         return freeze_body(base)
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
+    def batches() -> Iterator[Batch]:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        size = args.per_device_train_batch_size
-        for begin in range(0, len(rows), size):
-            batch = collate(rows.select(order[begin : begin + size]).to_list())
-            yield {name: tensor.to(args.device) for name, tensor in batch.items()}
+        collate = recipe.task.type.collator(tokenizer)
+        return _batches(rows, order, args.per_device_train_batch_size, collate, args.device)
+
+    def general() -> Iterator[Batch]:
+        text = text_to_keep(recipe, base, tokenizer)
+        return _batches(text, range(len(text)), TEXTS_AT_ONCE, GeneralText.collator(tokenizer), args.device)
 
     if not cuts_weights(args):
         base.to(args.device)  # type: ignore[arg-type]
     steps = optimizer_steps(args, len(rows))
     architecture = recipe.task.type.architecture
-    model = add_adapter(base, recipe.adapter_fields, architecture, total_steps=steps, batches=batches)
+    model = add_adapter(base, recipe.adapter_fields, architecture, total_steps=steps, batches=batches, general=general)
     if recipe.freeze_head:
         freeze_head(model)
     return model
+
+
+def _batches(rows: Dataset, order: Sequence[int], size: int, collate: Collate, device: torch.device) -> Iterator[Batch]:
+    for begin in range(0, len(order), size):
+        batch = collate(rows.select(order[begin : begin + size]).to_list())
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _check_steps(args: TrainingArguments, rows: int) -> None:

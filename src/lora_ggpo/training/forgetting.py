@@ -13,19 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ggpo.data import digest
 from lora_ggpo.data.general import GeneralTextConfig, read_general_text
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.initialise import writes_base
+from lora_ggpo.methods.subspace import ROWS
+from lora_ggpo.models.load import check_tokens
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.statistics.measured import Floats, Measured, measure_ratio
 from lora_ggpo.tasks import TaskConfig
 from lora_ggpo.tasks.forward import evaluating
 from lora_ggpo.tasks.general import GeneralText
-from lora_ggpo.training.scorer import Scorer, fixed_sample
+from lora_ggpo.training.scorer import Scorer, fixed_sample, further_sample
 from lora_ggpo.workspace.files import read_json, write_json
 from lora_ggpo.workspace.ranks import is_first
 
@@ -94,6 +98,23 @@ def forgetting_of(recipe: Recipe, folder: Path, score: Scorer) -> Forgetting | N
     """What measures it in the run in `folder`; None if its recipe does not ask for it, or is a trial of settings."""
     text = recipe.forgetting if recipe.score_test else None
     return Forgetting(text, folder, score) if text else None
+
+
+def text_to_keep(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Encoded general text that an adapter is to leave alone: of the recipe's `forgetting`, or what is bundled.
+
+    Texts that forgetting is measured on are among it only if its source has no others.
+
+    Raises:
+        UserError: there is none, or the model does not know its tokens.
+    """
+    config = recipe.forgetting or GeneralTextConfig.model_validate({})
+    texts = further_sample(read_general_text(config), config.rows if recipe.forgetting else 0, ROWS)
+    length = min(config.max_length, tokenizer.model_max_length)
+    task = GeneralText(TaskConfig.model_validate({"kind": "sft", "max_length": length}))
+    encoded = task.encode(texts, tokenizer, config.source)
+    check_tokens(model, tokenizer, encoded["input_ids"], f"{config.source}: Row")
+    return encoded
 
 
 @contextmanager
