@@ -13,13 +13,14 @@ def command(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     source = read_source(recipe, overrides or ())  # what is wrong in it is said before the heavy imports
     from lora_ggpo.recipe.recipe import check_recipe
-    from lora_ggpo.report.calibration import save_calibration_plot
-    from lora_ggpo.report.plots import save_training_plot
     from lora_ggpo.training.run import train
 
     runs = train(check_recipe(source))
     if not is_first():
         return
+    from lora_ggpo.report.calibration import save_calibration_plot  # matplotlib takes a second, when there is time
+    from lora_ggpo.report.plots import save_training_plot
+
     for run in runs:
         if not (run.folder / "training.png").is_file():
             save_training_plot(run.log, run.folder / "training.png")
