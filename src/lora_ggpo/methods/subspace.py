@@ -3,6 +3,10 @@
 Of each adapted layer with outputs h = W0 x, the covariance over general text is subtracted from that over the task's
 training data: D = (1 - beta) mean(h h^T) - beta mean(h h^T), uncentred means over tokens. With Q the r eigenvectors of
 D that have the largest eigenvalues, B begins as Q, A as Q^T W0 / s and W0 as W0 - s B A, so the model is what it was.
+
+Where a layer has fewer inputs x than outputs, W0 = U R and D = U R E R^T U^T, with E the same difference for x: E is
+smaller to keep, and R E R^T to decompose. Directions outside of the span of U, which such a layer cannot give and where
+D is 0, are then left out even if all other eigenvalues are below 0.
 """
 
 from __future__ import annotations
@@ -45,10 +49,10 @@ def begin_in_subspace(model: PeftModel, task: Iterable[Batch], general: Iterable
         general: Batches of general text, likewise.
         beta: Weight of general text, from 0 to 1.
 
-    A layer gets fewer ranks than it was to have if it has fewer outputs.
+    A layer gets fewer ranks than it was to have if it has fewer inputs or outputs.
 
     Raises:
-        UserError: an adapted layer is not linear, or gives something else than one output for each token or row.
+        UserError: an adapted layer is not linear, or sees something else than one vector for each token or row.
     """
     layers: Layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for name, layer in layers.items():
@@ -60,7 +64,7 @@ def begin_in_subspace(model: PeftModel, task: Iterable[Batch], general: Iterable
     directions: dict[str, Tensor] = {}
     for group in _groups(layers):
         differences = covariance_differences(model, {name: layers[name] for name in group}, sources)
-        directions |= {name: largest_directions(differences.pop(name), layers[name].r["default"]) for name in group}
+        directions |= {name: _directions(layers[name], differences.pop(name)) for name in group}
     for name, layer in layers.items():
         _begin(layer, directions[name])
     model.train(training)
@@ -69,11 +73,12 @@ def begin_in_subspace(model: PeftModel, task: Iterable[Batch], general: Iterable
 def covariance_differences(
     model: nn.Module, layers: Layers, sources: Sequence[tuple[float, Sequence[Batch]]]
 ) -> dict[str, Tensor]:
-    """The mean of h h^T over the tokens of each source, times its weight, summed: (out, out) of each layer, float32.
+    """The mean of h h^T over the tokens of each source, times its weight, summed: (k, k) of each layer, float32.
 
-    Behind a pooling layer, which leaves one output for each row, it is the mean over rows. Padding does not count.
+    h are a layer's outputs W0 x, without a bias, or its inputs x if these have fewer elements. Behind a pooling layer,
+    which leaves one vector for each row, it is the mean over rows. Padding does not count.
     """
-    sizes = {name: layer.out_features for name, layer in layers.items()}
+    sizes = {name: _size(layer) for name, layer in layers.items()}
     sums = {name: torch.zeros(size, size, device=next(model.parameters()).device) for name, size in sizes.items()}
     for weight, batches in sources:
         read = [_read(batch) for batch in batches]
@@ -85,41 +90,51 @@ def covariance_differences(
     return sums
 
 
-def _add(
-    sums: Mapping[str, Tensor], mask: Tensor, per_token: float, per_row: float, name: str, layer: Any, output: Tensor
-) -> None:
-    """Add the outer products of a layer's outputs for one batch, without its bias."""
-    h = (output if layer.bias is None else output - layer.bias).flatten(0, -2).float()
+def _add(sums: Mapping[str, Tensor], mask: Tensor, per_token: float, per_row: float, name: str, seen: Tensor) -> None:
+    """Add the outer products of what is seen of a layer in one batch."""
+    h = seen.flatten(0, -2).float()
     if len(h) == mask.numel():
         h = h[mask.flatten()]
         sums[name].addmm_(h.T, h, alpha=per_token)
     elif len(h) == len(mask):
         sums[name].addmm_(h.T, h, alpha=per_row)
     else:
-        raise _refusal(name, "has another number of outputs than there are tokens or rows")
+        raise _refusal(name, "sees neither each token nor each row")
 
 
 @contextmanager
-def _watching(layers: Layers, add: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Have `add` called with a layer's name, its base layer and what that gives, each time it gives something."""
+def _watching(layers: Layers, add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Have `add` called with a layer's name and its inputs or outputs, whichever are smaller, when it is called."""
+
+    def watch(name: str, narrow: bool, base: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        add(name, inputs[0] if narrow else output if base.bias is None else output - base.bias)
+
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hook = layer.get_base_layer().register_forward_hook(
-                lambda base, _, output, name=name: add(name, base, output)
-            )
+            hook = layer.get_base_layer().register_forward_hook(partial(watch, name, _narrow(layer)))
             hooks.callback(hook.remove)
         yield
 
 
 def largest_directions(symmetric: Tensor, count: int) -> Tensor:
     """The eigenvectors (n, count) of the `count` largest eigenvalues, which may be below 0, the largest first."""
-    exact = symmetric if symmetric.is_cuda else symmetric.cpu()  # other devices may have no float64
-    return torch.linalg.eigh(exact.double()).eigenvectors[:, -count:].flip(1).to(symmetric)
+    return torch.linalg.eigh(_exact(symmetric)).eigenvectors[:, -count:].flip(1).to(symmetric)
+
+
+def _directions(layer: Any, difference: Tensor) -> Tensor:
+    """Q (out, r) of a layer, of the `difference` of covariances of what is smaller of it."""
+    if not _narrow(layer):
+        return largest_directions(difference, layer.r["default"])
+    U, R = (part.to(difference) for part in torch.linalg.qr(_exact(_weight(layer))))
+    return U @ largest_directions(R @ difference @ R.T, layer.r["default"])
+
+
+def _exact(matrix: Tensor) -> Tensor:
+    return (matrix if matrix.is_cuda else matrix.cpu()).double()  # other devices may have no float64
 
 
 def _begin(layer: Any, B: Tensor) -> None:
-    base, scaling = layer.get_base_layer(), layer.scaling["default"]
-    weight = transpose(base.weight.data.float(), layer.fan_in_fan_out)
+    base, scaling, weight = layer.get_base_layer(), layer.scaling["default"], _weight(layer)
     A = B.T @ weight / scaling
     for factor, values in ((layer.lora_A, A), (layer.lora_B, B)):
         parameter = factor["default"].weight
@@ -128,11 +143,25 @@ def _begin(layer: Any, B: Tensor) -> None:
     base.weight.data = rest.to(base.weight.dtype).contiguous()
 
 
+def _narrow(layer: Any) -> bool:
+    """Whether a layer has fewer inputs than outputs."""
+    return bool(layer.in_features < layer.out_features)
+
+
+def _size(layer: Any) -> int:
+    return min(layer.in_features, layer.out_features)
+
+
+def _weight(layer: Any) -> Tensor:
+    """W0 (out, in)."""
+    return transpose(layer.get_base_layer().weight.data.float(), layer.fan_in_fan_out)
+
+
 def _groups(layers: Layers) -> Iterator[list[str]]:
     group: list[str] = []
     size = 0
     for name, layer in layers.items():
-        needed = 4 * layer.out_features**2
+        needed = 4 * _size(layer) ** 2
         if group and size + needed > GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -165,6 +194,6 @@ def _read(batch: Batch) -> tuple[dict[str, object], Tensor]:
 def _refusal(name: str, what: str) -> UserError:
     name = name.removeprefix("base_model.model.")
     return UserError(
-        f"adapter.init_lora_weights 'sc_lora' needs linear layers and their outputs for each token, but {name} {what}; "
+        f"adapter.init_lora_weights 'sc_lora' needs linear layers that see each token, but {name} {what}; "
         "leave it out of target_modules."
     )
