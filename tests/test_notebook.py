@@ -10,8 +10,8 @@ import pytest
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "ggpo_in_five_minutes.ipynb"
 
 
-SHORTER = {"STEPS = 40": "STEPS = 2", "SEEDS = [0, 1]": "SEEDS = [0]", "=240": "=48", "range(120)": "range(24)"}
-SHORTER |= {"max_length=64": "max_length=12", "batch_size=16": "batch_size=4"}
+SHORTER = {"STEPS = 36": "STEPS = 2", "SEEDS = [0, 1]": "SEEDS = [0]", "=120": "=48", "range(64)": "range(24)"}
+SHORTER |= {"max_length=32": "max_length=12", "batch_size=8": "batch_size=4"}
 
 
 def shortened(notebook):
