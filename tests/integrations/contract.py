@@ -31,12 +31,16 @@ def assert_documented(surface, package, *, steps, coverage, resumed, metrics):
 
 
 def run(module, *arguments, folder, **environment):
-    """`python -m module arguments` in a process of its own, which must succeed; `folder` may hold stand-ins."""
+    """`python -m module arguments` in a process of its own, which must succeed; returns what it said.
+
+    `folder` may hold stand-ins, a folder that is searched for modules first.
+    """
     path = f"{folder / 'stand-ins'}:{os.environ.get('PYTHONPATH', '')}"
     settings = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [sys.executable, "-m", module, *map(str, arguments)]
     ran = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
+    return ran.stdout + ran.stderr
 
 
 def assert_contract(train, surface, package):
@@ -58,7 +62,7 @@ def assert_contract(train, surface, package):
 
     resumed = train("resumed", NOISY, noisy / "checkpoint-1")
     same = _losses(resumed) == _losses(noisy) and _adapter(resumed) == _adapter(noisy)
-    seen = "TensorBoard" if {"train/ggpo/coverage", "train/ggpo/tau"} <= _tags(noisy.parent) else "the log"
+    seen = "TensorBoard" if {"train/ggpo/coverage", "train/ggpo/tau"} <= tags(noisy.parent) else "the log"
     assert_documented(surface, package, steps=STEPS, coverage=coverage, resumed=same, metrics=seen)
 
 
@@ -76,7 +80,7 @@ def _adapter(folder):
     return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
-def _tags(folder):
+def tags(folder):
     """The names of all that TensorBoard's files below a folder hold."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
