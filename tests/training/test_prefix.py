@@ -12,6 +12,7 @@ from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.tasks.base import CHUNK
 from lora_ggpo.training import prefix
 from lora_ggpo.training.build import build_model, training_arguments
+from lora_ggpo.training.forecast import forecast
 from lora_ggpo.training.prefix import find_cut, find_prefix
 from lora_ggpo.training.run import train
 from lora_ggpo.workspace import cache
@@ -194,3 +195,10 @@ def test_batches_pad_with_what_no_token_looks_at():
     assert batch["labels"].tolist() == [8, 7]
     assert batch["states"][0, :2].tolist() == [[0, 1], [2, 3]]
     assert batch["states"][1].tolist() == [[6, 7], [8, 9], [10, 11]]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_plan_says_that_it_runs_all_layers(recipe, capsys, kept):
+    forecast(recipe(frozen_prefix=kept, **TOP), 1, Reporter())
+    said = "the embeddings and 1 of 2 layers are computed once for each row; the steps here compute them"
+    assert (said in capsys.readouterr().err) == kept

@@ -46,6 +46,7 @@ from lora_ggpo.training.build import (
 from lora_ggpo.training.folder import describe_precision
 from lora_ggpo.training.memory import available, in_use, memory_errors, peak, reset_peak
 from lora_ggpo.training.precision import precision_of
+from lora_ggpo.training.prefix import expected_prefix
 from lora_ggpo.training.scorer import Scorer, fixed_sample
 from lora_ggpo.training.trainer import EpochSampler, RunTrainer
 from lora_ggpo.training.validation import VALIDATION_ROWS
@@ -148,6 +149,8 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter, proc
     limit, before = available(args.device), in_use(args.device)
     model, tokenizer, rows = build_model(recipe, args, splits)
     warn_of(recipe, args, splits, rows)
+    if left_out := expected_prefix(recipe, args, model):
+        reporter.say(left_out)
     score = Scorer(args, model, tokenizer, recipe.task.for_labels(splits.labels), Reporter(quiet=True))
     scored = scored_sets(recipe, splits)
     score.prepare(scored)

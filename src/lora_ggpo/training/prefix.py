@@ -172,8 +172,7 @@ def find_prefix(
     if cut is None:
         return None, ""
     what = f"the embeddings and {cut.count} of {len(cut.layers)} layers are frozen"
-    rates = dropout_rates(cut.body.config).items()
-    if any(rate for name, rate in rates if not any(part in name for part in _OF_HEADS)):
+    if _drops(cut):
         return None, f"{what}; without dropout (model_dropout: 0) their outputs would be computed once for each row."
     for first_token in (True, False) if cut.count == len(cut.layers) else (False,):
         prefix = FrozenPrefix(model, cut, collate, args, reporter, first_token=first_token)
@@ -181,6 +180,21 @@ def find_prefix(
             return prefix, f"{what}, and their outputs are computed once for each row (frozen_prefix: false does not)."
         prefix.detach()
     return None, ""
+
+
+def expected_prefix(recipe: Recipe, args: TrainingArguments, model: PreTrainedModel | PeftModel) -> str:
+    """What steps that are taken without the frozen prefix leave out of account, as a sentence; "" is nothing."""
+    cut = None if any(_hindrances(recipe, args)) else find_cut(model)
+    if cut is None or _drops(cut):
+        return ""
+    frozen = f"the embeddings and {cut.count} of {len(cut.layers)} layers"
+    return f"In training {frozen} are computed once for each row; the steps here compute them, and so take longer."
+
+
+def _drops(cut: Cut) -> bool:
+    """Whether there is dropout below."""
+    rates = dropout_rates(cut.body.config).items()
+    return any(rate for name, rate in rates if not any(part in name for part in _OF_HEADS))
 
 
 def _hindrances(recipe: Recipe, args: TrainingArguments) -> Iterator[Any]:
