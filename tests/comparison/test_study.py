@@ -6,6 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_ggpo.cli import app
+from lora_ggpo.comparison.engine import _claim
+from lora_ggpo.comparison.grid import plan_study
+from lora_ggpo.recipe.source import read_source
 from tests.comparison.local import here
 
 OVERRIDES = ["training.max_steps=2", "validate_every=1"]
@@ -48,6 +51,14 @@ def test_a_study_grows_and_runs_nothing_twice(recipe_file, tmp_path):
         "holds a study with other settings: recipe.data.label_noise is 0.25 there and 0 here; choose another"
         in refused.stderr
     )
+
+
+def test_a_study_may_come_to_begin_with_another_method(recipe_file, tmp_path):
+    output = tmp_path / "out"
+    for methods in (["dora", "lora"], ["lora", "dora"]):
+        with _claim(plan_study(read_source(recipe_file), methods, 1, ["adapter.r=2"], output), "the command"):
+            facts = json.loads((output / "facts.json").read_text())
+        assert (facts["methods"], facts["baseline"]) == (methods, methods[0])
 
 
 @pytest.mark.parametrize(

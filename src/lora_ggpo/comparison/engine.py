@@ -164,19 +164,18 @@ def _name(run: PlannedRun) -> str:
 
 
 def _claim(grid: Grid, command: str) -> AbstractContextManager[None]:
-    """Hold the folder; methods and seeds may be added to what is there, and settings to a study."""
+    """Hold the folder; methods and seeds may be added to what is there, and to a study settings and a first method."""
     recipe = check_recipe(grid.source)
     general = [recipe.forgetting.source] if recipe.forgetting else []
     fixed = {
         "recipe": _as_json(grid.source.values),
         "trials": grid.trials,
         "metric": grid.metric,
-        "baseline": grid.methods[0].name,
         # From the root: paths as the recipe writes them lead elsewhere from another folder.
         "place of its files": [recipe.model, recipe.data.source, *recipe.data.out_of_domain, *general],
     }
     free = {"methods": [method.name for method in grid.methods], "seeds": list(grid.seeds), "command": command}
-    (free if grid.study else fixed)["settings"] = _as_json(grid.settings)
+    (free if grid.study else fixed).update(settings=_as_json(grid.settings), baseline=grid.methods[0].name)
     held = f"a {'study' if grid.study else 'comparison'} with other settings"
     return claim(grid.output, fixed, held, file="facts.json", new=("place of its files",), further=free)
 
