@@ -26,10 +26,10 @@ from transformers.pytorch_utils import Conv1D
 from lora_ggpo.errors import UserError
 
 BETA = 0.8
-"""Weight of general text, as the paper has it where the knowledge of the world is kept; 0.5 and 0.9 for safety."""
+"""Weight of general text: by what others report, the paper's for knowledge of the world; 0.5 and 0.9 for safety."""
 
 ROWS = 256
-"""Rows of the task and of general text, at most; its authors take as many."""
+"""Rows of the task and of general text, at most; its authors are reported to take as many."""
 
 GROUP_BYTES = 4 * 2**30
 """Covariances that exist at once; where a model's layers have more, all rows are read once for each group of them."""
