@@ -96,8 +96,8 @@ def watch():
     """A list that gets, at each scoring of a set, the part of the frozen weights that this process holds."""
     held, quick = [], Scorer.quick
 
-    def watched(scorer, encoded):
-        result = quick(scorer, encoded)
+    def watched(scorer, encoded, **how):
+        result = quick(scorer, encoded, **how)
         held.append(part(scorer._model))
         return result
 
