@@ -153,13 +153,16 @@ def evaluation_sets(splits: Splits, size: int | None = None) -> dict[str, Datase
 
 def fixed_sample(rows: Dataset, size: int) -> Dataset:
     """At most `size` rows, the same at every call: at random, since sources are often sorted by label."""
-    if len(rows) <= size:
-        return rows
-    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:size]))
+    return rows if len(rows) <= size else _drawn(rows, slice(size))
 
 
 def further_sample(rows: Dataset, size: int, most: int) -> Dataset:
     """At most `most` rows that `fixed_sample` leaves out, the same at every call; of all rows where it leaves none."""
     if len(rows) <= size:
         return fixed_sample(rows, most)
-    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[size : size + most]))
+    return _drawn(rows, slice(size, size + most))
+
+
+def _drawn(rows: Dataset, part: slice) -> Dataset:
+    """A part of all rows in a random order that is the same at every call, put back into theirs."""
+    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[part]))
