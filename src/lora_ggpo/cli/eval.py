@@ -9,6 +9,7 @@ import typer
 from lora_ggpo.cli.options import Base, Place, RunFolder, place
 from lora_ggpo.cli.output import print_table
 from lora_ggpo.errors import UserError
+from lora_ggpo.workspace.libraries import importing
 
 
 def command(
@@ -29,9 +30,10 @@ def command(
     from lora_ggpo.training.folder import find_runs
 
     runs = find_runs(run)  # what is wrong with it is said before the heavy imports
-    from lora_ggpo.report.tables import metrics_table
-    from lora_ggpo.training.draws import Draws
-    from lora_ggpo.training.reuse import evaluate_run
+    with importing():
+        from lora_ggpo.report.tables import metrics_table
+        from lora_ggpo.training.draws import Draws
+        from lora_ggpo.training.reuse import evaluate_run
 
     how = Draws(draws, noise, tolerate) if draws else None
     print_table(metrics_table([evaluate_run(one.folder, on, base=base, draws=how) for one in runs]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_ggpo.cli.options import Overrides, RecipeFile
 from lora_ggpo.cli.output import print_metrics
+from lora_ggpo.workspace.libraries import importing
 from lora_ggpo.workspace.ranks import is_first
 
 
@@ -12,8 +13,9 @@ def command(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from lora_ggpo.recipe.source import read_source
 
     source = read_source(recipe, overrides or ())  # what is wrong in it is said before the heavy imports
-    from lora_ggpo.recipe.recipe import check_recipe
-    from lora_ggpo.training.run import train
+    with importing():
+        from lora_ggpo.recipe.recipe import check_recipe
+        from lora_ggpo.training.run import train
 
     runs = train(check_recipe(source))
     if not is_first():

@@ -21,7 +21,7 @@ from typing import Any
 
 from lora_ggpo.errors import DivergedError, UserError, first_line
 from lora_ggpo.workspace.interrupt import exit_code, raise_terminated
-from lora_ggpo.workspace.libraries import quiet_bitsandbytes
+from lora_ggpo.workspace.libraries import importing, quiet_bitsandbytes
 
 FAILURE = "failed.json"
 TERMINATED = 128 + signal.SIGTERM
@@ -144,7 +144,8 @@ def load_libraries() -> None:
     """Import what a run takes: in a worker, while the recipe is still being checked."""
     quiet_bitsandbytes()
     warnings.simplefilter("ignore")  # every worker would give them again
-    importlib.import_module("lora_ggpo.training.run")
+    with importing():
+        importlib.import_module("lora_ggpo.training.run")
 
 
 def carry_out(name: str, values: dict[str, Any], folder: Path) -> None:

