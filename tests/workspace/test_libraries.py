@@ -6,7 +6,6 @@ import gc
 import weakref
 from contextlib import suppress
 
-
 from lora_ggpo.workspace.libraries import importing
 
 
