@@ -3,7 +3,10 @@ import re
 import pytest
 from rich.console import Console
 
+from lora_ggpo.comparison.results import read_results
 from lora_ggpo.errors import UserError
+from lora_ggpo.report.analysis import analyse
+from lora_ggpo.report.calibration import calibration_tables
 from lora_ggpo.report.comparison import write_report
 from tests.report.grids import curve, run, trial, write_full_grid, write_results
 from tests.report.pages import HOSTILE, Page, asks_nothing_of_the_network
@@ -73,6 +76,27 @@ def test_page_says_what_it_should(report):
         assert words in text
     assert [tag for tag, _ in page.tags].count("svg") == 5
     assert text.index("worse than LoRA: SAM") < text.index("label_noise=0 test method")
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_calibration_of_tokens_stands_beside_that_after_scaling_where_a_run_has_it(tmp_path, scaled):
+    values = {"loss": 1.5, "token_ece": 0.05, "token_brier": 0.6}
+    values |= {"scaled_loss": 1.4, "scaled_token_ece": 0.02, "scaled_token_brier": 0.5} if scaled else {}
+    runs = [run(method, seed, values) for method in ("lora", "ggpo") for seed in range(2)]
+    (setting,) = analyse(read_results(write_results(tmp_path / "sft", runs, metric="loss")))
+    (table,) = calibration_tables(setting)
+    shown = [name for name in table.header if name not in ("method", "difference", "p")]
+    named = ["token calibration error, % ↓", "token Brier score ↓", "loss ↓"]
+    both = [
+        "token calibration error, % ↓",
+        "token calibration error, scaled, % ↓",
+        "token Brier score ↓",
+        "token Brier score, scaled ↓",
+        "loss ↓",
+        "loss, scaled ↓",
+    ]
+    assert shown == (both if scaled else named)
+    assert {row[1] for row in table.rows} == {"5.00 ± 0.00"}
 
 
 def test_hostile_names_stay_text(tmp_path):

@@ -193,9 +193,9 @@ def test_a_validation_of_the_last_weights_is_their_score(recipe_file, monkeypatc
     """Of 8 steps. Where others are kept, or the last ones were not validated, the set is scored anew."""
     seen, own, best = [], Scorer._scores, "best" in settings
 
-    def watched(scorer, rows, *progress):
+    def watched(scorer, task, rows, *progress):
         seen.append(set(rows["id"]))
-        return own(scorer, rows, *progress)
+        return own(scorer, task, rows, *progress)
 
     monkeypatch.setattr(Scorer, "_scores", watched)
     if best:

@@ -10,9 +10,12 @@ from lora_ggpo.data import long, spool
 from lora_ggpo.errors import UserError
 from lora_ggpo.recipe.recipe import parse_recipe
 from lora_ggpo.tasks import sft as sft_task
+from lora_ggpo.tasks.completions import TEMPERATURES
 from lora_ggpo.training import build, trainer
 from lora_ggpo.training.forecast import forecast
+from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
+from lora_ggpo.training.scorer import Scorer
 from lora_ggpo.workspace.files import read_json
 from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import recipe_text, write_pairs
@@ -109,6 +112,28 @@ def test_rows_in_files_change_nothing(run, packing, monkeypatch):
     assert_same(mapped.folder, held.folder)
     assert mapped.metrics["evaluation"] == held.metrics["evaluation"]
     assert read_json(mapped.folder / "data.json") == read_json(held.folder / "data.json")
+
+
+def test_token_probabilities_are_scaled_by_what_the_validation_set_tells(run, data, tmp_path, monkeypatch):
+    scored, own = [], Scorer._scores
+    monkeypatch.setattr(Scorer, "_scores", lambda *of, **how: scored.append(len(of[2])) or own(*of, **how))
+    trained = run("run", "validate_every=3")
+    assert scored == [4, 4, 32]  # the last validation, whose scores tell the temperature, and the two other sets
+    found = trained.metrics["evaluation"]
+    assert list(found) == ["validation", "test", "train"]
+    assert "temperature" not in found["validation"]
+    temperature = found["test"]["temperature"]["value"]
+    assert found["train"]["temperature"]["value"] == temperature
+    assert temperature == pytest.approx(TEMPERATURES[-1])  # it has hardly begun to learn, and is far too unsure
+    assert found["test"]["scaled_loss"]["value"] < found["test"]["loss"]["value"]
+    again = evaluate_run(trained.folder)
+    for name, metrics in found.items():
+        for metric, of in metrics.items():
+            assert again[name][metric]["value"] == pytest.approx(of["value"], rel=1e-4), (name, metric)
+    (tmp_path / "other.jsonl").write_text(data.read_text())
+    (other,) = evaluate_run(trained.folder, str(tmp_path / "other.jsonl")).values()
+    assert other["temperature"]["value"] == temperature
+    assert "scaled" not in (trained.folder / "adapter" / "README.md").read_text()
 
 
 def test_packed_runs_have_fewer_steps_an_epoch(run):

@@ -39,7 +39,7 @@ def print_calibration(runs: Sequence[Run]) -> None:
 
     found = [plain(calibration_scores(read_predictions(folder, sets))) for folder, sets in scored]
     if any(found):
-        print("calibration; scaled: after temperature scaling on the validation set")
+        print("calibration")
         print_table(metrics_table(found))
 
 

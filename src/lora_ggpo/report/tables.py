@@ -84,6 +84,8 @@ def metrics_table(evaluations: Sequence[Evaluation]) -> Table:
         name: [_metric_cell([run.get(metric) for run in runs]) for metric in metrics] for name, runs in found.items()
     }
     counts = {name: str(next(iter(runs[0].values()))["n"]) for name, runs in found.items()}
+    if "temperature" in metrics:
+        spread += "; scaled: after temperature scaling on the validation set"
     if len(metrics) <= len(found):
         rows = [[name, counts[name], *cells[name]] for name in found]
         return rows_table(["set", "rows", *metrics], rows, spread)

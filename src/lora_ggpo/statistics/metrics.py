@@ -56,13 +56,24 @@ METRICS: Mapping[str, Metric] = {
     "token_accuracy": Metric("token accuracy", "token accuracy, %", True, 100.0, " points", 2, "loss"),
     "token_brier": Metric("token Brier score", "token Brier score", False, 1.0, "", 4, "loss"),
     "token_ece": Metric("token calibration error", "token calibration error, %", False, 100.0, " points", 2, "loss"),
+    "scaled_loss": Metric("loss, scaled", "loss, scaled", False, 1.0, "", 4),
+    "scaled_token_brier": Metric("token Brier score, scaled", "token Brier score, scaled", False, 1.0, "", 4),
+    "scaled_token_ece": Metric(
+        "token calibration error, scaled", "token calibration error, scaled, %", False, 100.0, " points", 2
+    ),
     "forgetting": Metric("forgetting", "rise of the loss", False, 1.0, "", 4),
     "base_loss": Metric("loss before training", "loss before training", False, 1.0, "", 4),
     "perplexity": Metric("perplexity", "perplexity", False, 1.0, "", 3),
 }
 
-CALIBRATION = ("ece", "scaled_ece", "brier", "scaled_brier", "log_loss", "scaled_log_loss", "token_ece", "token_brier")
+_PROBABILITIES = ("ece", "brier", "log_loss", "token_ece", "token_brier", "loss")
+CALIBRATION = tuple(name for metric in _PROBABILITIES for name in (metric, f"scaled_{metric}"))
 """About probabilities; those that are scaled, after temperature scaling on the validation set."""
 
 FORGETTING = ("forgetting", "loss", "base_loss")
 """Of general text: the rise of the loss by training, and the losses after and before it."""
+
+
+def is_scaled(metric: str) -> bool:
+    """Whether it is of a model with a temperature, which the weights alone do not have."""
+    return metric == "temperature" or metric.startswith("scaled_")

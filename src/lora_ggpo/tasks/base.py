@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pyarrow
@@ -77,6 +77,8 @@ class Task(ABC):
         has_reference: Whether it compares a model with itself without its adapter, so that the loss is not the model's.
         averages: Whether a mean over models of their scores is the score of a prediction.
         answers: Whether a model that has learnt it can be asked something.
+        temperature: After which the probabilities of tokens are measured as well, where the task measures them; None
+            is not known.
     """
 
     reader: ClassVar[type[Reader]]
@@ -95,6 +97,7 @@ class Task(ABC):
 
     def __init__(self, config: TaskConfig, labels: list[str] | None = None) -> None:
         self.config, self.labels = config, labels
+        self.temperature: float | None = None
 
     # --- what a task must say ---
 
@@ -124,6 +127,10 @@ class Task(ABC):
     def finish(self, scores: Floats) -> Floats:
         """The scores of all rows as they are kept, from those that `scorer` gives."""
         return scores
+
+    def fitted(self, scores: Floats) -> Self:
+        """The task with the temperature that is best for the `scores` of a validation set, if it takes one."""
+        return self
 
     def lines(self, scores: Floats, rows: Dataset) -> list[dict[str, Any]]:
         """What is kept of each prediction; nothing if there is none."""

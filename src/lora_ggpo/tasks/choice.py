@@ -23,7 +23,7 @@ from lora_ggpo.data.load import STRING, Columns, TextReader
 from lora_ggpo.data.table import Table
 from lora_ggpo.errors import UserError
 from lora_ggpo.statistics.measured import Floats, Integers, Measured, measure_share
-from lora_ggpo.tasks.base import NO_LOSS, Batch, Row, Score, several_row, split_row
+from lora_ggpo.tasks.base import NO_LOSS, Batch, Row, Score, Task, several_row, split_row
 from lora_ggpo.tasks.completions import completion_losses, completion_metrics
 from lora_ggpo.tasks.sft import SFT, Tokens
 
@@ -162,6 +162,8 @@ class Choice(SFT):
             return pad_sequence(list(found), batch_first=True).flatten(1)
 
         return score
+
+    fitted = Task.fitted  # whole answers are scored, not their tokens
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
         return choice_metrics(scores.reshape(len(rows), -1, 2), _padded(rows["characters"]), np.asarray(rows["answer"]))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_ggpo.data.preference import SIDES, PreferenceReader
 from lora_ggpo.errors import UserError
 from lora_ggpo.statistics.measured import Floats, Measured, measure_mean, measure_share
-from lora_ggpo.tasks.base import Batch, Row, Score, several_row, split_row
+from lora_ggpo.tasks.base import Batch, Row, Score, Task, several_row, split_row
 from lora_ggpo.tasks.completions import completion_losses
 from lora_ggpo.tasks.sft import SFT, Tokens
 
@@ -80,6 +80,8 @@ class DPO(SFT):
             return -torch.cat(found).view(4, -1).T
 
         return score
+
+    fitted = Task.fitted  # whole answers are scored, not their tokens
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
         return preference_metrics(self._rewards(scores))

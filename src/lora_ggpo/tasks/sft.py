@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import accumulate, chain, islice
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from datasets import Dataset
 from torch import nn
@@ -20,7 +21,7 @@ from lora_ggpo.models.architecture import CAUSAL
 from lora_ggpo.models.chat_template import Ending, end_of_turn
 from lora_ggpo.statistics.measured import Floats, Measured
 from lora_ggpo.tasks.base import CHUNK, NO_LOSS, Row, Score, Task, encoded_row
-from lora_ggpo.tasks.completions import token_metrics, token_scores
+from lora_ggpo.tasks.completions import best_temperature, token_metrics, token_scores
 from lora_ggpo.tasks.pack import check_packing, pack
 from lora_ggpo.tasks.text import UnusedFields, appended, check_chat_template, conversation, learnt_turns, start
 
@@ -96,11 +97,16 @@ class SFT(Task):
         return pack(rows, self.config.max_length)
 
     def scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Score:
-        """What `token_scores` gives of each example's completion, (batch, 3 + longest)."""
-        return partial(token_scores, model)
+        """What `token_scores` gives of each example's completion, (batch, k + longest)."""
+        return partial(token_scores, model, temperature=self.temperature)
 
     def measure(self, scores: Floats, rows: Dataset) -> dict[str, Measured]:
-        return token_metrics(scores)
+        return token_metrics(scores, self.temperature)
+
+    def fitted(self, scores: Floats) -> Self:
+        other = copy.copy(self)
+        other.temperature = best_temperature(scores)
+        return other
 
     def user_turn(self, text: str) -> str:
         return self._filled(text)[0]

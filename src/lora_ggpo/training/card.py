@@ -13,7 +13,7 @@ from lora_ggpo.data.bundled import GENERAL_TEXT
 from lora_ggpo.models.load import BUNDLED
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.recipe.source import dump_yaml
-from lora_ggpo.statistics.metrics import METRICS
+from lora_ggpo.statistics.metrics import METRICS, is_scaled
 from lora_ggpo.workspace.files import read_json, write_text
 
 _CITATION = """\
@@ -39,6 +39,7 @@ def write_card(folder: Path, weights: Path, recipe: Recipe, scores: Mapping[str,
         scores: As metrics.json holds them, by set and metric.
     """
     name = f"{Path(recipe.output).name}-{folder.name}"
+    scores = {name: {key: of[key] for key in of if not is_scaled(key)} for name, of in scores.items()}
     data = _metadata(name, recipe, scores).to_yaml()
     write_text(weights / "README.md", f"---\n{data}\n---\n\n{_text(name, folder, recipe, scores)}")
 

@@ -89,6 +89,12 @@ def finished_metrics(run: Run) -> dict[str, Any]:
     return run.metrics
 
 
+def kept_temperature(run: Run) -> float | None:
+    """At which a finished run measured the probabilities of tokens; None where it did not."""
+    evaluation = finished_metrics(run)["evaluation"]
+    return next((of["temperature"]["value"] for of in evaluation.values() if "temperature" in of), None)
+
+
 def find_runs(path: Path) -> list[Run]:
     """The runs at `path`: itself, or the seeds below it, in the order of the seeds.
 

@@ -17,7 +17,7 @@ from lora_ggpo.statistics.measured import plain
 from lora_ggpo.tasks import Task
 from lora_ggpo.training.build import AnyModel, load_weights, training_arguments
 from lora_ggpo.training.draws import Draws, predicting
-from lora_ggpo.training.folder import finished_metrics, read_run, weights_folder
+from lora_ggpo.training.folder import finished_metrics, kept_temperature, read_run, weights_folder
 from lora_ggpo.training.forgetting import forgetting_of
 from lora_ggpo.training.identity import check_data, check_model, check_weights
 from lora_ggpo.training.memory import memory_errors
@@ -88,6 +88,8 @@ def evaluate_run(
         check_data(folder, splits)
     elif splits.labels != task.labels:
         raise UserError(f"The labels of {recipe.data.source} have changed since {folder} was trained on them.")
+    else:
+        task.temperature = kept_temperature(read_run(folder))
     args = training_arguments(recipe, folder, recipe.seeds[0])
     sets = evaluation_sets(splits, recipe.score_rows) if on is None else splits.out_of_domain
     score = Scorer(args, model, tokenizer, task, reporter)

@@ -90,7 +90,7 @@ class Scorer:
             keep: Have `score` take these scores, if it comes to the same rows, until `forget`: the model must stay as
                 it is until then.
         """
-        scores = self._scores(encoded)
+        scores = self._scores(self._task, encoded)
         if keep:
             self._kept.append((encoded, scores))
         metrics = self._task.measure(scores, encoded)
@@ -101,24 +101,31 @@ class Scorer:
         self._kept.clear()
 
     def score(self, sets: dict[str, Dataset], predictions: Path | None) -> Scores:
-        """Metrics of each set by name; with `predictions`, a folder, also one file a set with a line for each row."""
-        self.prepare(sets)
-        return {name: self._score(name, predictions) for name in sets}
+        """Metrics of each set by name; with `predictions`, a folder, also one file a set with a line for each row.
 
-    def _score(self, name: str, predictions: Path | None) -> dict[str, Measured]:
+        The validation set comes first, since its scores may tell the temperature for the others.
+        """
+        self.prepare(sets)
+        task, found = self._task, {}
+        for name in sorted(sets, key=lambda name: name != "validation"):
+            scores, found[name] = self._score(task, name, predictions)
+            task = task.fitted(scores) if name == "validation" else task
+        return {name: found[name] for name in sets}
+
+    def _score(self, task: Task, name: str, predictions: Path | None) -> tuple[Floats, dict[str, Measured]]:
         rows = self.encoded[name]
         with self._reporter.task(f"evaluate {name}") as shown:
-            known = next((scores for kept, scores in self._kept if kept is rows), None)
-            scores = self._scores(rows, shown.update) if known is None else known
-            metrics = self._task.measure(scores, rows)
-        lines = self._task.lines(scores, rows) if predictions and is_first() else []
+            known = next((scores for kept, scores in self._kept if kept is rows and task is self._task), None)
+            scores = self._scores(task, rows, shown.update) if known is None else known
+            metrics = task.measure(scores, rows)
+        lines = task.lines(scores, rows) if predictions and is_first() else []
         if predictions and lines:
             write_json_lines(predictions / f"{file_name(name)}.jsonl", lines)
-        return metrics
+        return scores, metrics
 
-    def _scores(self, rows: Dataset, progress: Progress = lambda done, every: None) -> Floats:
+    def _scores(self, task: Task, rows: Dataset, progress: Progress = lambda done, every: None) -> Floats:
         batches = self.prefix.batches(rows) if self.prefix else None
-        score = partial(self._task.score, self._model, rows, self._tokenizer, batches=batches, **self._options)
+        score = partial(task.score, self._model, rows, self._tokenizer, batches=batches, **self._options)
         if self.draws is None:
             return score(progress=progress)
         parts, every = [], len(rows) * len(self.draws)
