@@ -190,6 +190,7 @@ def test_head_only(base):
     ("fields", "message"),
     [
         ({"init_lora_weights": "corda", "use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "olora", "alora_invocation_tokens": [1]}, "aLoRA"),
     ],
 )
 def test_what_does_not_go_together(base, minilm, fields, message):

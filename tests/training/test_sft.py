@@ -4,6 +4,7 @@ import json
 import warnings
 
 import pytest
+import torch
 import yaml
 
 from lora_ggpo.data import long, spool
@@ -134,6 +135,27 @@ def test_token_probabilities_are_scaled_by_what_the_validation_set_tells(run, da
     (other,) = evaluate_run(trained.folder, str(tmp_path / "other.jsonl")).values()
     assert other["temperature"]["value"] == temperature
     assert "scaled" not in (trained.folder / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("start", ["init_lora_weights=eva", "init_lora_weights=corda", "layers_by_gradient=0.5"])
+def test_a_start_from_packed_rows_reads_examples_that_do_not_see_one_another(run, start, monkeypatch):
+    own, apart = build.add_adapter, []
+
+    def add(model, *arguments, batches, **options):
+        batch = next(iter(batches()))
+        ids, positions = batch["input_ids"], batch["position_ids"]
+        row = next(row for row in range(len(ids)) if (positions[row] == 0).sum() > 1)
+        begin = int((positions[row] == 0).nonzero()[1])
+        end = begin + int((positions[row, begin:].diff() == 1).cumprod(0).sum()) + 1
+        with torch.no_grad():
+            seen = model(input_ids=ids, position_ids=positions).logits[row, begin:end]
+            alone = model(input_ids=ids[row : row + 1, begin:end]).logits[0]
+        apart.append(float((seen - alone).abs().max() / alone.abs().max()))
+        return own(model, *arguments, batches=batches, **options)
+
+    monkeypatch.setattr(build, "add_adapter", add)
+    run("a", "task.packing=true", f"adapter.{start}", "adapter.r=1", "training.max_steps=1")
+    assert apart == [pytest.approx(0, abs=1e-5)]
 
 
 def test_packed_runs_have_fewer_steps_an_epoch(run):

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.select import select_blocks
-from lora_ggpo.methods.subspace import BETA, begin_in_subspace
+from lora_ggpo.methods.subspace import BETA, begin_in_subspace, read
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[], Iterable[Batch]]
@@ -109,6 +109,11 @@ def _check_fields(init: str, fields: Mapping[str, Any]) -> None:
         raise UserError(
             f"adapter.init_lora_weights {init!r} moves the base weights, which DoRA's magnitudes tie the adapter to; "
             "use one of the two."
+        )
+    if fields.get("alora_invocation_tokens") and init.startswith(_MOVES_BASE):
+        raise UserError(
+            f"adapter.init_lora_weights {init!r} moves the base weights, which aLoRA's model is to have as they were "
+            "before its invocation; use one of the two."
         )
     patterns = fields.get("rank_pattern") or fields.get("alpha_pattern")
     clashes = {
@@ -281,9 +286,9 @@ def _sc_lora(
 def _rows(batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
     """Rows of batches one by one, without labels and padding: peft's covariance would count it."""
     for batch in batches:
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-            kept = mask.bool()
-            yield {"input_ids": ids[kept][None], "attention_mask": mask[kept][None]}
+        inputs, mask = read(batch)
+        for row, kept in enumerate(mask):
+            yield {name: tensor[row, kept][None] for name, tensor in inputs.items()}
 
 
 def _resolve_targets(model: PreTrainedModel, config: LoraConfig) -> None:

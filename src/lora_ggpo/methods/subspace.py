@@ -81,10 +81,10 @@ def covariance_differences(
     sizes = {name: _size(layer) for name, layer in layers.items()}
     sums = {name: torch.zeros(size, size, device=next(model.parameters()).device) for name, size in sizes.items()}
     for weight, batches in sources:
-        read = [_read(batch) for batch in batches]
-        per_token = weight / sum(int(mask.sum()) for _, mask in read)
-        per_row = weight / sum(len(mask) for _, mask in read)
-        for inputs, mask in read:
+        passes = [read(batch) for batch in batches]
+        per_token = weight / sum(int(mask.sum()) for _, mask in passes)
+        per_row = weight / sum(len(mask) for _, mask in passes)
+        for inputs, mask in passes:
             with _watching(layers, partial(_add, sums, mask, per_token, per_row)):
                 model(**inputs)
     return sums
@@ -181,14 +181,14 @@ def _first_rows(batches: Iterable[Batch]) -> list[Batch]:
     return found
 
 
-def _read(batch: Batch) -> tuple[dict[str, object], Tensor]:
+def read(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
     """What a model reads of a batch, and which of its tokens are no padding, (rows, tokens)."""
-    inputs: dict[str, object] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     if "attention_mask" in batch:
         return inputs, batch["attention_mask"].bool()
-    # Packed rows are padded behind their last example, with position 0; with a cache, examples would see one another.
+    # Packed rows are padded behind their last example, with position 0.
     later = batch["position_ids"].flip(1).cummax(dim=1).values.flip(1)
-    return {**inputs, "use_cache": False}, later > 0
+    return inputs, later > 0
 
 
 def _refusal(name: str, what: str) -> UserError:

@@ -141,6 +141,7 @@ def _make_trainable(
 
     if not cuts_weights(args):
         base.to(args.device)  # type: ignore[arg-type]
+    base.config.use_cache = args.use_cache  # as Trainer will: with a cache, examples of a packed row see one another
     steps = optimizer_steps(args, len(rows))
     architecture = recipe.task.type.architecture
     model = add_adapter(base, recipe.adapter_fields, architecture, total_steps=steps, batches=batches, general=general)
