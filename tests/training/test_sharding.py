@@ -17,7 +17,7 @@ from lora_ggpo.training.folder import read_run
 from lora_ggpo.training.merge import merge_run
 from lora_ggpo.training.reuse import evaluate_run
 from lora_ggpo.training.run import train
-from lora_ggpo.training.sharding import PROCESSES, share_steps
+from lora_ggpo.training.sharding import PROCESSES, check_draws, share_steps
 from lora_ggpo.workspace.progress import Reporter
 from tests.recipes import write_pairs
 from tests.training.sharded import MICRO_BATCHES, WORLD, Job, cut_off, start, write_recipe
@@ -174,7 +174,7 @@ BY_STEP = "with ggpo.ranks differ and ggpo.redraw optimizer-step they would draw
 def test_other_processes_that_would_not_train_the_same_are_refused(made, tmp_path, made_by, now, settings, message):
     recipe, args, model = given(made, tmp_path, made_by, now, settings)
     with pytest.raises(UserError) as error:
-        share_steps(args, tmp_path, recipe, model)
+        shared(args, tmp_path, recipe, model)
     start = f"{tmp_path} is of 2 processes, and {now} cannot go on from it: "
     assert str(error.value) == f"{start}{message}; start 2."
 
@@ -189,8 +189,13 @@ def test_other_processes_that_would_not_train_the_same_are_refused(made, tmp_pat
 )
 def test_other_processes_share_the_micro_batches_of_a_step(made, tmp_path, made_by, now, steps, settings):
     recipe, args, model = given(made, tmp_path, made_by, now, settings)
-    share_steps(args, tmp_path, recipe, model)
+    shared(args, tmp_path, recipe, model)
     assert args.gradient_accumulation_steps == steps
+
+
+def shared(args, checkpoint, recipe, model):
+    share_steps(args, checkpoint, recipe)
+    check_draws(args, checkpoint, recipe, model)
 
 
 def given(made, checkpoint, made_by, now, settings):

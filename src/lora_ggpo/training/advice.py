@@ -15,6 +15,7 @@ from lora_ggpo.data import Splits
 from lora_ggpo.data.spool import numbers
 from lora_ggpo.recipe.recipe import Recipe
 from lora_ggpo.training.build import optimizer_steps
+from lora_ggpo.training.drawn import rows_of_epoch
 
 MANY_PASSES, USUAL_RATE = 5.0, 5e-4
 """Passes over the rows, at LoRA's usual rate, that over-fit. docs/studies.md: on 500 reviews 3.8 passes do not, and 7.7
@@ -54,7 +55,7 @@ class Plan:
 
 def warn_of(recipe: Recipe, args: TrainingArguments, splits: Splits, rows: Dataset) -> None:
     """Warn of what experience advises against in training on encoded `rows`."""
-    for sentence in advice(Plan(recipe, splits, _passes_over(len(rows), args, args.world_size))):
+    for sentence in advice(Plan(recipe, splits, _passes_over(rows_of_epoch(rows), args, args.world_size))):
         warnings.warn(sentence, stacklevel=2)
 
 

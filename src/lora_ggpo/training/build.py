@@ -38,6 +38,7 @@ from lora_ggpo.tasks.base import Batch, Row
 from lora_ggpo.tasks.general import GeneralText
 from lora_ggpo.tasks.pack import attend_apart, flatten
 from lora_ggpo.training.callbacks import FuseCallback
+from lora_ggpo.training.drawn import Drawn, encode_drawn, random_order
 from lora_ggpo.training.folder import weights_folder
 from lora_ggpo.training.forgetting import TEXTS_AT_ONCE, text_to_keep
 from lora_ggpo.training.identity import keep_day
@@ -101,7 +102,7 @@ def optimizer_steps(args: TrainingArguments, rows: int, processes: int | None = 
 def build_model(
     recipe: Recipe, args: TrainingArguments, splits: Splits, folder: Path | None = None
 ) -> tuple[AnyModel, PreTrainedTokenizerBase, Dataset]:
-    """The model that a run begins with, on its device; its tokenizer, and the encoded training rows.
+    """The model that a run begins with, on its device; its tokenizer, and the encoded rows that it is trained on.
 
     Args:
         folder: Of the run, which says the day that a chat template writes; today's without.
@@ -116,9 +117,13 @@ def build_model(
     base, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args), recipe.model_dropout)
     if folder:
         keep_day(tokenizer, folder)
-    encoded = task.encode(splits.train, tokenizer, "train")
-    check_tokens(base, tokenizer, encoded["input_ids"], "train: Row")
-    rows = task.begin(base, task.learnt(encoded))
+
+    def encode(chosen: Dataset, name: str) -> Dataset:
+        encoded = task.encode(chosen, tokenizer, name)
+        check_tokens(base, tokenizer, encoded["input_ids"], f"{name}: Row")
+        return task.begin(base, task.learnt(encoded))
+
+    rows = encode_drawn(splits.train, args, encode, packed=recipe.task.packing)
     _check_steps(args, len(rows))
     return _make_trainable(recipe, args, base, rows, tokenizer), tokenizer, rows
 
@@ -131,7 +136,7 @@ def _make_trainable(
         return freeze_body(base)
 
     def batches() -> Iterator[Batch]:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        order = range(len(rows)) if isinstance(rows, Drawn) else random_order(len(rows), args.seed).tolist()
         collate = recipe.task.type.collator(tokenizer)
         return _batches(rows, order, args.per_device_train_batch_size, collate, args.device)
 
@@ -227,6 +232,7 @@ def build_trainer(
         base, args = task.trainer(args)
         trainer: RunTrainer = type("RunTrainer", (RunTrainer, base), {})(
             lengths=numbers(rows, "length"),
+            drawn_of=rows.epoch if isinstance(rows, Drawn) else None,
             items=task.items,
             settings=recipe.training.model_fields_set,
             make_optimizer=partial(OPTIMIZERS[optimizer.kind], **optimizer.options) if optimizer else None,

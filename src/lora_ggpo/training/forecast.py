@@ -43,6 +43,7 @@ from lora_ggpo.training.build import (
     scored_sets,
     training_arguments,
 )
+from lora_ggpo.training.drawn import rows_of_epoch
 from lora_ggpo.training.folder import describe_precision
 from lora_ggpo.training.memory import available, in_use, memory_errors, peak, reset_peak
 from lora_ggpo.training.precision import precision_of
@@ -157,7 +158,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter, proc
     probe = _Probe(recipe, args, model, tokenizer, rows)
     full = probe.measure(args.per_device_train_batch_size, steps, reporter)
     other = probe.measure(full.batch // 2 if full.batch > 1 else 2, 0, reporter)  # half needs no more memory
-    total, (trained, parameters) = optimizer_steps(args, len(rows), processes), count_parameters(model)
+    total, (trained, parameters) = optimizer_steps(args, rows_of_epoch(rows), processes), count_parameters(model)
     memory = _by_parts(full, before)
     weights_size = _weights_size(model, tokenizer, folder / "tokenizer")
     every, best = recipe.validate_every, recipe.keep == "best"
@@ -175,7 +176,7 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter, proc
         step_seconds=full.seconds,
         tokens_a_second=full.tokens / sum(full.seconds),
         steps=total,
-        rows=len(rows),
+        rows=rows_of_epoch(rows),
         seeds=len(recipe.seeds),
         validations=validations,
         validation_seconds=validations * row_seconds * sum(min(len(one), VALIDATION_ROWS) for one in validated),

@@ -48,7 +48,7 @@ from lora_ggpo.training.memory import memory_errors
 from lora_ggpo.training.precision import precision_of
 from lora_ggpo.training.prefix import FrozenPrefix, find_prefix
 from lora_ggpo.training.scorer import Scorer
-from lora_ggpo.training.sharding import check_launch, cuts_weights, place, share_steps, whole_weights
+from lora_ggpo.training.sharding import check_draws, check_launch, cuts_weights, place, share_steps, whole_weights
 from lora_ggpo.training.trackers import tracking
 from lora_ggpo.training.trainer import NonFiniteLossError, RunTrainer
 from lora_ggpo.training.validation import Validation, is_over, kept_step
@@ -140,6 +140,8 @@ class _Unfinished:
     def _train(self, weights: Path) -> Scorer:
         """Train, and save what was trained in `weights`; return what scores it."""
         checkpoint = self._checkpoint()
+        if checkpoint:
+            share_steps(self.args, checkpoint, self.recipe)
         model, tokenizer, rows = build_model(self.recipe, self.args, self.splits, self.folder)
         if is_first() and not checkpoint:
             warn_of(self.recipe, self.args, self.splits, rows)
@@ -150,7 +152,7 @@ class _Unfinished:
         score = self._scorer(model, tokenizer)
         score.prepare(scored_sets(self.recipe, self.splits))  # what cannot be scored is found before hours of training
         if checkpoint:
-            share_steps(self.args, checkpoint, self.recipe, model)
+            check_draws(self.args, checkpoint, self.recipe, model)
         score.prefix = self._prefix(model, tokenizer, rows)
         trainer = build_trainer(self.recipe, self.args, model, tokenizer, rows, score.prefix)
         validation = Validation(self.recipe, self.splits, score, model)

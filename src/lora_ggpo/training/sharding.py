@@ -159,22 +159,40 @@ def processes(args: TrainingArguments) -> dict[str, int]:
     return {"processes": args.world_size, "gradient_accumulation_steps": args.gradient_accumulation_steps}
 
 
-def share_steps(args: TrainingArguments, checkpoint: Path, recipe: Recipe, model: Any) -> None:
+def share_steps(args: TrainingArguments, checkpoint: Path, recipe: Recipe) -> None:
     """Have the processes of now take the same micro-batches a step as those that made `checkpoint`, in the same order.
 
     Raises:
-        UserError: they cannot, or the run would not be the same.
+        UserError: they cannot, or would draw other noise.
     """
-    file = checkpoint / PROCESSES
-    made = read_json(file) if file.is_file() else processes(args)  # of an earlier release, which had as many to go on
-    before, each, now = made["processes"], made["gradient_accumulation_steps"], args.world_size
-    reason = _why_not(before, each, now, recipe, model) if before != now else None
-    if reason:
-        raise UserError(f"{checkpoint} is of {before} processes, and {now} cannot go on from it: {reason}.")
+    made, now = _made_by(checkpoint, args), args.world_size
+    before, each = made["processes"], made["gradient_accumulation_steps"]
+    _refuse(checkpoint, before, now, _why_not(before, each, now, recipe) if before != now else None)
     args.gradient_accumulation_steps = before * each // now
 
 
-def _why_not(before: int, each: int, now: int, recipe: Recipe, model: Any) -> str | None:
+def check_draws(args: TrainingArguments, checkpoint: Path, recipe: Recipe, model: Any) -> None:
+    """Refuse to go on from `checkpoint` with other processes than made it, where they would drop out other values.
+
+    Raises:
+        UserError: they would.
+    """
+    before, now = _made_by(checkpoint, args)["processes"], args.world_size
+    _refuse(checkpoint, before, now, _what_differs(before, recipe, model) if before != now else None)
+
+
+def _made_by(checkpoint: Path, args: TrainingArguments) -> dict[str, int]:
+    file = checkpoint / PROCESSES  # an earlier release wrote none, and had as many to go on
+    made: dict[str, int] = read_json(file) if file.is_file() else processes(args)
+    return made
+
+
+def _refuse(checkpoint: Path, before: int, now: int, reason: str | None) -> None:
+    if reason:
+        raise UserError(f"{checkpoint} is of {before} processes, and {now} cannot go on from it: {reason}.")
+
+
+def _why_not(before: int, each: int, now: int, recipe: Recipe) -> str | None:
     """Why `now` processes would not go on as `before`, with `each` micro-batches a step, began."""
     if (recipe.shards or "").startswith("zero"):
         return f"DeepSpeed's checkpoints are of as many processes as made them; start {before}"
@@ -184,6 +202,11 @@ def _why_not(before: int, each: int, now: int, recipe: Recipe, model: Any) -> st
     if ggpo and (ggpo.ranks == "agree") != (ggpo.redraw == "optimizer-step"):
         draws = f"with ggpo.ranks {ggpo.ranks} and ggpo.redraw {ggpo.redraw} they would draw other noise"
         return f"{draws}; start {before}"
+    return None
+
+
+def _what_differs(before: int, recipe: Recipe, model: Any) -> str | None:
+    """What other processes than the `before` ones would draw otherwise."""
     dropouts = {**model.config.to_dict(), **(recipe.adapter_fields or {})}
     drawing = [name for name, value in dropouts.items() if "drop" in name and isinstance(value, float) and value > 0]
     drawing += [name for name in ("neftune_noise_alpha",) if recipe.training_fields.get(name)]

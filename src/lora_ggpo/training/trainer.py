@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from lora_ggpo.errors import DivergedError, explain_rejection
 from lora_ggpo.methods.ascent import Ascent
+from lora_ggpo.training.drawn import random_order, section_size
 from lora_ggpo.training.head_loss import HeadLoss, takes_head_loss
 from lora_ggpo.training.sharding import cuts_weights, place, shard_on_cpu, whole_weights
 
@@ -41,22 +42,25 @@ class EpochSampler(Sampler[int]):
         lengths: Tokens of each row.
         seed: Seed of the order.
         group_size: Rows of like length come together in groups of this size; None mixes all lengths.
+        drawn_of: The rows are the first of a random order of so many, and nothing draws more than these; None has all.
     """
 
-    def __init__(self, lengths: ArrayLike, seed: int, group_size: int | None) -> None:
+    def __init__(
+        self, lengths: ArrayLike, seed: int, group_size: int | None = None, drawn_of: int | None = None
+    ) -> None:
         self.lengths, self.seed, self.group_size = np.asarray(lengths), seed, group_size
-        self.epoch = 0
+        self.drawn_of, self.epoch = drawn_of, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; the Trainer calls it as each epoch begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.drawn_of or len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + _EPOCH_STRIDE * self.epoch)
-        order = torch.randperm(len(self), generator=generator).numpy()
+        rows, seed = len(self.lengths), self.seed + _EPOCH_STRIDE * self.epoch
+        order = np.arange(rows) if self.drawn_of else random_order(rows, seed)
         if self.group_size is not None:
             self._group(order, self.group_size)
         return map(int, order)
@@ -64,7 +68,7 @@ class EpochSampler(Sampler[int]):
     def _group(self, order: NDArray[np.int64], size: int) -> None:
         """Bring rows of like length together, as transformers' get_length_grouped_indices does with lists: `order` is
         sorted by length in sections of up to 50 groups, and the longest row of all comes first."""
-        section = size * min(max(len(order) // (4 * size), 1), 50)
+        section = section_size(len(self), size)
         for begin in range(0, len(order), section):
             rows = order[begin : begin + section]
             rows[:] = rows[np.argsort(-self.lengths[rows], kind="stable")]
@@ -83,6 +87,7 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
 
     Args:
         lengths: Tokens of each training row.
+        drawn_of: How many rows there are in all, if the steps draw but these, in their order; None if they are all.
         items: How many items the model's loss on a batch is the mean of.
         settings: The fields of the recipe's ``training``, for what a library says of one.
         make_optimizer: Makes the optimizer; None is the one that the arguments name.
@@ -96,6 +101,7 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
         self,
         *,
         lengths: ArrayLike,
+        drawn_of: int | None = None,
         items: Callable[[dict[str, Tensor]], int | Tensor],
         settings: Collection[str] = (),
         make_optimizer: MakeOptimizer | None = None,
@@ -104,7 +110,7 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self._lengths, self._items, self._settings = lengths, items, settings
+        self._lengths, self._drawn_of, self._items, self._settings = lengths, drawn_of, items, settings
         self._make_optimizer, self._make_ascent = make_optimizer, make_ascent
         self._ascent: Ascent | None = None
         self._head_loss: HeadLoss | None = None
@@ -138,10 +144,11 @@ class RunTrainer(MontecloraTrainerMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         strategy = self.args.train_sampling_strategy
-        if strategy not in ("random", "group_by_length"):
+        if strategy not in ("random", "group_by_length") and not self._drawn_of:
             return super()._get_train_sampler(train_dataset)
         rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochSampler(self._lengths, self.args.seed, rows_a_step if strategy == "group_by_length" else None)
+        group_size = rows_a_step if strategy == "group_by_length" else None
+        return EpochSampler(self._lengths, self.args.seed, group_size, self._drawn_of)
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """As Trainer's, or what `make_optimizer` makes."""
