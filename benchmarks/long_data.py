@@ -1,142 +1,113 @@
 """Memory and time of a fine-tuning run over files of JSON lines of growing length: the peak does not grow with them.
 
-    python benchmarks/long_data.py --rows 50000 200000 1000000 --output docs/results/long_data.json
+    python benchmarks/long_data.py --rows 100000 1000000 10000000 --output docs/results/long_data.json
 
-Each length is a process of its own that loads the file, splits it, encodes it, and takes a few steps of task sft on a
-small random model, with 1,000 rows to validate and to test on. Memory is that of the process which no file stands
-behind (RssAnon of Linux, its peak over samples): what is mapped from files the system can drop at any time.
+Each length is one `lora-ggpo train`: ten steps of task sft on SmolLM2-135M, four rows a step, with 1,000 rows to
+validate and 1,000 to test on, 16 of which are scored. The rows are the bundled film reviews over and over, each with a
+number, so that no two are the same. Anonymous memory is what no file stands behind (RssAnon of Linux): what is mapped
+from files the system can drop at any time. Both are peaks over samples, in bytes, until the first step is done and of
+the whole run. With other work on the machine, processor seconds say more than those of the clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import random
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
-from unittest import mock
 
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import yaml
 
-if TYPE_CHECKING:
-    from lora_ggpo.data import DataConfig, Splits
+from lora_ggpo.data import DataConfig, LabelReader
 
-WORDS = [f"{start}{end}" for start in ("film", "plot", "cast", "song", "walk") for end in ("", "s", "ed", "ing", "er")]
+HELD_OUT = 1000
 
 
 def write_rows(path: Path, rows: int) -> None:
-    """Prompts of 5 to 15 words and completions of 10 to 60."""
-    chance = random.Random(0)
-    with path.open("w") as file:
-        for row in range(rows):
-            prompt, completion = (" ".join(chance.choices(WORDS, k=chance.randint(*k))) for k in ((5, 15), (10, 60)))
-            file.write(json.dumps({"prompt": f"{row}: {prompt}", "completion": completion}) + "\n")
+    """Prompts with a number, and completions that are film reviews."""
+    reviews = LabelReader.load(DataConfig(source="movie-reviews")).train["text"][:]
+    with path.open("w", encoding="utf-8") as file:
+        for row, review in zip(range(rows), itertools.cycle(reviews), strict=False):
+            file.write(json.dumps({"prompt": f"Write review {row} of a film.\n", "completion": review}) + "\n")
 
 
-def save_model(folder: Path) -> None:
-    """A Llama of 2 layers with a tokenizer of its own."""
-    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator([" ".join(WORDS), "0123456789:"] * 9, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained(folder)
-
-
-class Watch(threading.Thread):
-    """Keeps the peak of the memory that no file stands behind, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-
-    def run(self) -> None:
-        while True:
-            self.look()
-            time.sleep(0.02)
-
-    def look(self) -> int:
-        status = Path("/proc/self/status").read_text()
-        self.peak = max(self.peak, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
-        return self.peak
-
-
-def measure(model: Path, data: Path, folder: Path) -> dict[str, float]:
-    """Peaks and seconds of loading the data and of the whole run."""
-    from lora_ggpo.recipe.recipe import parse_recipe
-    from lora_ggpo.training.run import train
-    from lora_ggpo.workspace.progress import Reporter
-
-    rows = sum(1 for _ in data.open("rb"))
-    share = {"validation_fraction": 1000 / rows, "test_fraction": 1000 / rows}
-    recipe = parse_recipe(
-        json.dumps(
-            {
-                "model": str(model),
-                "task": {"kind": "sft", "max_length": 512},
-                "data": {"source": str(data), **share},
-                "adapter": {"r": 4, "target_modules": "all-linear"},
-                "ggpo": {"rule": "relative", "beta": 0.5},
-                "training": {"max_steps": 5, "per_device_train_batch_size": 8, "use_cpu": True},
-                "output": str(folder),
-            }
-        ),
-        "recipe",
-    )
-    watch = Watch()
-    watch.start()
-    start, before = time.perf_counter(), watch.look()
-    load, loaded = recipe.task.type.load, []
-
-    def watched(config: DataConfig) -> Splits:
-        splits = load(config)
-        loaded.append((watch.look(), round(time.perf_counter() - start, 1)))
-        print("peak in bytes and seconds of loading:", *loaded[0], file=sys.stderr)
-        return splits
-
-    with mock.patch.object(recipe.task.type, "load", watched):
-        train(recipe, Reporter(quiet=True))
-    peak_loading, loading = loaded[0]
-    return {
-        "rows": rows,
-        "file_bytes": data.stat().st_size,
-        "before": before,
-        "peak_loading": peak_loading,
-        "peak": watch.peak,
-        "loading_seconds": loading,
-        "seconds": round(time.perf_counter() - start, 1),
+def write_recipe(path: Path, data: Path, rows: int) -> None:
+    """Ten steps on `data`; what it writes goes beside it."""
+    recipe = {
+        "model": "smollm2",
+        "task": {"kind": "sft", "max_length": 256},
+        "data": {"source": str(data), "validation_fraction": HELD_OUT / rows, "test_fraction": HELD_OUT / rows},
+        "adapter": {"r": 16, "target_modules": "all-linear"},
+        "ggpo": {"rule": "relative", "beta": 0.5},
+        "training": {"max_steps": 10, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True},
+        "score_rows": 16,
+        "precision": "fp32",
+        "output": str(path.parent / "runs"),
     }
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+
+def memory(process: int) -> dict[str, int]:
+    """Bytes that a process has, and those of them that no file stands behind; nothing once it has ended."""
+    try:
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+        return {name: 1024 * int(status[key].split()[0]) for name, key in (("anonymous", "RssAnon"), ("all", "VmRSS"))}
+    except (OSError, KeyError):
+        return {}
+
+
+def processor_seconds(process: int) -> float:
+    """What a process has taken so far, in all its threads."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def watch(process: subprocess.Popen[bytes], log: Path) -> dict[str, float]:
+    """Peaks of memory, and seconds until the first step is in the `log`."""
+    begun, found, until_step = time.perf_counter(), dict.fromkeys(("anonymous", "all"), 0), dict[str, float]()
+    while process.poll() is None:
+        for name, size in memory(process.pid).items():
+            found[name] = max(found[name], size)
+        if not until_step and log.is_file() and log.stat().st_size:
+            until_step = {
+                "processor_seconds_to_step_1": processor_seconds(process.pid),
+                "seconds_to_step_1": round(time.perf_counter() - begun, 1),
+                **{f"peak_{name}_to_step_1": size for name, size in found.items()},
+            }
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return {**until_step, **{f"peak_{name}": size for name, size in found.items()}}
+
+
+def measure(rows: int, cache: str) -> dict[str, float]:
+    """One run over a file of so many rows, which has its folder for temporary files for itself."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        data, recipe = folder / "rows.jsonl", folder / "recipe.yaml"
+        write_rows(data, rows)
+        write_recipe(recipe, data, rows)
+        command = [sys.executable, "-m", "lora_ggpo.cli", "train", str(recipe)]
+        process = subprocess.Popen(command, env={**os.environ, "XDG_CACHE_HOME": cache, "TMPDIR": name})
+        return {"rows": rows, "file_bytes": data.stat().st_size, **watch(process, folder / "runs/seed-0/log.jsonl")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 200_000, 1_000_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--measure", type=Path, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(*args.measure)))
-        return
     found = []
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        save_model(folder / "model")
+    with TemporaryDirectory() as cache:
+        unpack = "from lora_ggpo.models.load import load_model; load_model('smollm2')"
+        subprocess.run([sys.executable, "-c", unpack], env={**os.environ, "XDG_CACHE_HOME": cache}, check=True)
         for rows in args.rows:
-            write_rows(folder / "rows.jsonl", rows)
-            places = [str(folder / part) for part in ("model", "rows.jsonl", f"runs-{rows}")]
-            command = [sys.executable, __file__, "--measure", *places]
-            cache = {**os.environ, "XDG_CACHE_HOME": name}  # nothing is encoded yet
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=cache)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            found.append(measure(rows, cache))
             print(json.dumps(found[-1]), flush=True)
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n")

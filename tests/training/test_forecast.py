@@ -11,16 +11,17 @@ from lora_ggpo.cli import app
 from lora_ggpo.errors import UserError
 from lora_ggpo.models.architecture import HEADED, label_head
 from lora_ggpo.models.load import load_model
-from lora_ggpo.recipe.recipe import load_recipe
+from lora_ggpo.recipe.recipe import load_recipe, parse_recipe
 from lora_ggpo.training import forecast as module
 from lora_ggpo.training import precision
 from lora_ggpo.training.checkpoints import last_whole
 from lora_ggpo.training.forecast import at_once, forecast, largest_batch, longest_rows, share_of_memory
 from lora_ggpo.training.reuse import load_trained
 from lora_ggpo.training.run import train
+from lora_ggpo.training.scorer import Scorer
 from lora_ggpo.training.trainer import RunTrainer
 from lora_ggpo.workspace.progress import Reporter
-from tests.recipes import write_guided
+from tests.recipes import recipe_text, write_guided, write_pairs
 
 QUIET = Reporter(quiet=True)
 
@@ -91,6 +92,19 @@ def test_time_covers_the_whole_run(planned):
     assert found.validations == 2
     assert found.validation_seconds > 0
     assert found.scoring_seconds > 0
+
+
+@pytest.mark.parametrize("changes", [["validate_every=2"], ["validate_every=3", "stop_loss=0.01"], ["keep=best"]])
+def test_rows_that_are_scored_are_those_of_a_run(tiny_llama, tmp_path, monkeypatch, changes):
+    """A validation behind the last step is not scored again; where the best is kept, it may be of other weights."""
+    text = recipe_text(tiny_llama, write_pairs(tmp_path / "data.jsonl"), tmp_path / "runs", validate_every=2)
+    recipe, scored = parse_recipe(text, "r.yaml", ["training.learning_rate=0", *changes]), []
+    monkeypatch.setattr(module, "_row_seconds", lambda score: 1.0)
+    found = forecast(recipe, 1, QUIET)
+    plain = Scorer._scores
+    monkeypatch.setattr(Scorer, "_scores", lambda self, rows, *shown: scored.append(len(rows)) or plain(self, rows))
+    train(recipe, QUIET)
+    assert found.validation_seconds + found.scoring_seconds == sum(scored)
 
 
 def test_sizes_are_those_on_disk(planned):

@@ -16,7 +16,7 @@ BINARY |= {b"\x28\xb5\x2f\xfd": "a zstandard file", b"ARROW1": "an Arrow file"}
 def decode(path: Path, content: bytes, first: int = 1) -> str:
     """Bytes as text; `first` is the number of their first line."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode().removeprefix("\ufeff")  # a quarter of the time of "utf-8-sig"
     except UnicodeDecodeError as error:
         kind = next((kind for magic, kind in BINARY.items() if content.startswith(magic)), None)
         if kind:

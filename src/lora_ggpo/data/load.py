@@ -30,6 +30,7 @@ from lora_ggpo.errors import UserError
 Columns = dict[str, list[Any]]
 Tables = Mapping[str, Table]
 STRING = datasets.Value("string")
+_as_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 _WITHHELD = {"-1", "-1.0", "None", "nan", ""}
 
 
@@ -229,7 +230,7 @@ def digest(dataset: datasets.Dataset) -> str:
     sha = hashlib.sha256()
     for begin in range(0, len(dataset), PIECE):
         for row in dataset.select(range(begin, min(begin + PIECE, len(dataset)))).to_list():
-            sha.update(json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+            sha.update(_as_json(row).encode() + b"\n")
     return sha.hexdigest()
 
 

@@ -88,7 +88,7 @@ class Forecast:
         seeds: Number of such runs in the recipe.
         validations: Number of validations during training.
         validation_seconds: Of all of these.
-        scoring_seconds: Of the sets that are scored in the end.
+        scoring_seconds: Of what is scored in the end.
         weights_size: Of the saved adapter (model with full fine-tuning) and its tokenizer.
         checkpoint_size: Of one checkpoint.
         checkpoints: How many are there in the end.
@@ -161,10 +161,12 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter, proc
     total, (trained, parameters) = optimizer_steps(args, rows_of_epoch(rows), processes), count_parameters(model)
     memory = _by_parts(full, before)
     weights_size = _weights_size(model, tokenizer, folder / "tokenizer")
-    every, best = recipe.validate_every, recipe.keep == "best"
+    best, row_seconds, validated = recipe.keep == "best", _row_seconds(score), len(scored.get("validation", ()))
+    rows_each = min(validated, VALIDATION_ROWS) + (min(len(splits.train), VALIDATION_ROWS) if recipe.stop_loss else 0)
+    every = recipe.validate_every if rows_each else None
     validations = (-(-total // every) if best else total // every) if every else 0
-    validated = [scored.get("validation", ()), *([splits.train] if recipe.stop_loss else [])]
-    row_seconds = _row_seconds(score)
+    # The scores of a last validation are those of the end, unless it is an earlier one that is kept.
+    known = validated if every and total % every == 0 and not best and validated <= VALIDATION_ROWS else 0
     return Forecast(
         parameters=parameters,
         trained=trained,
@@ -179,8 +181,8 @@ def _forecast(recipe: Recipe, folder: Path, steps: int, reporter: Reporter, proc
         rows=rows_of_epoch(rows),
         seeds=len(recipe.seeds),
         validations=validations,
-        validation_seconds=validations * row_seconds * sum(min(len(one), VALIDATION_ROWS) for one in validated),
-        scoring_seconds=row_seconds * sum(map(len, scored.values())),
+        validation_seconds=validations * row_seconds * rows_each,
+        scoring_seconds=row_seconds * (sum(map(len, scored.values())) - known),
         weights_size=weights_size,
         checkpoint_size=weights_size + full.parts["optimizer state"] + full.parts["trained parameters"] * best,
         checkpoints=_checkpoints(recipe, args, total),
