@@ -1,5 +1,6 @@
 """Long files are read piece by piece and kept in files: the same rows, splits, warnings and errors."""
 
+import gzip
 import json
 import tempfile
 import warnings
@@ -64,6 +65,17 @@ def write_lines(rows, path):
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
 
 
+def packed(kind):
+    """A writer of files of that kind in a .gz."""
+
+    def write(rows, path):
+        plain = path.with_name("unpacked")
+        WRITERS[kind](rows, plain)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+
+    return write
+
+
 WRITERS = {
     "jsonl": write_lines,
     "csv": lambda rows, path: pandas.DataFrame(rows).to_csv(path, index=False, lineterminator="\r\n"),
@@ -72,7 +84,9 @@ WRITERS = {
         pyarrow.Table.from_struct_array(pyarrow.array(rows)), path, row_group_size=20
     ),
 }
-CASES = [
+PACKED = ("jsonl", "csv", "tsv")
+CASES = [("plain", f"{kind}.gz") for kind in PACKED]
+CASES += [
     (name, kind)
     for name, (_, rows, _) in SOURCES.items()
     for kind in WRITERS
@@ -91,7 +105,8 @@ def loaded(name, path):
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_long_file_gives_what_a_short_one_does(name, kind, tmp_path, request, monkeypatch):
     path = tmp_path / f"rows.{kind}"
-    WRITERS[kind](SOURCES[name][1], path)
+    write = packed(kind.removesuffix(".gz")) if kind.endswith(".gz") else WRITERS[kind]
+    write(SOURCES[name][1], path)
     short, warned = loaded(name, path)
     folder = request.getfixturevalue("pieces")
     monkeypatch.setattr(files, "_content", None)  # no file is read whole
@@ -105,6 +120,15 @@ def test_a_long_file_gives_what_a_short_one_does(name, kind, tmp_path, request, 
     if name in ("few system prompts", "single turns", "preferences"):
         assert len(warned) == 1
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_long_file_that_is_cut_off_is_one_sentence(kind, pieces, tmp_path):
+    path = tmp_path / f"rows.{kind}.gz"
+    packed(kind)(PLAIN, path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=rf"rows\.{kind}\.gz is truncated or no gzip file .*; fetch or compress it"):
+        read_file(path)
 
 
 BROKEN = {

@@ -159,7 +159,10 @@ def _read_whole(path: Path, reader: Reader, columns: Sequence[str] | None) -> Ta
 def _read_long(path: Path, reader: Reader, columns: Sequence[str] | None) -> Table | None:
     """The rows of a long file, piece by piece; None of one that must be read whole."""
     read = LONG_READERS.get(reader)
-    return read(path, columns) if read and long.is_long(path) else None
+    try:
+        return read(path, columns) if read and long.is_long(path) else None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _damaged(path, error) from None
 
 
 def _content(path: Path) -> bytes:
@@ -172,7 +175,11 @@ def _content(path: Path) -> bytes:
     try:
         return gzip.decompress(content)
     except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path} is truncated or no gzip file ({error}); fetch or compress it again.") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is truncated or no gzip file ({error}); fetch or compress it again.")
 
 
 def _are_objects(value: object) -> bool:

@@ -6,12 +6,13 @@ where rows go that are more than memory holds.
 
 from __future__ import annotations
 
+import gzip
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow
 
@@ -26,21 +27,34 @@ LONG = 2**26
 
 GZIP = b"\x1f\x8b"
 
+UNPACKED = 4
+"""How many times its size a compressed file of text has at least, as a rule."""
+
 Rows = Iterator[tuple[list[str], int]]
 """Fields of each record, and the line on which it begins."""
 
 
 def is_long(path: Path) -> bool:
-    """Whether a file is long, and not compressed."""
-    if path.stat().st_size <= LONG:
-        return False
+    """Whether a file is long; a compressed one is reckoned as what is in it."""
+    size = path.stat().st_size
+    return size > LONG or (size > LONG // UNPACKED and is_compressed(path))
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether gzip has made a file, whatever its name."""
     with path.open("rb") as file:
-        return file.read(len(GZIP)) != GZIP
+        return file.read(len(GZIP)) == GZIP
 
 
-def read_parquet_file(path: Path, columns: Sequence[str] | None = None) -> Table:
-    """The rows of a parquet file."""
-    return read_parquet(path, pyarrow.memory_map(str(path)))
+def _open(path: Path, mode: str = "rb", **options: Any) -> IO[Any]:
+    """Open a file to read what is in it; a compressed one is unpacked again each time, as it is read."""
+    open_any: Callable[..., IO[Any]] = gzip.open if is_compressed(path) else open
+    return open_any(path, mode, **options)
+
+
+def read_parquet_file(path: Path, columns: Sequence[str] | None = None) -> Table | None:
+    """The rows of a parquet file; None of one in a .gz, which cannot be mapped."""
+    return None if is_compressed(path) else read_parquet(path, pyarrow.memory_map(str(path)))
 
 
 # --- CSV and TSV ---------------------------------------------------------------------------------------------------
@@ -53,7 +67,7 @@ def read_csv(path: Path, columns: Sequence[str] | None = None) -> Table | None:
 
 def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Table | None:
     """The rows of a TSV file; None of one with quotes, whose meaning hangs on all lines."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         if any(b'"' in block for block in iter(lambda: file.read(2**20), b"")):
             return None
     lines = ((line.rstrip("\r\n"), number) for number, line in enumerate(_lines(path), start=1))
@@ -62,10 +76,10 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> Table | None:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _open(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield from file
     except UnicodeDecodeError:
-        with path.open("rb") as file:
+        with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 decode(path, line, number)  # raises at the line
         raise
@@ -109,7 +123,7 @@ class LongTable(Table):
     starts: Sequence[int] = ()
 
     def pieces(self) -> Iterator[Table]:
-        with self.path.open("rb") as file:
+        with _open(self.path) as file:
             for begin in range(0, len(self), PIECE):
                 positions = self.positions[begin : begin + PIECE]
                 file.seek(self.starts[begin])
@@ -139,11 +153,11 @@ class _Columns(Mapping[str, list[Any]]):
 
 def read_json_lines(path: Path, columns: Sequence[str] | None = None) -> LongTable | None:
     """The rows of a file of JSON lines; None of one that does not begin with a line of JSON."""
-    with path.open("rb") as file:
+    with _open(path) as file:
         if not is_json(next((line for line in file if line.strip()), b"").decode("utf-8-sig", "replace")):
             return None
     starts, positions, names, place, named = array("q"), array("q"), dict[str, None](), 0, True
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 row = parse_line(path, number, line)
