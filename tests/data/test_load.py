@@ -302,3 +302,12 @@ def test_chats_in_both_spellings(suffix, tmp_path):
 def test_unusable_completions(row, message, save):
     with pytest.raises(UserError, match=message):
         complete(save([row]))
+
+
+def test_a_second_text_is_read_where_the_source_has_one(save):
+    source = save([{**row, "text_pair": f"and {row['text']}"} for row in ROWS])
+    for settings in ({}, {"text_pair": "text_pair"}):
+        train = classify(source, **settings).train
+        assert train["text_pair"][:] == [f"and {text}" for text in train["text"]]
+    assert "text_pair" not in classify(source, ignore=["text_pair"]).train.column_names
+    assert classify(source, text_pair="text").train["text_pair"][:] == classify(source).train["text"][:]

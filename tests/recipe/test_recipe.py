@@ -84,7 +84,7 @@ def test_bad_sections(override, message):
         (["task.chat_template=true"], "task sets chat_template, which kind classification does not look at"),
         (["task.kind=sft", "task.label_words=[bad, good]"], "task sets label_words, which kind sft does not look at"),
         (["data.prompt=question"], "data sets prompt, which task classification does not look at; leave it out."),
-        (["data.ignore=[system]"], "data sets ignore, which task classification does not look at"),
+        (["data.chosen=better"], "data sets chosen, which task classification does not look at"),
         (["task.too_long=refuse"], "task sets too_long, which kind classification does not look at; leave it out"),
         (["data.single_turn=true"], "data sets single_turn, which task classification does not look at"),
         (["task.kind=sft", "data.text=body"], "data sets text, which task sft does not look at"),

@@ -27,7 +27,7 @@ class DataConfig(BaseModel):
     )
     text: str | None = Field(None, description='Column of the text; default "text".')
     text_pair: str | None = Field(
-        None, description="Column of a second text, such as hypothesis; null is one text only."
+        None, description='Column of a second text, such as hypothesis; default "text_pair", if there is one.'
     )
     label: str | None = Field(
         None, description='Column of the label; default "label" (regression: "score", if there is one).'
@@ -53,8 +53,8 @@ class DataConfig(BaseModel):
     )
     ignore: list[str] = Field(
         [],
-        description="Fine-tuning on completions: columns that are not looked at, though their names have a meaning for "
-        "training, such as system or tools.",
+        description="Columns that are not looked at, though their names have a meaning for training, such as system, "
+        "tools or text_pair.",
     )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="Share of the training rows to validate on, if the source has no such split."

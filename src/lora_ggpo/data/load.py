@@ -143,8 +143,12 @@ class Reader(ABC):
         return taken(train, np.sort(stratified_order(self.strata(train), self.config.split_seed)[:size]))
 
 
+PAIR = "text_pair"
+"""The column of a second text."""
+
+
 class TextReader(Reader):
-    """Reads "id", "text", with `text_pair` also "text_pair", and a value of each row.
+    """Reads "id", "text", "text_pair" where the source has that column or names another, and a value of each row.
 
     A split whose values are withheld (no such column, or -1 throughout) counts as missing, with a warning; the
     validation split then stands in for the test split.
@@ -170,6 +174,7 @@ class TextReader(Reader):
     def learn(self, tables: Tables) -> Tables:
         train = next(iter(tables.values()))
         self._column = self.config.label or self._default([train])
+        self._has_pair = PAIR in train.columns and PAIR not in self.config.ignore
         self.study(train, self._column)
         unlabelled = [split for split in list(tables)[1:] if self._is_withheld(tables[split], self._column)]
         if not unlabelled:
@@ -200,8 +205,8 @@ class TextReader(Reader):
 
     @property
     def _texts(self) -> dict[str, str]:
-        pair = {} if self.config.text_pair is None else {"text_pair": self.config.text_pair}
-        return {"text": self.config.text or "text", **pair}
+        pair = self.config.text_pair or (PAIR if self._has_pair else None)
+        return {"text": self.config.text or "text"} | ({PAIR: pair} if pair else {})
 
     def _default(self, tables: Collection[Table]) -> str:
         found = (name for name in self.defaults if any(name in table.columns for table in tables))

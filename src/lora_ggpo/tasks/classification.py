@@ -21,7 +21,7 @@ class ClassTask(Task):
     """A task in which a row has one of the data's classes; its scores become probabilities of the classes."""
 
     reader = LabelReader
-    columns = frozenset({"text", "text_pair", "label", "label_noise"})
+    columns = frozenset({"text", "text_pair", "label", "label_noise", "ignore"})
     metrics = ("accuracy", "f1", "mcc", "log_loss", "brier", "ece")
     loss = "log_loss"
     averages = True

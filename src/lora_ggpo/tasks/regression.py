@@ -62,7 +62,7 @@ class Regression(Task):
 
     reader = TargetReader
     architecture = HEADED
-    columns = frozenset({"text", "text_pair", "label"})
+    columns = frozenset({"text", "text_pair", "label", "ignore"})
     metrics = ("pearson", "spearman", "mse")
     loss = "mse"
     averages = True

@@ -83,7 +83,8 @@ class LabelWords(ClassTask):
             raise UserError("task.template has {text_pair}, but the data has one text only; set data.text_pair.")
         if pairs and not self.config.takes_pair:
             raise UserError(
-                "The data has two texts, but task.template has no {text_pair}; put it where the second goes."
+                "The data has two texts, but task.template has no {text_pair}; put it where the second goes, or leave "
+                "the second out by data.ignore: [text_pair]."
             )
         fixed = len(self._prompt_ids(tokenizer, {"text": "", "text_pair": ""}))
         room, most = self.room(tokenizer), self.config.max_length
