@@ -102,7 +102,8 @@ def test_rows_that_are_scored_are_those_of_a_run(tiny_llama, tmp_path, monkeypat
     monkeypatch.setattr(module, "_row_seconds", lambda score: 1.0)
     found = forecast(recipe, 1, QUIET)
     plain = Scorer._scores
-    monkeypatch.setattr(Scorer, "_scores", lambda self, rows, *shown: scored.append(len(rows)) or plain(self, rows))
+    watch = lambda self, task, rows, *shown: scored.append(len(rows)) or plain(self, task, rows)  # noqa: E731
+    monkeypatch.setattr(Scorer, "_scores", watch)
     train(recipe, QUIET)
     assert found.validation_seconds + found.scoring_seconds == sum(scored)
 
