@@ -158,6 +158,16 @@ def test_a_start_from_packed_rows_reads_examples_that_do_not_see_one_another(run
     assert apart == [pytest.approx(0, abs=1e-5)]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_any_attention_gives_the_same_losses(run, packing, monkeypatch):
+    took, own = [], build._collator
+    monkeypatch.setattr(build, "_collator", lambda *of: took.append(of[2].config._attn_implementation) or own(*of))
+    plain = run("plain", f"task.packing={packing}")
+    eager = run("eager", f"task.packing={packing}", "attn_implementation=eager")
+    assert took == ["sdpa", "eager"]
+    assert losses(eager) == [pytest.approx(row, rel=1e-4) for row in losses(plain)]
+
+
 def test_packed_runs_have_fewer_steps_an_epoch(run):
     short = ["training.max_steps=-1", "training.num_train_epochs=1", "training.per_device_train_batch_size=1"]
     assert run("a", *short).metrics["training"]["steps"] == 32

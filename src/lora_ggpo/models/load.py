@@ -53,6 +53,7 @@ def load_model(
     dtype: str = "float32",
     quantisation: Quantisation | None = None,
     dropout: float | None = None,
+    attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained model and its tokenizer.
 
@@ -64,6 +65,7 @@ def load_model(
         dtype: "float32", "bfloat16" or "float16", the type of all weights.
         quantisation: how the linear layers but the head are kept instead, frozen and with all else in float32.
         dropout: in place of all rates of dropout in the model's config; None leaves them.
+        attention: as transformers names it, such as "flash_attention_2"; None is its own choice.
 
     Returns:
         The model on the CPU (a quantised one on its device), in eval mode, and its tokenizer with a pad token, padding
@@ -82,7 +84,8 @@ def load_model(
         for rate in () if dropout is None else dropout_rates(config):
             setattr(config, rate, dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, loading = _from_pretrained(source, architecture, config, options | {"dtype": dtype}, quantisation)
+        options |= {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+        model, loading = _from_pretrained(source, architecture, config, options, quantisation)
     _check_loading(name, model, loading, head_is_new=architecture.new_head)
     _prepare(name, model, tokenizer, generates=architecture is CAUSAL)
     return prepare_quantised(model, quantisation) if quantisation else model, tokenizer

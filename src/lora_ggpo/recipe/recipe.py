@@ -76,6 +76,12 @@ class Recipe(BaseModel):
     model_dropout: float | None = Field(
         None, ge=0, lt=1, description="Dropout in the model itself, in place of all rates in its config; null is those."
     )
+    attn_implementation: str | None = Field(
+        None,
+        min_length=1,
+        description="Attention in training, as transformers names it: sdpa, eager, flash_attention_2 (on a GPU, with "
+        "flash-attn and 16-bit weights); null is transformers' own choice.",
+    )
     frozen_prefix: bool = Field(
         True,
         description="Where embeddings and lowest layers of an encoder are neither trained nor perturbed nor dropped "

@@ -175,9 +175,10 @@ class Task(ABC):
         dtype: str = "float32",
         quantisation: Quantisation | None = None,
         dropout: float | None = None,
+        attention: str | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """`lora_ggpo.models.load.load_model` for this task."""
-        return load_model(name, self.architecture, self.head, dtype, quantisation, dropout)
+        return load_model(name, self.architecture, self.head, dtype, quantisation, dropout, attention)
 
     def encode(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "") -> Dataset:
         """Tokenise the rows of `dataset`, in their order, unless what the same ones became lies in the cache folder.

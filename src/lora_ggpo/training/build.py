@@ -114,7 +114,8 @@ def build_model(
     check_trackers(args)
     set_seed(args.seed)  # decides the new head and the adapter's starting values
     task = recipe.task.for_labels(splits.labels)
-    base, tokenizer = task.load_model(recipe.model, recipe.dtype, _quantisation(recipe, args), recipe.model_dropout)
+    how = recipe.dtype, _quantisation(recipe, args), recipe.model_dropout, recipe.attn_implementation
+    base, tokenizer = task.load_model(recipe.model, *how)
     if folder:
         keep_day(tokenizer, folder)
 
