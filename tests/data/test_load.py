@@ -310,4 +310,6 @@ def test_a_second_text_is_read_where_the_source_has_one(save):
         train = classify(source, **settings).train
         assert train["text_pair"][:] == [f"and {text}" for text in train["text"]]
     assert "text_pair" not in classify(source, ignore=["text_pair"]).train.column_names
+    with pytest.raises(UserError, match=r"has no column 'second', which data\.ignore names; leave it out\."):
+        classify(source, ignore=["second"])
     assert classify(source, text_pair="text").train["text_pair"][:] == classify(source).train["text"][:]

@@ -65,11 +65,6 @@ class CompletionReader(Reader):
     """
 
     def learn(self, tables: Tables) -> Tables:
-        unknown = [name for name in self.config.ignore if not any(name in table.columns for table in tables.values())]
-        if unknown:
-            raise UserError(
-                f"{self.config.source} has no column {unknown[0]!r}, which data.ignore names; leave it out."
-            )
         return tables
 
     def __init__(self, config: DataConfig) -> None:

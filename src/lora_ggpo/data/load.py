@@ -73,6 +73,7 @@ class Reader(ABC):
         together. Then train is cut to `train_size`, and its labels are corrupted.
         """
         reader, tables = cls(config), _main_tables(config)
+        _check_ignored(config, tables)
         origin = next(iter(tables.values())).origin
         read = reader.read_all(reader.learn(tables))
         further = {split: read.pop(split) for split in FURTHER_TESTS if split in read}
@@ -141,6 +142,12 @@ class Reader(ABC):
                 f"data.train_size is {size}, but {origin} gives {rows} rows to train on; ask for at most {rows}."
             )
         return taken(train, np.sort(stratified_order(self.strata(train), self.config.split_seed)[:size]))
+
+
+def _check_ignored(config: DataConfig, tables: Tables) -> None:
+    unknown = [name for name in config.ignore if not any(name in table.columns for table in tables.values())]
+    if unknown:
+        raise UserError(f"{config.source} has no column {unknown[0]!r}, which data.ignore names; leave it out.")
 
 
 PAIR = "text_pair"
