@@ -145,24 +145,32 @@ def test_workers_are_fresh_processes_that_share_the_cores(monkeypatch, allowed, 
     pool.close()
 
 
-def test_runs_under_way_say_how_far_they_are(recipe_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [False, True])
+def test_runs_under_way_say_how_far_they_are(recipe_file, tmp_path, monkeypatch, before):
+    log = '{"step": 2, "loss": 0.5}\n{"step": 2, "validation/loss": 1.0}\n{"ste'
+
     class Slow(Here):
         """Takes half of the steps, and fails once that has been seen."""
 
         def submit(self, function, name, recipe, folder):
             future = Future()
-            folder.mkdir(parents=True)
-            (folder / "log.jsonl").write_text('{"step": 2, "loss": 0.5}\n{"step": 2, "validation/loss": 1.0}\n{"ste')
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "log.jsonl").write_text(log)
             threading.Timer(0.3, lambda: future.set_result(write_json(folder / FAILURE, {"message": "none"}))).start()
             return future
 
     monkeypatch.setattr(engine, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.1)
     grid = plan_comparison(read_source(recipe_file, OVERRIDES), ["lora", "ggpo"], 1, 1, (), None, tmp_path)
+    first = grid.final()[0].folder
+    if before:  # a session before came as far
+        first.mkdir(parents=True)
+        (first / "log.jsonl").write_text(log)
     said = io.StringIO()
     run_comparison(grid, Slow, "command", Reporter(Console(file=said, width=200)))
     lines = said.getvalue().splitlines()
-    assert re.search(r"^compare: 0/2, lora seed 0 step 2, loss 0\.500, 0:0\d left$", lines[0])
+    left = "" if before else r", 0:0\d left"
+    assert re.search(rf"^compare: 0/2, lora seed 0 step 2, loss 0\.500{left}$", lines[0])
     assert "compare: 1/2, ggpo seed 0 step 2, loss 0.500, 0:00 left" in lines
     assert lines[-1] == "compare: 2/2, ggpo seed 0"
 

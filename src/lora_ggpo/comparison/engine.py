@@ -17,7 +17,7 @@ from lora_ggpo.comparison.grid import Grid, PlannedRun
 from lora_ggpo.comparison.pool import FAILURE, Pool, carry_out
 from lora_ggpo.comparison.results import validation_score, write_results
 from lora_ggpo.errors import UserError
-from lora_ggpo.recipe.recipe import Recipe, check_recipe
+from lora_ggpo.recipe.recipe import check_recipe
 from lora_ggpo.statistics.metrics import METRICS
 from lora_ggpo.training.advice import warn_of_runs
 from lora_ggpo.workspace.files import read_json, read_json_lines, write_json
@@ -30,7 +30,7 @@ LOOK_SECONDS = 1.0
 """Between two looks at the logs of runs that are under way."""
 
 SHOWN_RUNS = 2
-"""Of these, at most."""
+"""Runs under way whose step and loss are shown, at most."""
 
 
 def run_comparison(grid: Grid, make_pool: Callable[[], Pool], command: str, reporter: Reporter) -> None:
@@ -94,7 +94,7 @@ class _Progress:
         ends = ("metrics.json", FAILURE)
         missing = [run for run in runs if not any((run.folder / name).is_file() for name in ends)]
         self._done += len(runs) - len(missing)
-        self._task.begin(self._done)
+        self._task.skip(len(runs) - len(missing))
         self._task.update(self._done, self._total)
         if not missing:
             return
@@ -115,18 +115,18 @@ class _Progress:
 
     def _carry_out(self, runs: Sequence[PlannedRun], pool: Pool) -> None:
         waiting = iter(runs)
-        running = {_submit(run, pool): run for run in itertools.islice(waiting, pool.width)}
+        running = {self._submit(run, pool): run for run in itertools.islice(waiting, pool.width)}
         try:
             while running:
                 ended = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED).done
                 if not ended:
-                    self._show(itertools.islice(running.values(), SHOWN_RUNS))
+                    self._show(running.values())
                 for future in ended:
                     run = running.pop(future)
                     future.result()
                     self._done += 1
                     self._task.update(self._done, self._total, _name(run))
-                    running |= {_submit(run, pool): run for run in itertools.islice(waiting, 1)}
+                    running |= {self._submit(run, pool): run for run in itertools.islice(waiting, 1)}
         except BrokenProcessPool as error:
             raise UserError(
                 "A worker process was killed, perhaps for want of memory; give the same command again, "
@@ -138,24 +138,30 @@ class _Progress:
                 f"Stopped after {self._done} of {self._total} runs; give the same command again to go on from there."
             ) from error
 
+    def _submit(self, run: PlannedRun, pool: Pool) -> Future[Any]:
+        self._task.skip(_share(run, _last_row(run)))  # of an earlier session
+        return pool.submit(carry_out, "the recipe", run.recipe.resolved(run.seed), run.folder.absolute())
+
     def _show(self, runs: Iterable[PlannedRun]) -> None:
         """Say how far `runs` are, from their logs."""
-        logs = [(run, [row for row in read_json_lines(run.folder / "log.jsonl") if "loss" in row]) for run in runs]
-        last = [(run, rows[-1]) for run, rows in logs if rows]
-        notes = [f"{_name(run)} step {row['step']}, loss {row['loss']:.3f}" for run, row in last]
-        part = sum(_share(run.recipe, row) for run, row in last)
+        last = [(run, row) for run in runs if (row := _last_row(run))]
+        notes = [f"{_name(run)} step {row['step']}, loss {row['loss']:.3f}" for run, row in last[:SHOWN_RUNS]]
+        part = sum(_share(run, row) for run, row in last)
         self._task.update(self._done, self._total, "; ".join(notes), part)
 
 
-def _share(recipe: Recipe, row: Mapping[str, Any]) -> float:
+def _last_row(run: PlannedRun) -> dict[str, Any]:
+    """What the log of a run says last of its loss; nothing before the first step."""
+    return next((row for row in reversed(read_json_lines(run.folder / "log.jsonl")) if "loss" in row), {})
+
+
+def _share(run: PlannedRun, row: Mapping[str, Any]) -> float:
     """Which share of its steps a run has done whose last logged row is `row`."""
-    training = recipe.training
+    if not row:
+        return 0.0
+    training = run.recipe.training
     steps, epochs = training.max_steps, training.num_train_epochs  # type: ignore[attr-defined]
     return min(1.0, float(row["step"] / steps if steps > 0 else row["epoch"] / epochs))
-
-
-def _submit(run: PlannedRun, pool: Pool) -> Future[Any]:
-    return pool.submit(carry_out, "the recipe", run.recipe.resolved(run.seed), run.folder.absolute())
 
 
 def _name(run: PlannedRun) -> str:

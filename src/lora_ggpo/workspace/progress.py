@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.02
 """Plain lines are as far apart as the longer of these: seconds, and a share of the time since the work began."""
@@ -44,11 +44,10 @@ class Reporter:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            yield Task(self, description, bar, bar.add_task(description, total=None, note=""))
+            yield Task(self, description, bar, bar.add_task(description, total=None, note="", left=""))
 
 
 class Task:
@@ -57,12 +56,17 @@ class Task:
     def __init__(self, reporter: Reporter, description: str, bar: Progress | None = None, row: int = 0) -> None:
         self._reporter, self._description, self._bar, self._row = reporter, description, bar, row
         self._start = self._said = time.monotonic()
-        self._first = 0
+        self._first = 0.0
+        self._last: tuple[float | str, ...] = ()
 
     def begin(self, done: int) -> None:
-        """Say that `done` steps were done before, so that they do not count in the time left."""
+        """Start the clock of the time left, with `done` steps done before."""
         self._first = done
         self._start = self._said = time.monotonic()
+
+    def skip(self, steps: float) -> None:
+        """Leave out of the time left what turns out to have been done before; the clock runs on."""
+        self._first += steps
 
     def update(self, done: int, total: int, note: str = "", part: float = 0.0) -> None:
         """Report that `done` of `total` steps are done; `note` is a few words such as the loss.
@@ -70,16 +74,18 @@ class Task:
         Args:
             part: What is done of the steps under way, in steps: for the time left.
         """
-        if self._bar is not None:
-            self._bar.update(TaskID(self._row), completed=done, total=total, note=note)
-            return
         now = time.monotonic()
-        if now - self._said < max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._start)) and done < total:
-            return
-        self._said = now
         gone, to_come = done + part - self._first, total - done - part
-        left = f", {duration((now - self._start) * to_come / gone)} left" if gone > LEAST and done < total else ""
-        self._reporter.say(f"{self._description}: {done}/{total}{f', {note}' if note else ''}{left}")
+        left = f"{duration((now - self._start) * to_come / gone)} left" if gone > LEAST and done < total else ""
+        if self._bar is not None:
+            self._bar.update(TaskID(self._row), completed=done, total=total, note=note, left=left)
+            return
+        said = (done, total, note, part)
+        early = now - self._said < max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._start))
+        if (early or said == self._last) and done < total:
+            return
+        self._said, self._last = now, said
+        self._reporter.say(f"{self._description}: {', '.join(filter(None, [f'{done}/{total}', note, left]))}")
 
 
 def duration(seconds: float) -> str:
