@@ -7,6 +7,7 @@ from lora_ggpo.comparison.axes import (
     axes_of,
     parse_axes,
     recipe_values,
+    refuse_dropped,
     refuse_fixed,
     setting_name,
     settings_of,
@@ -14,6 +15,7 @@ from lora_ggpo.comparison.axes import (
 )
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import RECIPE, Method, find_method
+from lora_ggpo.recipe.source import parse_source
 
 
 def test_all_combinations_by_name():
@@ -109,5 +111,22 @@ def test_what_a_method_leaves_open(method, key):
     refuse_fixed(find_method(method), [key], "--axis")
 
 
+AS_IT_STANDS = Method(RECIPE, "the recipe", "", plain=False)
+
+
 def test_the_recipe_leaves_everything_open():
-    refuse_fixed(Method(RECIPE, "the recipe", "", plain=False), ["ggpo.rule", "adapter.use_dora"], "--axis")
+    refuse_fixed(AS_IT_STANDS, ["ggpo.rule", "adapter.use_dora"], "--axis")
+
+
+@pytest.mark.parametrize("override", ["ggpo.sigma=0.3", "ggpo=relative", "optimizer=lora-fa", "adapter.use_dora=true"])
+def test_an_override_that_no_method_takes_is_refused(override):
+    """It would be dropped: every method begins as plain LoRA."""
+    source, methods = parse_source("", "recipe", [override]), [find_method("lora"), find_method("ggpo")]
+    with pytest.raises(UserError, match=f"^override '{override}' would change nothing: .* add recipe to --methods"):
+        refuse_dropped(source, methods)
+    refuse_dropped(source, [*methods, AS_IT_STANDS])
+
+
+@pytest.mark.parametrize("override", ["ggpo=null", "adapter.type=lora", "adapter.r=4", "adapter.lora_dropout=0.2"])
+def test_an_override_that_methods_take_or_agree_with(override):
+    refuse_dropped(parse_source("", "recipe", [override]), [find_method("lora"), find_method("ggpo")])

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_ggpo.errors import UserError
 from lora_ggpo.methods.table import PLAIN, RECIPE, Method
-from lora_ggpo.recipe.source import yaml_value
+from lora_ggpo.recipe.source import Source, yaml_value
 
 Values = Mapping[str, Any]
 """Recipe settings by dotted key."""
@@ -108,4 +108,24 @@ def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
                 raise UserError(
                     f"{option} {key} cannot vary with method {method.name}, which sets {other} to {shown}; "
                     f"leave the method out, or use {RECIPE} for the recipe as it stands."
+                )
+
+
+def refuse_dropped(source: Source, methods: Iterable[Method]) -> None:
+    """Check that no override is of a setting in whose place every method puts its own.
+
+    Raises:
+        UserError: one would change nothing.
+    """
+    if not all(method.plain for method in methods):
+        return
+    for path, override in source.overrides.items():
+        key = ".".join(path)
+        for other, value in PLAIN.items():
+            changes = key != other or yaml_value(override.partition("=")[2], override) != value
+            if changes and f"{key}.".startswith(f"{other}."):
+                raise UserError(
+                    f"{source.where(path)} would change nothing: methods begin as plain LoRA with their own {other}; "
+                    f"add {RECIPE} to --methods, which is the recipe as it stands, or vary it: "
+                    f"lora-ggpo study --axis {key}=..."
                 )

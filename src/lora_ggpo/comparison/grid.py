@@ -18,6 +18,7 @@ from lora_ggpo.comparison.axes import (
     Values,
     parse_axes,
     recipe_values,
+    refuse_dropped,
     refuse_fixed,
     settings_of,
 )
@@ -274,6 +275,7 @@ def _grid(
     for key, instead in FIXED.items():
         if (key,) in source.overrides and not (study and key == "score_test"):
             raise UserError(f"{source.where((key,))}: {key} is decided by the command; {instead}.")
+    refuse_dropped(source, methods)
     grid = Grid(source, methods, tuple(range(seeds)), trials, settings, _metric(source, metric), output, study)
     grid.tuning()
     grid.final()
