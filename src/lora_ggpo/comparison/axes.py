@@ -120,7 +120,7 @@ def refuse_dropped(source: Source, methods: Iterable[Method]) -> None:
     if not all(method.plain for method in methods):
         return
     for path, override in source.overrides.items():
-        key = ".".join(path)
+        key = ".".join(map(str, path))
         for other, value in PLAIN.items():
             changes = key != other or yaml_value(override.partition("=")[2], override) != value
             if changes and f"{key}.".startswith(f"{other}."):
