@@ -189,7 +189,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
             "label-smoothing",
             "neftune",
         ),
-        *("aletheia", "sc-lora", "monteclora", "ivon", "bi-lora", "flat-lora", "ggpo"),
+        *("aletheia", "sc-lora", "monteclora", "ivon", "bi-lora", "flat-lora", "ggpo", "ggpo-rise"),
     )
 }
 """Names for several methods, the baseline first. ``cures``: a run over-fits; what helps?"""
