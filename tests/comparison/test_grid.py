@@ -18,8 +18,9 @@ output: ignored
 """
 
 
-def plan_of(tmp_path, methods, seeds=2, trials=3, vary=(), metric=None, text=RECIPE):
-    return plan_comparison(parse_source(text, "r.yaml"), methods.split(","), seeds, trials, vary, metric, tmp_path)
+def plan_of(tmp_path, methods, seeds=2, trials=3, vary=(), metric=None, text=RECIPE, overrides=()):
+    source = parse_source(text, "r.yaml", overrides)
+    return plan_comparison(source, methods.split(","), seeds, trials, vary, metric, tmp_path)
 
 
 def study_of(tmp_path, methods, axes=(), seeds=2, text=RECIPE):
@@ -107,6 +108,7 @@ def test_tuning_sees_neither_the_test_set_nor_the_seeds(tmp_path):
         ({"methods": "lora,dora", "vary": ["training.max_steps=1,2"]}, "data.key=value,value"),
         ({"methods": "lora,dora", "vary": ["data.label_noise=0,2"]}, "data.label_noise must be less than 1"),
         ({"methods": "lora,dora", "metric": "bleu"}, "choose one of accuracy"),
+        ({"methods": "lora,ggpo", "overrides": ["ggpo.sigma=0.3"]}, "'ggpo.sigma=0.3' would change nothing"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, arguments, message):

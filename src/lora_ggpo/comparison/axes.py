@@ -121,11 +121,11 @@ def refuse_dropped(source: Source, methods: Iterable[Method]) -> None:
         return
     for path, override in source.overrides.items():
         key = ".".join(map(str, path))
-        for other, value in PLAIN.items():
-            changes = key != other or yaml_value(override.partition("=")[2], override) != value
-            if changes and f"{key}.".startswith(f"{other}."):
-                raise UserError(
-                    f"{source.where(path)} would change nothing: methods begin as plain LoRA with their own {other}; "
-                    f"add {RECIPE} to --methods, which is the recipe as it stands, or vary it: "
-                    f"lora-ggpo study --axis {key}=..."
-                )
+        dropped = next((other for other in PLAIN if f"{key}.".startswith(f"{other}.")), None)
+        agrees = key == dropped and yaml_value(override.partition("=")[2], override) == PLAIN[dropped]
+        if dropped and not agrees:
+            raise UserError(
+                f"{source.where(path)} would change nothing: methods begin as plain LoRA with their own {dropped}; "
+                f"add {RECIPE} to --methods, which is the recipe as it stands, or vary it: "
+                f"lora-ggpo study --axis {key}=..."
+            )
