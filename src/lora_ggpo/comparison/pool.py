@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -39,7 +38,7 @@ class LocalPool:
         allowed = os.environ.get("OMP_NUM_THREADS", "")
         threads = max(1, (int(allowed) if allowed.isdecimal() else os.cpu_count() or 1) // jobs)
         context = multiprocessing.get_context("spawn")  # a forked torch may hang in its thread pools
-        self._executor = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads, os.getpid()))
+        self._executor = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads,))
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Call `function` in a worker."""
@@ -61,18 +60,19 @@ class LocalPool:
             process.kill()
 
 
-def _begin(threads: int, parent: int) -> None:
+def _begin(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """A worker that outlived its parent would hold the lock of a run that nobody waits for."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with_parent() -> None:
+    """A worker that outlived its parent would hold the lock of a run, and refuse it to who starts again at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
