@@ -24,6 +24,7 @@ QUIET = Reporter(quiet=True)
 TOP = {"adapter": {"r": 4, "lora_dropout": 0.1, "target_modules": ["query"], "layers_to_transform": [1]}}
 POOLER = {"adapter": {"r": 4, "target_modules": ["pooler.dense"]}, "freeze_head": True, "ggpo": GUIDED}
 HEAD = {"adapter": None, "freeze_body": True}
+DECODER = {"adapter": {"r": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, "ggpo": GUIDED}
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +36,9 @@ def own_cache(tmp_path, monkeypatch):
 def recipe(tiny_bert, reviews, tmp_path):
     """A recipe of six steps of 8 rows without dropout; `changes` as those of `recipe_text`."""
 
-    def make(length=24, training=(), **changes):
+    def make(length=24, training=(), model=tiny_bert, **changes):
         text = recipe_text(
-            tiny_bert,
+            model,
             reviews,
             tmp_path / f"runs-{changes.get('frozen_prefix', True)}",
             task={"kind": "classification", "max_length": length},
@@ -81,9 +82,14 @@ def test_a_run_is_the_plain_one_bit_by_bit_where_rows_have_one_length(recipe, ch
     assert os.listdir(os.environ["XDG_CACHE_HOME"] + "/lora-ggpo/files")
 
 
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama"])
 @pytest.mark.parametrize("changes", [TOP, HEAD], ids=["top", "head"])
-def test_a_run_is_the_plain_one_within_rounding(recipe, changes):
-    cut, plain = (train(recipe(frozen_prefix=on, **changes), QUIET)[0] for on in (True, False))
+def test_a_run_is_the_plain_one_within_rounding(recipe, changes, model, request):
+    if changes is TOP and model == "tiny_llama":
+        changes = DECODER
+    folder = request.getfixturevalue(model)
+    cut, plain = (train(recipe(frozen_prefix=on, model=folder, **changes), QUIET)[0] for on in (True, False))
+    assert os.listdir(os.environ["XDG_CACHE_HOME"] + "/lora-ggpo/files")
     for key in ("loss", "grad_norm", "validation/log_loss"):
         values = [[row[key] for row in run.log if key in row] for run in (cut, plain)]
         assert values[0] == pytest.approx(values[1], rel=1e-4)
@@ -92,6 +98,34 @@ def test_a_run_is_the_plain_one_within_rounding(recipe, changes):
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_decoders_run_is_the_plain_one_bit_by_bit_where_rows_have_one_length(recipe, tiny_llama):
+    cut, plain = (train(recipe(6, frozen_prefix=on, model=tiny_llama, **DECODER), QUIET)[0] for on in (True, False))
+    assert_same(cut.folder, plain.folder)
+    assert cut.metrics["evaluation"] == plain.metrics["evaluation"]
+    assert os.listdir(os.environ["XDG_CACHE_HOME"] + "/lora-ggpo/files")
+
+
+def test_a_decoder_pads_as_in_one_piece(recipe, tiny_llama, tmp_path):
+    found, told, model, rows = _built(recipe(model=tiny_llama, **DECODER), tmp_path)
+    assert told.startswith("the embeddings and 1 of 2 layers are frozen, and their outputs are computed once")
+    lengths = np.array(rows["length"])
+    chosen = [int(lengths.argmin()), int(lengths.argmax())]
+    assert lengths.min() < lengths.max()
+    model.eval()
+    whole = [model(input_ids=torch.tensor([rows[row]["input_ids"]])).logits[0] for row in chosen]
+    batch = found.batches(rows)(chosen)
+    assert batch["states"].shape[1] == lengths.max()
+    torch.testing.assert_close(model(**batch).logits, torch.stack(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_a_decoder_that_numbers_its_layers_is_not_cut(recipe, tiny_llama, tmp_path):
+    """Qwen2, for one, looks up by a layer's number whether it has a sliding window."""
+    *_, model, _ = _built(recipe(model=tiny_llama, **DECODER), tmp_path)
+    assert find_cut(model).count == 1
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert find_cut(model) is None
 
 
 @pytest.mark.parametrize(
@@ -190,7 +224,8 @@ def test_files_of_the_cache(monkeypatch):
 
 def test_batches_pad_with_what_no_token_looks_at():
     states, begins, tokens = torch.arange(12.0).view(6, 2), np.array([3, 0]), np.array([3, 2])
-    batch = prefix._batch(states, begins, tokens, torch.tensor([7, 8]), [1, 0])
+    batch = prefix._batch(states, np.arange(10, 16), 2, begins, tokens, torch.tensor([7, 8]), [1, 0])
+    assert batch["input_ids"].tolist() == [[10, 11, 2], [13, 14, 15]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [8, 7]
     assert batch["states"][0, :2].tolist() == [[0, 1], [2, 3]]

@@ -84,8 +84,8 @@ class Recipe(BaseModel):
     )
     frozen_prefix: bool = Field(
         True,
-        description="Where embeddings and lowest layers of an encoder are neither trained nor perturbed nor dropped "
-        "out, compute what they give once for each row.",
+        description="Where embeddings and lowest layers are neither trained nor perturbed nor dropped out, compute "
+        "what they give once for each row (tasks classification and regression).",
     )
     training: TrainingFields = Field(TrainingFields(), description="Fields of transformers.TrainingArguments.")
     seeds: list[int] = Field([0], min_length=1, description="One run for each seed, in OUTPUT/seed-N.")

@@ -1,8 +1,8 @@
 """The frozen prefix of a model: what its lowest layers give for a row is computed once, kept, and trained upon.
 
-Embeddings and layers of an encoder give a row the same at every step if nothing in them is trained, perturbed or
-dropped out. A row's outputs are computed among rows of its own length. From those of a batch that pads it they differ
-by rounding, as those of any two such batches do.
+Embeddings and layers of an encoder, or of a decoder under a classification head, give a row the same at every step if
+nothing in them is trained, perturbed or dropped out. A row's outputs are computed among rows of its own length. From
+those of a batch that pads it they differ by rounding, as those of any two such batches do.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 _OF_HEADS = ("classif", "summary")
 """In the names of rates of dropout above all layers."""
 
+_EMBEDDINGS = ("embeddings", "embed_tokens")
+"""What encoders and decoders call all that a token goes through below the layers."""
+
 _INPUTS = ("input_ids", "token_type_ids")
 
 
@@ -66,14 +69,15 @@ class Places:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where an encoder is cut: its embeddings and the first `count` of its layers are below.
+    """Where a model is cut: its embeddings and the first `count` of its layers are below.
 
     Attributes:
-        body: Has the embeddings.
+        body, embeddings: The embeddings are this attribute of this module.
         parent, name: The list of layers is this attribute of this module.
     """
 
     body: Any
+    embeddings: str
     parent: nn.Module
     name: str
     count: int
@@ -86,7 +90,7 @@ class Cut:
 
     def below(self) -> list[nn.Module]:
         """What is below."""
-        return [self.body.embeddings, *self.layers[: self.count]]
+        return [getattr(self.body, self.embeddings), *self.layers[: self.count]]
 
     def run(self, batch: Batch) -> Tensor:
         """What comes out of the prefix, (rows, tokens, width); what is above does not run."""
@@ -105,8 +109,8 @@ class Cut:
 
     @contextmanager
     def replaced(self, embeddings: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
-        """In here the encoder has other `embeddings` and `layers`."""
-        before = self.body.embeddings, self.layers
+        """In here the model has other `embeddings` and `layers`."""
+        before = getattr(self.body, self.embeddings), self.layers
         self._put(embeddings, layers)
         try:
             yield
@@ -114,7 +118,7 @@ class Cut:
             self._put(*before)
 
     def _put(self, embeddings: nn.Module, layers: nn.ModuleList) -> None:
-        self.body.embeddings = embeddings
+        setattr(self.body, self.embeddings, embeddings)
         setattr(self.parent, self.name, layers)
 
 
@@ -133,17 +137,23 @@ class _Given(nn.Module):
 
 
 def find_cut(model: PreTrainedModel | PeftModel) -> Cut | None:
-    """The highest cut below which nothing of an encoder is trained or adapted, if there is one."""
+    """The highest cut below which nothing of a model is trained or adapted, if there is one."""
     base = _headed(model)
     body, count = base.base_model, getattr(base.config, "num_hidden_layers", 0)
-    if not isinstance(getattr(body, "embeddings", None), nn.Module) or not _is_frozen(body.embeddings):
+    embeddings = next((name for name in _EMBEDDINGS if isinstance(getattr(body, name, None), nn.Module)), "")
+    if not embeddings or not _is_frozen(getattr(body, embeddings)) or _counts_layers(base, embeddings):
         return None
     for parent in body.modules():
         for name, layers in parent.named_children():
             if isinstance(layers, nn.ModuleList) and len(layers) == count:
                 frozen = next((index for index, layer in enumerate(layers) if not _is_frozen(layer)), count)
-                return Cut(body, parent, name, frozen) if frozen else None
+                return Cut(body, embeddings, parent, name, frozen) if frozen else None
     return None
+
+
+def _counts_layers(model: PreTrainedModel, embeddings: str) -> bool:
+    """Whether a model tells the kinds of its layers by their numbers, as decoders with a sliding window do."""
+    return embeddings == "embed_tokens" and len(set(getattr(model.config, "layer_types", None) or [])) > 1
 
 
 def _headed(model: PreTrainedModel | PeftModel) -> Any:
@@ -234,7 +244,7 @@ class FrozenPrefix:
         self._type, self._width = torch.float32, 0  # of what comes out
         self._made: dict[str, Batches | None] = {}
         self._given = _Given()
-        self._whole = cut.body.embeddings, cut.layers
+        self._whole = getattr(cut.body, cut.embeddings), cut.layers
         self._above = self._given, nn.ModuleList(cut.layers[cut.count :])
         self._headed = _headed(model)
         self._headed.forward = self._begin_above(self._headed.forward)
@@ -262,7 +272,7 @@ class FrozenPrefix:
                 if self._first:
                     batch, states = {name: tensor[:, :1] for name, tensor in batch.items()}, states[:, :1]
                 above = self._model(**batch, **{STATES: states}).logits
-            except (RuntimeError, AttributeError, TypeError, ValueError):  # an encoder of another build
+            except (RuntimeError, AttributeError, TypeError, ValueError):  # a model of another build
                 return False
         return bool((above - whole).abs().max() <= _ROUNDING.get(whole.dtype, 5e-2) * whole.abs().max())
 
@@ -284,7 +294,10 @@ class FrozenPrefix:
         file = kept_file(self._name(rows), functools.partial(self._write, rows, order))
         states = torch.from_file(str(file), size=int(tokens.sum()) * self._width, dtype=self._type)
         labels = torch.from_numpy(numbers(rows, "labels").copy())
-        return functools.partial(_batch, states.view(-1, self._width), begins, tokens, labels)
+        ids = np.empty(int(tokens.sum()), dtype=np.int64)
+        ids[np.repeat(begins - (tokens.cumsum() - tokens), tokens) + np.arange(len(ids))] = self._ids(rows)
+        pad = getattr(self._headed.config.get_text_config(), "pad_token_id", None) or 0
+        return functools.partial(_batch, states.view(-1, self._width), ids, pad, begins, tokens, labels)
 
     def _write(self, rows: Dataset, order: NDArray[np.int64], file: BinaryIO) -> None:
         pieces = _of_one_length(numbers(rows, "length")[order], self._size)
@@ -298,6 +311,13 @@ class FrozenPrefix:
         """Of each row, how many tokens are kept."""
         lengths = numbers(rows, "length").astype(np.int64)
         return np.ones_like(lengths) if self._first else lengths
+
+    def _ids(self, rows: Dataset) -> NDArray[np.int64]:
+        """Of each token that is kept, row after row: a decoder's head looks for the last that is no padding."""
+        if self._first:
+            return np.zeros(len(rows), dtype=np.int64)  # nothing looks at them
+        column = rows.select_columns("input_ids").with_format("arrow")[:].column(0)
+        return column.combine_chunks().flatten().to_numpy().astype(np.int64)
 
     def _inputs(self, rows: Dataset, chosen: list[int]) -> Batch:
         batch = self._collate(rows.select(chosen).to_list())
@@ -353,22 +373,28 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _batch(
-    states: Tensor, begins: NDArray[np.int64], tokens: NDArray[np.int64], labels: Tensor, chosen: Sequence[int]
+    states: Tensor,
+    ids: NDArray[np.int64],
+    pad: int,
+    begins: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    labels: Tensor,
+    chosen: Sequence[int],
 ) -> Batch:
     """A batch of the `chosen` rows, as a collator pads them; the states of padding are those of the last token.
 
     Args:
-        states: (tokens of all rows, width).
+        states, ids: (tokens of all rows, width) and (tokens of all rows,).
+        pad: The id of padding.
         begins, tokens: Of each row, where its tokens begin and how many it has.
     """
     rows = np.asarray(chosen)
     ends = tokens[rows][:, None] - 1
     places = np.arange(ends.max() + 1)
-    mask = torch.from_numpy((places <= ends).astype(np.int64))
-    found = states[torch.from_numpy(begins[rows][:, None] + np.minimum(places, ends))]
+    inside, within = places <= ends, begins[rows][:, None] + np.minimum(places, ends)
     return {
-        "input_ids": torch.zeros_like(mask),  # nothing above looks at them
-        "attention_mask": mask,
+        "input_ids": torch.from_numpy(np.where(inside, ids[within], pad)),
+        "attention_mask": torch.from_numpy(inside.astype(np.int64)),
         "labels": labels[torch.from_numpy(rows)],
-        STATES: found,
+        STATES: states[torch.from_numpy(within)],
     }
