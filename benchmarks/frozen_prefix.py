@@ -1,4 +1,4 @@
-"""Time of an optimizer step upon the frozen prefix of MiniLM, kept, and without that.
+"""Time of an optimizer step upon the frozen prefix of MiniLM and SmolLM2, kept, and without that.
 
     python benchmarks/frozen_prefix.py --rounds 5 --steps 10 --output docs/results/frozen_prefix.json
 
@@ -35,6 +35,15 @@ TRAINED: dict[str, dict[str, Any]] = {
     },
     "LoRA on the top 3 of 6 layers, and the head": {
         "adapter": {"r": 16, "target_modules": ["query", "key", "value", "dense"], "layers_to_transform": [3, 4, 5]}
+    },
+    "the head of SmolLM2": {"model": "smollm2", "adapter": None, "freeze_body": True},
+    "LoRA on the top layer of SmolLM2, and the head": {
+        "model": "smollm2",
+        "adapter": {
+            "r": 16,
+            "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+            "layers_to_transform": [29],
+        },
     },
 }
 
