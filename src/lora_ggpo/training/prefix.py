@@ -88,9 +88,14 @@ class Cut:
         found: nn.ModuleList = getattr(self.parent, self.name)
         return found
 
+    @property
+    def whole(self) -> tuple[nn.Module, nn.ModuleList]:
+        """The embeddings and all layers."""
+        return getattr(self.body, self.embeddings), self.layers
+
     def below(self) -> list[nn.Module]:
         """What is below."""
-        return [getattr(self.body, self.embeddings), *self.layers[: self.count]]
+        return [self.whole[0], *self.layers[: self.count]]
 
     def run(self, batch: Batch) -> Tensor:
         """What comes out of the prefix, (rows, tokens, width); what is above does not run."""
@@ -110,7 +115,7 @@ class Cut:
     @contextmanager
     def replaced(self, embeddings: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
         """In here the model has other `embeddings` and `layers`."""
-        before = getattr(self.body, self.embeddings), self.layers
+        before = self.whole
         self._put(embeddings, layers)
         try:
             yield
@@ -244,7 +249,7 @@ class FrozenPrefix:
         self._type, self._width = torch.float32, 0  # of what comes out
         self._made: dict[str, Batches | None] = {}
         self._given = _Given()
-        self._whole = getattr(cut.body, cut.embeddings), cut.layers
+        self._whole = cut.whole
         self._above = self._given, nn.ModuleList(cut.layers[cut.count :])
         self._headed = _headed(model)
         self._headed.forward = self._begin_above(self._headed.forward)
@@ -294,9 +299,7 @@ class FrozenPrefix:
         file = kept_file(self._name(rows), functools.partial(self._write, rows, order))
         states = torch.from_file(str(file), size=int(tokens.sum()) * self._width, dtype=self._type)
         labels = torch.from_numpy(numbers(rows, "labels").copy())
-        ids = np.empty(int(tokens.sum()), dtype=np.int64)
-        ids[np.repeat(begins - (tokens.cumsum() - tokens), tokens) + np.arange(len(ids))] = self._ids(rows)
-        pad = getattr(self._headed.config.get_text_config(), "pad_token_id", None) or 0
+        ids, pad = self._ids(rows.select(order)), self._headed.config.get_text_config().pad_token_id
         return functools.partial(_batch, states.view(-1, self._width), ids, pad, begins, tokens, labels)
 
     def _write(self, rows: Dataset, order: NDArray[np.int64], file: BinaryIO) -> None:
@@ -309,15 +312,12 @@ class FrozenPrefix:
 
     def _tokens(self, rows: Dataset) -> NDArray[np.int64]:
         """Of each row, how many tokens are kept."""
-        lengths = numbers(rows, "length").astype(np.int64)
-        return np.ones_like(lengths) if self._first else lengths
+        return np.ones(len(rows), np.int64) if self._first else numbers(rows, "length").astype(np.int64)
 
     def _ids(self, rows: Dataset) -> NDArray[np.int64]:
         """Of each token that is kept, row after row: a decoder's head looks for the last that is no padding."""
-        if self._first:
-            return np.zeros(len(rows), dtype=np.int64)  # nothing looks at them
-        column = rows.select_columns("input_ids").with_format("arrow")[:].column(0)
-        return column.combine_chunks().flatten().to_numpy().astype(np.int64)
+        of_rows = [[0] * len(rows)] if self._first else numbers(rows, "input_ids")
+        return np.concatenate(of_rows, dtype=np.int64)
 
     def _inputs(self, rows: Dataset, chosen: list[int]) -> Batch:
         batch = self._collate(rows.select(chosen).to_list())
