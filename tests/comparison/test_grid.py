@@ -42,6 +42,14 @@ def test_every_method_gets_the_same_budget_and_rates(tmp_path):
     assert grid.candidates(grid.methods[1])[0]["ggpo.sigma"] == grid.methods[1].tuned["ggpo.sigma"][0]
 
 
+def test_each_choice_is_tried_before_any_comes_again(tmp_path):
+    grid = plan_of(tmp_path, "lora,ggpo", trials=13)
+    found = grid.candidates(grid.methods[1])
+    sigmas = [values["ggpo.sigma"] for values in found]
+    assert all(set(sigmas[at : at + 4]) == set(grid.methods[1].tuned["ggpo.sigma"]) for at in (0, 4, 8))
+    assert all(values not in found[:at] for at, values in enumerate(found))
+
+
 def test_the_recipe_as_it_stands_keeps_all_digits_of_its_rate(tmp_path):
     grid = plan_of(tmp_path, "lora,recipe", text=RECIPE.replace("1e-3", "1.23456e-3"))
     assert [values[RATE] for values in grid.candidates(grid.methods[1])] == [1.23456e-3, 2.47e-3, 6.17e-4]
@@ -75,6 +83,13 @@ def test_cures_change_the_recipe_by_what_they_say(tmp_path):
     assert trained["neftune"]["neftune_noise_alpha"] == 5
     assert fields["best-checkpoint"].keep == "best"
     assert trained["lora"]["num_train_epochs"] == 5
+    tuned = plan_of(tmp_path, "lora,half-epochs,low-rank", text=text, trials=5).tuning()
+    epochs = {run.recipe.training_fields["num_train_epochs"] for run in tuned if run.method.name == "half-epochs"}
+    ranks = {
+        tuple(map(run.recipe.adapter_fields.get, ("r", "lora_alpha"))) for run in tuned if run.method.name == "low-rank"
+    }
+    assert epochs == {1.25, 2.5, 3.75}
+    assert ranks == {(1, 2), (2, 3), (3, 6)}
     (_, steps) = plan_of(tmp_path, "lora,half-epochs", seeds=1).final()
     assert steps.recipe.training_fields["max_steps"] == 5
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.methods.table import PLAIN, RECIPE, Method
+from lora_ggpo.methods.table import PLAIN, RECIPE, Method, apart
 from lora_ggpo.recipe.source import Source, yaml_value
 
 Values = Mapping[str, Any]
@@ -37,11 +37,11 @@ def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str,
     for text in texts:
         key, equals, values = text.partition("=")
         written = [value.strip() for value in values.split(",")]
-        keys = _apart(key)
+        keys = apart([key])
         if not equals or not all(keys) or not all(one.startswith(within) for one in keys) or not all(written):
             example = f"{within}key=value,value, such as {'data.label_noise=0,0.3' if within else 'adapter.r=1,4,16'}"
             raise UserError(f"{option} {text!r} is not of the form {example}.")
-        given = _apart(*axes, key)
+        given = apart([*axes, key])
         for one in keys:
             if given.count(one) > 1:
                 raise UserError(f"{option} {one} is given twice; give all its values at once, joined by commas.")
@@ -51,14 +51,9 @@ def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str,
     return axes
 
 
-def _apart(*keys: str) -> list[str]:
-    """The settings that the keys of axes stand for, which join several by +."""
-    return [one for key in keys for one in key.split("+")]
-
-
 def recipe_values(values: Values) -> Values:
     """A setting as a recipe says it: settings that an axis joins apart, rank 0 as `NO_ADAPTER`."""
-    found = {one: value for key, value in values.items() for one in _apart(key)}
+    found = {one: value for key, value in values.items() for one in apart([key])}
     return {**found, **NO_ADAPTER} if found.get(RANK) == 0 else found
 
 
@@ -100,8 +95,8 @@ def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
         return
     used = {key.rpartition(".")[0] for key in method.settings}
     fixed = {key: value for key, value in {**PLAIN, **method.settings}.items() if key not in {*method.tuned, *used}}
-    fixed |= {key: f"{factor:g} times the recipe's" for key, factor in method.factors.items()}
-    for key in _apart(*keys):
+    fixed |= {one: f"{some[0]:g} times the recipe's" for key, some in method.factors.items() for one in apart([key])}
+    for key in apart(keys):
         for other, value in fixed.items():
             if key == other or other.startswith(f"{key}.") or (value is None and key.startswith(f"{other}.")):
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value

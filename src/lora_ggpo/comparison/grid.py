@@ -23,7 +23,7 @@ from lora_ggpo.comparison.axes import (
     settings_of,
 )
 from lora_ggpo.errors import UserError
-from lora_ggpo.methods.table import PLAIN, RECIPE, Method, find_method
+from lora_ggpo.methods.table import PLAIN, RECIPE, Method, apart, find_method
 from lora_ggpo.recipe.fields import ADAPTER_DEFAULT, TRAINING_DEFAULTS
 from lora_ggpo.recipe.recipe import Recipe, check_recipe
 from lora_ggpo.recipe.source import Source, parse_source, set_value
@@ -32,6 +32,9 @@ RATE = "training.learning_rate"
 
 RATE_FACTORS = (1.0, 2.0, 0.5, 4.0, 0.25)
 """Learning rates to try, in units of the method's usual one; trial i takes the i-th, so every method gets the same."""
+
+FACTOR_OF = "factor of "
+"""Before a method's `factors`, where they stand among the values of a run."""
 
 TUNING_SEED = 1000
 """Seed of tuning runs: not one of the seeds that are reported."""
@@ -43,7 +46,7 @@ class PlannedRun:
 
     Attributes:
         setting: Name of its values of the varied settings; "" where none is varied.
-        values: What is tuned, by dotted key.
+        values: What is tuned, by dotted key; factors on the recipe's own settings behind `FACTOR_OF`.
         trial: Number of the tuning trial; None is a final run.
         folder: Where the run's files lie.
     """
@@ -109,24 +112,27 @@ class Grid:
     def candidates(self, method: Method) -> list[Values]:
         """The values that the trials of a method take: the same number, and the same learning rates, for each.
 
-        Trial 0 takes the usual values; later ones other learning rates and, where a method has more to tune, random
-        choices of these that do not repeat.
+        Trial 0 takes the usual values; later ones other learning rates and, where a method has more to tune, the other
+        choices of these in random order, each before any comes again.
         """
         training = self.source.values.get("training") or {}
         base = float(training.get("learning_rate", TRAINING_DEFAULTS["learning_rate"]))
-        draw = random.Random(f"candidates of {method.name}")
+        tuned = {**method.tuned, **{f"{FACTOR_OF}{key}": factors for key, factors in method.factors.items()}}
+        usual, *others = itertools.product(*tuned.values())
+        random.Random(f"candidates of {method.name}").shuffle(others)
+        options = [dict(zip(tuned, option, strict=True)) for option in (usual, *others)]
         found: list[Values] = []
         for trial in range(self.trials):
             factor = method.learning_rate * RATE_FACTORS[trial % len(RATE_FACTORS)]
             rate = base if factor == 1 else float(f"{base * factor:.3g}")
-            options = itertools.product(*method.tuned.values())
-            fresh = [{RATE: rate, **dict(zip(method.tuned, option, strict=True))} for option in options]
-            fresh = [values for values in fresh if values not in found]
-            if not fresh:
+            first = trial % len(options)
+            turns = [{RATE: rate, **option} for option in (*options[first:], *options[:first])]
+            fresh = next((values for values in turns if values not in found), None)
+            if fresh is None:
                 raise UserError(
                     f"{method.title} has no {self.trials} different settings to try; use --trials {trial} or fewer."
                 )
-            found.append(fresh[0] if trial == 0 else draw.choice(fresh))
+            found.append(fresh)
         return found
 
     def _run(self, setting: str, method: Method, seed: int, values: Values, trial: int | None = None) -> PlannedRun:
@@ -156,14 +162,16 @@ class Grid:
         plain = {
             key: value for key, value in PLAIN.items() if method.plain and (value is not None or _has(changed, key))
         }
-        for key, value in {**plain, **method.settings, **values}.items():
+        factors = {key.removeprefix(FACTOR_OF): value for key, value in values.items() if key.startswith(FACTOR_OF)}
+        settings = {key: value for key, value in values.items() if not key.startswith(FACTOR_OF)}
+        for key, value in {**plain, **method.settings, **settings}.items():
             set_value(changed, key.split("."), copy.deepcopy(value), f"{key}={value}")
         source = Source(self.source.name, changed, self.source.lines, self.source.overrides)
         try:
             recipe = check_recipe(source)
-            if not method.factors:
+            if not factors:
                 return recipe
-            for key, value in _multiplied(recipe, method.factors).items():
+            for key, value in _multiplied(recipe, factors).items():
                 set_value(changed, key.split("."), value, f"{key}={value}")
             return check_recipe(source)
         except UserError as error:
@@ -173,7 +181,8 @@ class Grid:
 def _multiplied(recipe: Recipe, factors: Mapping[str, float]) -> Values:
     """The recipe's settings times their `factors`; without those that are not in force, such as max_steps -1."""
     found: dict[str, Any] = {}
-    for key, factor in factors.items():
+    each = {one: factor for key, factor in factors.items() for one in apart([key])}
+    for key, factor in each.items():
         section, _, name = key.partition(".")
         fields = getattr(recipe, section)
         value, count = getattr(fields, name), isinstance(type(fields).model_fields[name].default, int)

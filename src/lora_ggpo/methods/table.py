@@ -6,7 +6,7 @@ A method is what it sets in a recipe and nothing else, so whatever `lora-ggpo tr
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ class Method:
         name: What ``--methods`` takes.
         title: What tables say.
         settings: Recipe settings by dotted key, on top of `PLAIN`.
-        factors: What it multiplies the recipe's own settings by; counts are rounded, and stay at least 1.
+        factors: What to multiply the recipe's own settings by, the usual factor first, then those to tune; a key
+            joins by "+" what takes the same factor. Counts are rounded, and stay at least 1.
         learning_rate: Typical learning rate in units of the recipe's, which is meant for LoRA.
         tuned: Further settings to tune beside the learning rate, the usual value first.
         source: Where the method is described.
@@ -32,7 +33,7 @@ class Method:
     title: str
     source: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    factors: Mapping[str, float] = field(default_factory=dict)
+    factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     learning_rate: float = 1.0
     tuned: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     plain: bool = True
@@ -58,7 +59,7 @@ PLAIN: Mapping[str, Any] = {
 RECIPE = "recipe"
 """The name under which the recipe itself, with none of its settings changed, joins a comparison."""
 
-_SIGMAS = {"ggpo.sigma": (0.1, 0.03, 0.2)}
+_SIGMAS = {"ggpo.sigma": (0.1, 0.03, 0.3, 0.6)}
 _RHOS = (0.05, 0.01, 0.2)
 _RELATIVE = {"ggpo.rule": "relative", "ggpo.beta": 0.5, "ggpo.gradient": "lstsq", "ggpo.ema": 0.9}
 
@@ -82,7 +83,13 @@ METHODS: tuple[Method, ...] = (
         learning_rate=0.5,
         tuned={"adapter.sc_lora_beta": (0.8, 0.5, 0.9)},
     ),
-    Method("aletheia", "Aletheia", "2604.15351", {"adapter.layers_by_gradient": 0.5}),
+    Method(
+        "aletheia",
+        "Aletheia",
+        "2604.15351",
+        {"adapter.layers_by_gradient": 0.5},
+        tuned={"adapter.layers_by_gradient": (0.5, 0.25, 0.75)},
+    ),
     Method("adalora", "AdaLoRA", "2303.10512", {"adapter.type": "adalora"}, learning_rate=2.0),
     Method(
         "monteclora",
@@ -113,11 +120,11 @@ METHODS: tuple[Method, ...] = (
     Method("best-checkpoint", "best checkpoint", "", {"keep": "best"}),
     Method(
         "half-epochs",
-        "half the epochs",
+        "fewer epochs",
         "",
-        factors={"training.num_train_epochs": 0.5, "training.max_steps": 0.5},
+        factors={"training.num_train_epochs+training.max_steps": (0.5, 0.25, 0.75)},
     ),
-    Method("low-rank", "a quarter of the rank", "", factors={"adapter.r": 0.25, "adapter.lora_alpha": 0.25}),
+    Method("low-rank", "a lower rank", "", factors={"adapter.r+adapter.lora_alpha": (0.25, 0.125, 0.5)}),
     Method(
         "dropout",
         "LoRA dropout",
@@ -221,6 +228,11 @@ def find_method(name: str) -> Method:
     )
 
 
+def apart(keys: Iterable[str]) -> list[str]:
+    """The settings that such keys stand for as join several by "+"."""
+    return [one for key in keys for one in key.split("+")]
+
+
 def _row(name: str) -> Method:
     if name in BY_NAME:
         return BY_NAME[name]
@@ -231,8 +243,8 @@ def _row(name: str) -> Method:
 
 def _clash(first: Method, second: Method) -> str | None:
     """A setting of both: the same key, or one inside the other (``adapter`` and ``adapter.use_dora``)."""
-    for one in (*first.settings, *first.factors):
-        for other in (*second.settings, *second.factors):
+    for one in (*first.settings, *apart(first.factors)):
+        for other in (*second.settings, *apart(second.factors)):
             if one == other or one.startswith(f"{other}.") or other.startswith(f"{one}."):
                 return min(one, other, key=len)
     return None
