@@ -43,7 +43,7 @@ def test_every_method_gets_the_same_budget_and_rates(tmp_path):
 
 
 def test_each_choice_is_tried_before_any_comes_again(tmp_path):
-    grid = plan_of(tmp_path, "lora,ggpo", trials=13)
+    grid = plan_of(tmp_path, "flat-lora,ggpo", trials=12)
     found = grid.candidates(grid.methods[1])
     sigmas = [values["ggpo.sigma"] for values in found]
     assert all(set(sigmas[at : at + 4]) == set(grid.methods[1].tuned["ggpo.sigma"]) for at in (0, 4, 8))
