@@ -1,5 +1,7 @@
 """Axes of a grid, as they are written on the command line."""
 
+import re
+
 import pytest
 
 from lora_ggpo.comparison.axes import (
@@ -118,15 +120,23 @@ def test_the_recipe_leaves_everything_open():
     refuse_fixed(AS_IT_STANDS, ["ggpo.rule", "adapter.use_dora"], "--axis")
 
 
-@pytest.mark.parametrize("override", ["ggpo.sigma=0.3", "ggpo=relative", "optimizer=lora-fa", "adapter.use_dora=true"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("ggpo.sigma=0.3", "ggpo=relative", "ggpo={}", "ggpo={sigma: 0.3}", "optimizer=lora-fa"),
+        *("adapter.use_dora=true", "adapter={use_dora: true}", "adapter={r: 4, monteclora_config: {num_samples: 4}}"),
+    ],
+)
 def test_an_override_that_no_method_takes_is_refused(override):
     """It would be dropped: every method begins as plain LoRA."""
     source, methods = parse_source("", "recipe", [override]), [find_method("lora"), find_method("ggpo")]
-    with pytest.raises(UserError, match=f"^override '{override}' would change nothing: .* add recipe to --methods"):
+    with pytest.raises(
+        UserError, match=f"^override '{re.escape(override)}' would change nothing: .* add recipe to --methods"
+    ):
         refuse_dropped(source, methods)
     refuse_dropped(source, [*methods, AS_IT_STANDS])
 
 
-@pytest.mark.parametrize("override", ["ggpo=null", "adapter.type=lora", "adapter.r=4", "adapter.lora_dropout=0.2"])
+@pytest.mark.parametrize("override", ["ggpo=null", "adapter.type=lora", "adapter.r=4", "adapter={r: 4}"])
 def test_an_override_that_methods_take_or_agree_with(override):
     refuse_dropped(parse_source("", "recipe", [override]), [find_method("lora"), find_method("ggpo")])

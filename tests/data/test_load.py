@@ -234,6 +234,19 @@ def test_an_unreachable_hub_says_to_give_a_file(monkeypatch):
         classify("some/data", subset="small")
 
 
+def test_a_mistyped_folder_is_told_from_the_one_beside_it(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise ConnectionError("no way out")
+
+    (tmp_path / "glue" / "trec6").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"did you mean 'glue/trec6'\? Otherwise check the name"):
+        classify("glue/trec7")
+    with pytest.raises(UserError, match=r"\(no way out\); check the name"):
+        classify("elsewhere/trec7")
+
+
 def test_hub_data_keeps_class_names_and_replaces_a_withheld_test_split(monkeypatch):
     features = datasets.Features(
         {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}

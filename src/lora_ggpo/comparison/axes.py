@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_ggpo.errors import UserError
@@ -114,13 +114,25 @@ def refuse_dropped(source: Source, methods: Iterable[Method]) -> None:
     """
     if not all(method.plain for method in methods):
         return
-    for path, override in source.overrides.items():
-        key = ".".join(map(str, path))
+    given = [
+        (path, key, value)
+        for path, override in source.overrides.items()
+        for key, value in _leaves(".".join(map(str, path)), yaml_value(override.partition("=")[2], override))
+    ]
+    for path, key, value in given:
         dropped = next((other for other in PLAIN if f"{key}.".startswith(f"{other}.")), None)
-        agrees = key == dropped and yaml_value(override.partition("=")[2], override) == PLAIN[dropped]
-        if dropped and not agrees:
+        if dropped and not (key == dropped and value == PLAIN[dropped]):
             raise UserError(
                 f"{source.where(path)} would change nothing: methods begin as plain LoRA with their own {dropped}; "
                 f"add {RECIPE} to --methods, which is the recipe as it stands, or vary it: "
                 f"lora-ggpo study --axis {key}=..."
             )
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The settings inside `value`, which is one itself or a section of them, by dotted key."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value

@@ -84,9 +84,19 @@ def read_hub(name: str, subset: str | None) -> dict[str, Table]:
         reason = first_line(error).rstrip(".")
         raise UserError(
             f"The data {shown} is no local file and could not be loaded from the hub ({reason}); "
-            "check the name and data.subset, or give a local file or folder as data.source."
+            f"{_nearest(name)}check the name and data.subset, or give a local file or folder as data.source."
         ) from error
     found = {SPLIT_NAMES[str(split)]: (split, data) for split, data in loaded.items() if str(split) in SPLIT_NAMES}
     if not found:
         raise UserError(f"The hub data {shown} has no train, validation or test split, only {', '.join(loaded)}.")
     return {name: Table.of_arrow(data.data.table, f"{shown} {split}") for name, (split, data) in found.items()}
+
+
+def _nearest(name: str) -> str:
+    """A question after the file or folder beside `name` whose name is nearest; nothing if none is near."""
+    parent, last = os.path.split(name)
+    try:
+        near = difflib.get_close_matches(last, os.listdir(parent or "."), n=1)
+    except OSError:
+        return ""
+    return f"did you mean {os.path.join(parent, near[0])!r}? Otherwise " if near else ""
