@@ -52,7 +52,7 @@ def test_the_rows_of_a_method(folder):
     assert ggpo["single runs"] == ("81.00 ± 12.71", "11.00 ± 12.71", "0.3100 ± 0.1271", "0.6100 ± 0.1271")
     assert ggpo["single runs, scaled"] == ("81.00 ± 12.71", "5.00 ± 12.71", "–", "0.5100 ± 0.1271")
     assert ggpo["10 draws at sigma 0.1"][0] == "84.00 ± 0.00"
-    assert ggpo["5 draws that raise the loss by 0.01 of it"][0] == "86.00 ± 0.00"
+    assert ggpo["5 draws that make nothing worse by more than 0.01 of it"][0] == "86.00 ± 0.00"
     assert ggpo["ensemble of 2 seeds"] == ("88.00 ± 1.00", "18.00 ± 1.00", "0.3800 ± 0.0100", "0.6800 ± 0.0100")
     assert ggpo["ensemble of 2 seeds, scaled"] == ("88.00 ± 1.00", "12.00 ± 1.00", "–", "0.5800 ± 0.0100")
 

@@ -11,7 +11,7 @@ import pytest
 from lora_ggpo.errors import UserError
 from lora_ggpo.perturbation import GGPOConfig
 from lora_ggpo.perturbation.predict import noisy_evaluation
-from lora_ggpo.training.draws import HIGHEST, LOWEST, Draws, largest_within
+from lora_ggpo.training.draws import HIGHEST, LOWEST, Draws, largest_within, worsening
 from lora_ggpo.training.reuse import evaluate_run, load_trained
 from lora_ggpo.workspace.progress import Reporter
 from tests.training.runs import invoke, refused
@@ -36,6 +36,19 @@ def test_bisection_at_its_ends():
     assert largest_within(lambda sigma: 0.4, 0.5) == HIGHEST
     with pytest.raises(UserError, match="tolerate more"):
         largest_within(lambda sigma: 0.6, 0.5)
+
+
+def test_a_lower_loss_does_not_pay_for_a_lower_score():
+    """Of a run that over-fits: certain and half of it wrong, or, with the noise, without any opinion."""
+    over_fitted, guessing = {"accuracy": 0.6, "log_loss": 1.8}, {"accuracy": 0.5, "log_loss": 0.69}
+    assert worsening(over_fitted, guessing, ["log_loss", "accuracy"]) == pytest.approx(0.1 / 0.6)
+    assert worsening(over_fitted, {"accuracy": 0.6, "log_loss": 1.98}, ["log_loss", "accuracy"]) == pytest.approx(0.1)
+    assert worsening(over_fitted, {"accuracy": 0.9, "log_loss": 0.9}, ["log_loss", "accuracy"]) == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize(("plain", "noisy", "expected"), [(0.5, math.nan, math.inf), (0, -0.1, math.inf), (0, 0, 0)])
+def test_a_score_without_a_share(plain, noisy, expected):
+    assert worsening({"pearson": plain}, {"pearson": noisy}, ["pearson"]) == expected
 
 
 @pytest.fixture
@@ -77,13 +90,17 @@ def test_next_to_no_noise_is_the_model_as_it_is(run):
         assert noisy[name]["log_loss"]["value"] == pytest.approx(metrics["log_loss"]["value"], rel=1e-5)
 
 
-def test_the_tolerated_noise_raises_the_validation_loss_by_what_it_may(run):
-    plain = scores_of(run, None)["validation"]["log_loss"]["value"]
+def test_the_tolerated_noise_costs_the_validation_scores_what_it_may(run):
+    def validation(draws):
+        return [scores_of(run, draws)["validation"][metric]["value"] for metric in ("log_loss", "accuracy")]
+
+    loss, accuracy = validation(None)
     scores_of(run, Draws(4, tolerance=0.02))
     sigma = json.loads((run / "evaluation" / "sets-own-4-draws.json").read_text())["draws"]["sigma"]
-    at, above = (scores_of(run, Draws(4, sigma=s))["validation"]["log_loss"]["value"] for s in (sigma, 1.05 * sigma))
-    assert at <= plain * 1.02 * (1 + 1e-6)
-    assert sigma == 1 or above > plain * 1.02
+    at, above = (validation(Draws(4, sigma=s)) for s in (sigma, 1.05 * sigma))
+    assert at[0] <= loss * 1.02 * (1 + 1e-6)
+    assert at[1] >= accuracy * 0.98
+    assert sigma == 1 or above[0] > loss * 1.02 or above[1] < accuracy * 0.98
 
 
 def test_what_cannot_be_averaged(run, whole):

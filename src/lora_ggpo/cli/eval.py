@@ -18,7 +18,11 @@ def command(
     draws: Annotated[int, typer.Option(min=0, help="Average over so many draws of noise on the weights.")] = 0,
     noise: Annotated[float | None, typer.Option(min=0, help="Its sigma; by default that of the training.")] = None,
     tolerate: Annotated[
-        float | None, typer.Option(min=0, help="Or find the largest that raises the validation loss by this share.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="Or find the largest that costs the validation loss and the score at most this share.",
+        ),
     ] = None,
     base: Base = None,
 ) -> None:

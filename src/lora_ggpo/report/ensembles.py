@@ -63,7 +63,11 @@ def _rows(runs: Sequence[Row], name: str, together: Row | None) -> Iterator[tupl
 def _noise(how: Row) -> str:
     """``10 draws at sigma 0.1``; a tolerated noise has a sigma of its own in every run."""
     tolerance = how["tolerance"]
-    size = f"at sigma {how['sigma']:.3g}" if tolerance is None else f"that raise the loss by {tolerance:g} of it"
+    size = (
+        f"at sigma {how['sigma']:.3g}"
+        if tolerance is None
+        else f"that make nothing worse by more than {tolerance:g} of it"
+    )
     return f"{how['count']} draws {size}"
 
 
