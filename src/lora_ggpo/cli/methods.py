@@ -16,7 +16,8 @@ def command() -> None:
             method.title,
             method.source,
             ", ".join(
-                [f"{k}={v}" for k, v in method.settings.items()] + [f"{k} × {v:g}" for k, v in method.factors.items()]
+                [f"{k}={v}" for k, v in method.settings.items()]
+                + [f"{k} × {some[0]:g}" for k, some in method.factors.items()]
             ),
         ]
         for method in METHODS
