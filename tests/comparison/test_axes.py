@@ -137,6 +137,8 @@ def test_an_override_that_no_method_takes_is_refused(override):
     refuse_dropped(source, [*methods, AS_IT_STANDS])
 
 
-@pytest.mark.parametrize("override", ["ggpo=null", "adapter.type=lora", "adapter.r=4", "adapter={r: 4}"])
+@pytest.mark.parametrize(
+    "override", ["ggpo=null", "adapter.type=lora", "adapter.r=4", "adapter={r: 4}", "adapter.lora_dropout=0.2"]
+)
 def test_an_override_that_methods_take_or_agree_with(override):
     refuse_dropped(parse_source("", "recipe", [override]), [find_method("lora"), find_method("ggpo")])

@@ -20,8 +20,7 @@ def command(
     tolerate: Annotated[
         float | None,
         typer.Option(
-            min=0,
-            help="Or find the largest that costs the validation loss and the score at most this share.",
+            min=0, help="Or find the largest that costs the validation loss and the score at most this share."
         ),
     ] = None,
     base: Base = None,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_ggpo.errors import UserError
-from lora_ggpo.methods.table import PLAIN, RECIPE, Method, apart
+from lora_ggpo.methods.table import PLAIN, RECIPE, Method, apart, each
 from lora_ggpo.recipe.source import Source, yaml_value
+from lora_ggpo.workspace.folder import leaves
 
 Values = Mapping[str, Any]
 """Recipe settings by dotted key."""
@@ -53,7 +54,7 @@ def parse_axes(texts: Iterable[str], option: str, within: str = "") -> dict[str,
 
 def recipe_values(values: Values) -> Values:
     """A setting as a recipe says it: settings that an axis joins apart, rank 0 as `NO_ADAPTER`."""
-    found = {one: value for key, value in values.items() for one in apart([key])}
+    found = each(values)
     return {**found, **NO_ADAPTER} if found.get(RANK) == 0 else found
 
 
@@ -95,7 +96,7 @@ def refuse_fixed(method: Method, keys: Iterable[str], option: str) -> None:
         return
     used = {key.rpartition(".")[0] for key in method.settings}
     fixed = {key: value for key, value in {**PLAIN, **method.settings}.items() if key not in {*method.tuned, *used}}
-    fixed |= {one: f"{some[0]:g} times the recipe's" for key, some in method.factors.items() for one in apart([key])}
+    fixed |= {key: f"{factors[0]:g} times the recipe's" for key, factors in each(method.factors).items()}
     for key in apart(keys):
         for other, value in fixed.items():
             if key == other or other.startswith(f"{key}.") or (value is None and key.startswith(f"{other}.")):
@@ -115,9 +116,9 @@ def refuse_dropped(source: Source, methods: Iterable[Method]) -> None:
     if not all(method.plain for method in methods):
         return
     given = [
-        (path, key, value)
+        (path, ".".join(map(str, leaf)), value)
         for path, override in source.overrides.items()
-        for key, value in _leaves(".".join(map(str, path)), yaml_value(override.partition("=")[2], override))
+        for leaf, value in leaves(yaml_value(override.partition("=")[2], override), path).items()
     ]
     for path, key, value in given:
         dropped = next((other for other in PLAIN if f"{key}.".startswith(f"{other}.")), None)
@@ -127,12 +128,3 @@ def refuse_dropped(source: Source, methods: Iterable[Method]) -> None:
                 f"add {RECIPE} to --methods, which is the recipe as it stands, or vary it: "
                 f"lora-ggpo study --axis {key}=..."
             )
-
-
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The settings inside `value`, which is one itself or a section of them, by dotted key."""
-    if isinstance(value, Mapping) and value:
-        for name, inner in value.items():
-            yield from _leaves(f"{key}.{name}", inner)
-    else:
-        yield key, value

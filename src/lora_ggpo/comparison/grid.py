@@ -23,7 +23,7 @@ from lora_ggpo.comparison.axes import (
     settings_of,
 )
 from lora_ggpo.errors import UserError
-from lora_ggpo.methods.table import PLAIN, RECIPE, Method, apart, find_method
+from lora_ggpo.methods.table import PLAIN, RECIPE, Method, each, find_method
 from lora_ggpo.recipe.fields import ADAPTER_DEFAULT, TRAINING_DEFAULTS
 from lora_ggpo.recipe.recipe import Recipe, check_recipe
 from lora_ggpo.recipe.source import Source, parse_source, set_value
@@ -181,8 +181,7 @@ class Grid:
 def _multiplied(recipe: Recipe, factors: Mapping[str, float]) -> Values:
     """The recipe's settings times their `factors`; without those that are not in force, such as max_steps -1."""
     found: dict[str, Any] = {}
-    each = {one: factor for key, factor in factors.items() for one in apart([key])}
-    for key, factor in each.items():
+    for key, factor in each(factors).items():
         section, _, name = key.partition(".")
         fields = getattr(recipe, section)
         value, count = getattr(fields, name), isinstance(type(fields).model_fields[name].default, int)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_ggpo.errors import UserError
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,11 @@ def find_method(name: str) -> Method:
 def apart(keys: Iterable[str]) -> list[str]:
     """The settings that such keys stand for as join several by "+"."""
     return [one for key in keys for one in key.split("+")]
+
+
+def each(values: Mapping[str, V]) -> dict[str, V]:
+    """The value of each setting that such keys stand for."""
+    return {one: value for key, value in values.items() for one in apart([key])}
 
 
 def _row(name: str) -> Method:

@@ -102,16 +102,17 @@ def differences(
     one: Mapping[str, Any], other: Mapping[str, Any], apart_from: Collection[tuple[str, ...]] = ()
 ) -> Iterator[tuple[str, Any, Any]]:
     """The settings that two nested mappings do not share: dotted name, value in the one, value in the other."""
-    left, right = _leaves(one), _leaves(other)
+    left, right = leaves(one), leaves(other)
     for path in {**left, **right}:
         pair = left.get(path, "not set"), right.get(path, "not set")
         if path not in apart_from and repr(pair[0]) != repr(pair[1]):
             yield ".".join(map(str, path)), *pair
 
 
-def _leaves(values: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def leaves(values: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """The settings inside `values`, which is one itself or nested mappings of them, by path from `path` on."""
     if isinstance(values, Mapping) and values:
-        return {key: leaf for name, value in values.items() for key, leaf in _leaves(value, (*path, name)).items()}
+        return {key: leaf for name, value in values.items() for key, leaf in leaves(value, (*path, name)).items()}
     return {path: list(values) if isinstance(values, tuple) else values}  # JSON knows lists alone
 
 
